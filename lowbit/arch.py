@@ -1,0 +1,586 @@
+"""What a model is made of: its chain of blocks, and the linear layers in them.
+
+Nothing here is a table of model classes. The model is built on the meta device from its config, and one short row of tokens is
+run through it with each block loaded from the checkpoint just before it is called and freed right after. What is observed is
+what holds: the order of the blocks and what they return, which matrices multiply their inputs, and which linears share one
+input. The same pass reads every weight, so damaged files, missing tensors and NaN are found before any work starts.
+
+Two names for one weight: the checkpoint's ("model.layers.0.block_sparse_moe.experts.3.w1.weight") and the place in the
+transformers model (rows 0..127 of "model.layers.0.mlp.experts.gate_up_proj"[3]). transformers' own conversion mapping relates
+them, on labelled stand-ins; `Arch.load` checks the result against the real tensors. Users, records and checkpoints see only
+checkpoint names.
+"""
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lowbit.source import Source
+
+PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """One weight matrix [out, in] of the checkpoint that multiplies activations.
+
+    Attributes:
+        name: the checkpoint's tensor name without ".weight"; for experts stored as one 3-D tensor, with the expert's number.
+        tensor: the checkpoint's tensor.
+        param: the model parameter that holds it.
+        index: the slice of a 3-D parameter (an expert), or None.
+        rows: the output rows it occupies there.
+        transposed: the parameter is stored as [in, out] (GPT-2's Conv1D).
+        stacked: the checkpoint's tensor is 3-D itself, and `index` selects from it too.
+        shares: name of the first linear of the block that has the same input, possibly its own.
+    """
+
+    name: str
+    tensor: str
+    param: str
+    index: int | None
+    rows: tuple[int, int]
+    transposed: bool
+    stacked: bool
+    out_features: int
+    in_features: int
+    shares: str = ""
+
+    @property
+    def site(self) -> "Site":
+        """Where the model multiplies by this matrix."""
+        return (self.param, self.index)
+
+    def view(self, param: Tensor) -> Tensor:
+        """The [out, in] view of this linear in its parameter."""
+        matrix = param if self.index is None else param[self.index]
+        return (matrix.T if self.transposed else matrix)[self.rows[0] : self.rows[1]]
+
+
+Site = tuple[str, int | None]
+_MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One transformer (or state space) block: its path in the model, its checkpoint tensors, its linears.
+
+    `skipped` names the matrices of the block that no scheme can choose, with the reason.
+    """
+
+    index: int
+    name: str
+    tensors: tuple[str, ...]
+    linears: tuple[Linear, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    returns: int = 0  # 0: a tensor, n: a tuple of n with the hidden states first
+
+
+class Tap(TorchFunctionMode):
+    """While active, calls `observe(weight, x, transposed)` for every product x W^T (or x W: transposed) and uses what it
+    returns in place of x. Sees F.linear, addmm and x @ w, hence nn.Linear, Conv1D and experts that slice a 3-D parameter."""
+
+    def __init__(self, observe: Callable[[Tensor, Tensor, bool], Tensor]) -> None:
+        super().__init__()
+        self.observe = observe
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and len(args) >= 2:
+            args = (self.observe(args[1], args[0], False), *args[1:])
+        elif func is torch.addmm and len(args) == 3:
+            args = (args[0], self.observe(args[2], args[1], True), args[2])
+        elif func in _MATMUL and len(args) == 2 and args[1].dim() == 2:
+            args = (self.observe(args[1], args[0], args[1].is_contiguous()), args[1])
+        return func(*args, **kwargs)
+
+
+class Arch:
+    """A model on the meta device whose blocks are filled from the checkpoint one at a time.
+
+    Attributes:
+        model: the transformers model.
+        blocks: the chain, in the order in which it runs.
+        dtype: the dtype in which parameters are filled; everything that solves or compares uses float32.
+        outside: checkpoint tensors of no block (embeddings, final norm, head).
+        unused: checkpoint tensors the model has no place for; they are kept as they are.
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype = torch.float32) -> None:
+        self.source = source
+        self.dtype = dtype
+        self.model = _empty_model(source)
+        self.device = torch.device("cpu")
+        self._places = _Places(self.model, source)
+        self.unused = self._places.unused
+        prefix = _block_list(self.model)
+        count = len(self.model.get_submodule(prefix))
+        self.blocks = tuple(
+            Block(index=i, name=f"{prefix}.{i}", tensors=self._places.sources_under(f"{prefix}.{i}."))
+            for i in range(count)
+        )
+        taken = {name for block in self.blocks for name in block.tensors}
+        self.outside = tuple(name for name in source.tensors if name not in taken and name not in self.unused)
+        # Caches would carry state from call to call; encoders know no such argument.
+        forward = inspect.signature(self.model.forward).parameters
+        self._no_cache = {"use_cache": False} if "use_cache" in forward else {}
+        self._check_complete()
+
+    # ------------------------------------------------------------------------------------------------------ filling
+
+    def load(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Fill the model with the named checkpoint tensors.
+
+        Returns:
+            the tensors as the checkpoint holds them.
+
+        Raises:
+            ValueError: a tensor is unreadable or not finite.
+        """
+        values = self.source.read(list(names))
+        for name, tensor in values.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+                if not bool(torch.isfinite(tensor).all()):
+                    raise ValueError(
+                        f"{self.source.folder / self.source.tensors[name].shard}: tensor {name} has NaN or infinite "
+                        "values; the checkpoint is damaged, fetch or save it again"
+                    )
+        for param, value in self._places.assemble(values, self.dtype).items():
+            _set_tensor(self.model, param, value.to(self.device))
+        return values
+
+    def load_outside(self) -> None:
+        """Fill everything that is in no block, and tie what is tied."""
+        self.load(self.outside)
+        for tied, original in self._places.tied.items():
+            _set_tensor(self.model, tied, self.model.get_parameter(original))
+
+    def free(self, prefix: str = "") -> None:
+        """Put the parameters under `prefix` (a block's name; all of them by default) back on the meta device."""
+        for name, param in list(self.model.named_parameters()):
+            if (not prefix or name.startswith(prefix + ".")) and not param.is_meta:
+                _set_tensor(self.model, name, torch.empty_like(param, device="meta"))
+
+    def free_outside(self) -> None:
+        """Free everything that is in no block."""
+        inside = tuple(block.name + "." for block in self.blocks)
+        for name, param in list(self.model.named_parameters()):
+            if not name.startswith(inside) and not param.is_meta:
+                _set_tensor(self.model, name, torch.empty_like(param, device="meta"))
+
+    def fill(self) -> nn.Module:
+        """Fill the whole model, for use rather than for streaming, and return it."""
+        self.load_outside()
+        for block in self.blocks:
+            self.load(block.tensors)
+        return self.model
+
+    def param(self, linear: Linear) -> Tensor:
+        """The parameter that holds `linear`, float32 while its block is loaded."""
+        return self.model.get_parameter(linear.param)
+
+    def sites(self, block: Block) -> dict[int, str]:
+        """The addresses of a loaded block; see `site_of`."""
+        return addresses(self.model.get_submodule(block.name), block.name + ".")
+
+    def site(self, tensor: str, index: int | None = None) -> Site:
+        """Where the model multiplies by a checkpoint tensor (or by expert `index` of one that is 3-D)."""
+        shape = torch.Size(self.source.tensors[tensor].shape)
+        every = {self._places.param_of(tensor): False}
+        return next(x.site for x in self._places.linears(tensor, shape, every) if index in (None, x.index))
+
+    # ------------------------------------------------------------------------------------------------------ running
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+        """Run what comes before the blocks on tokens [rows, length] int64.
+
+        Returns:
+            hidden states [rows, length, width] float32 that enter the first block, and for every block the other
+            positional and keyword arguments the model calls it with (masks, positions).
+        """
+        first: list[Tensor] = []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def stub(block: Block, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, args, kwargs = _split_call(args, kwargs)
+            if not first:
+                first.append(hidden)
+            calls.append((args, kwargs))
+            return self._returned(block, hidden)
+
+        self._run(tokens, stub)
+        return first[0], calls
+
+    @torch.no_grad()
+    def call(self, block: Block, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+        """Run one loaded block on hidden states [rows, length, width]; `call` comes from `embed`."""
+        args, kwargs = call
+        out = self.model.get_submodule(block.name)(hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def finish(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Run what comes after the blocks: logits [rows, length, vocabulary] of `hidden`, the last block's output, or the
+        final hidden states of a model without a head. tokens [rows, length] as given to `embed`."""
+
+        def stub(block: Block, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = _split_call(args, kwargs)[0]
+            return self._returned(block, hidden if block.index == len(self.blocks) - 1 else given)
+
+        out = self._run(tokens, stub)
+        return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
+
+    def _returned(self, block: Block, hidden: Tensor) -> Any:
+        return (hidden, *[None] * (block.returns - 1)) if block.returns else hidden
+
+    def _run(self, tokens: Tensor, call: Callable[..., Any]) -> Any:
+        """The model's own forward, with call(block, original forward, args, kwargs) in the place of every block."""
+        with contextlib.ExitStack() as stack:
+            for block in self.blocks:
+                module = self.model.get_submodule(block.name)
+                module.forward = _Replaced(call, block, module.forward)
+                stack.callback(module.__dict__.pop, "forward")
+            return self.model(input_ids=tokens.to(self.device), **self._no_cache)
+
+    # --------------------------------------------------------------------------------------------------- discovery
+
+    @torch.no_grad()
+    def probe(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Discover the linears by running one short row through the model, block by block from the checkpoint.
+
+        Raises:
+            ValueError: the blocks do not form a chain, depend on the tokens beside the hidden states, contain no linear, or
+                a tensor is damaged.
+        """
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        special = {self.source.config.get(key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        usable = [i for i in range(min(vocabulary, 4 * PROBE_TOKENS)) if i not in special]
+        tokens = torch.tensor([usable[:PROBE_TOKENS], usable[-PROBE_TOKENS:]])
+        found: list[Block] = []
+        previous: list[Tensor] = []
+
+        def observed(block: Block, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if block.index != len(found):
+                raise ValueError(f"{block.name} runs out of order; lowbit needs a plain chain of blocks")
+            hidden = _split_call(args, kwargs)[0]
+            if previous and not torch.equal(hidden, previous[-1]):
+                raise ValueError(
+                    f"{block.name} does not start from the output of the block before it; lowbit needs a plain chain"
+                )
+            values = self.load(block.tensors)
+            linears, skipped, out = self._observe(block, values, original, args, kwargs)
+            self.free(block.name)
+            found.append(
+                replace(
+                    block,
+                    linears=linears,
+                    skipped=skipped,
+                    returns=len(out) if isinstance(out, tuple) else 0,
+                )
+            )
+            previous[:] = [out[0] if isinstance(out, tuple) else out]
+            if progress is not None:
+                progress(len(found), len(self.blocks))
+            return out
+
+        self.load_outside()
+        self._run(tokens[:1], observed)
+        if len(found) != len(self.blocks):
+            raise ValueError(
+                f"only {len(found)} of {len(self.blocks)} blocks run; lowbit needs a plain chain of blocks"
+            )
+        self.blocks = tuple(found)
+        if not any(block.linears for block in self.blocks):
+            raise ValueError("no linear layer was found in any block of this model")
+        first, second = self.embed(tokens[:1])[1], self.embed(tokens[1:])[1]
+        if not all(_equal(a, b) for a, b in zip(first, second, strict=True)):
+            raise ValueError(
+                "the blocks of this model take token-dependent inputs beside the hidden states: not supported"
+            )
+        self.free_outside()
+
+    def _observe(
+        self, block: Block, values: dict[str, Tensor], original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Linear, ...], tuple[tuple[str, str], ...], Any]:
+        """Run a loaded block and tell which of its matrices multiply inputs, and which inputs are the same tensor."""
+        sites = self.sites(block)
+        inputs: dict[Site, Tensor] = {}
+        transposed: dict[str, bool] = {}
+
+        def observe(weight: Tensor, x: Tensor, transpose: bool) -> Tensor:
+            site = site_of(weight, sites)
+            if site is not None:
+                inputs.setdefault(site, x)  # kept alive, so that no later input can have its address
+                transposed[site[0]] = transpose
+            return x
+
+        with Tap(observe):
+            out = original(*args, **kwargs)
+        linears: list[Linear] = []
+        skipped: list[tuple[str, str]] = []
+        leaders: dict[Any, str] = {}
+        for tensor in block.tensors:
+            if values[tensor].dim() < 2:
+                continue
+            for linear in self._places.linears(tensor, values[tensor].shape, transposed):
+                reason = self._reason_to_skip(linear, transposed)
+                if reason is None and not torch.equal(linear.view(self.param(linear)), _matrix(linear, values).float()):
+                    reason = "transformers stores it rearranged"
+                if reason is not None:
+                    skipped.append((linear.name, reason))
+                    continue
+                x = inputs.get(linear.site)
+                # Experts that no token of the probe reached have no observed input; theirs is shared by site alone.
+                key = linear.site if x is None or linear.index is not None else (x.data_ptr(), x.shape, x._version)
+                linears.append(replace(linear, shares=leaders.setdefault(key, linear.name)))
+        return tuple(linears), tuple(skipped), out
+
+    def _reason_to_skip(self, linear: Linear, transposed: dict[str, bool]) -> str | None:
+        module = self.model.get_submodule(linear.param.rpartition(".")[0])
+        kind = type(module).__name__
+        if linear.param not in transposed:
+            return f"not used as a linear layer ({kind})"
+        if not (isinstance(module, nn.Linear) or kind == "Conv1D" or linear.index is not None):
+            return f"not a linear layer but a {kind}"
+        if linear.out_features == 1:
+            return "a gate of one output"
+        return None
+
+    def _check_complete(self) -> None:
+        missing = self._places.missing
+        if missing:
+            raise ValueError(
+                f"{self.source.folder}: the checkpoint lacks {len(missing)} tensors the model needs: "
+                f"{', '.join(sorted(missing)[:5])}{' ...' if len(missing) > 5 else ''}"
+            )
+
+
+def addresses(module: nn.Module, prefix: str = "") -> dict[int, str]:
+    """Storage address -> name of every parameter of a module; see `site_of`."""
+    return {p.untyped_storage().data_ptr(): prefix + name for name, p in module.named_parameters()}
+
+
+def site_of(weight: Tensor, sites: dict[int, str]) -> Site | None:
+    """Which parameter (and which slice of a 3-D one) a tensor seen by a `Tap` is; `sites` comes from `addresses`."""
+    name = sites.get(weight.untyped_storage().data_ptr())
+    if name is None:
+        return None
+    whole = weight.untyped_storage().nbytes() // weight.element_size()
+    return (name, None) if weight.numel() == whole else (name, weight.storage_offset() // weight.numel())
+
+
+def discover(source: Source, progress: Callable[[int, int], None] | None = None) -> Arch:
+    """Build the meta model of a checkpoint and probe it; see `Arch`."""
+    arch = Arch(source)
+    arch.probe(progress)
+    return arch
+
+
+@dataclass
+class _Replaced:
+    """Stands in for a block's forward; keeps the arguments apart from the block they belong to."""
+
+    call: Callable[..., Any]
+    block: Block
+    original: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self.block, self.original, args, kwargs)
+
+
+def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Hidden states, other positional arguments, other keyword arguments of a block's call."""
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    return True
+
+
+def _matrix(linear: Linear, values: dict[str, Tensor]) -> Tensor:
+    """The [out, in] matrix of a linear as the checkpoint holds it."""
+    tensor = values[linear.tensor]
+    if linear.stacked:
+        assert linear.index is not None
+        tensor = tensor[linear.index]
+    return tensor.T if linear.transposed else tensor
+
+
+def _empty_model(source: Source) -> nn.Module:
+    """The transformers model of the checkpoint, parameters on the meta device, buffers real, in evaluation mode."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(source.folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(
+            f"{source.folder}: transformers cannot read this config: {str(error).splitlines()[0]}"
+        ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{config.model_type} is an encoder-decoder; lowbit quantizes decoders and encoders, not both in one"
+        )
+    config._experts_implementation = "eager"
+    names = config.architectures or []
+    kind = getattr(transformers, names[0], None) if names else None
+    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = kind(config) if kind is not None else transformers.AutoModelForCausalLM.from_config(config)
+    return model.eval().requires_grad_(False)
+
+
+def _block_list(model: nn.Module) -> str:
+    """The path of the model's chain of blocks: of the module lists in no other list, the one with the most parameters."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [(n, m) for n, m in lists if not any(n.startswith(other + ".") for other, _ in lists)]
+    if not outer:
+        raise ValueError(
+            f"{type(model).__name__} has no list of blocks; lowbit quantizes models that are a chain of blocks"
+        )
+    return max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0]
+
+
+def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = (
+            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        )
+    else:
+        module._buffers[leaf] = value
+
+
+class _Places:
+    """Relates checkpoint tensors to model parameters through transformers' conversion mapping."""
+
+    def __init__(self, model: nn.Module, source: Source) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        state = model.state_dict()
+        buffers = {name for name, _ in model.named_buffers()}
+        self.model = model
+        self.unused: set[str] = set()
+        self._plain: dict[str, str] = {}  # checkpoint tensor -> parameter
+        self._converted: dict[str, tuple[str, str]] = {}  # checkpoint tensor -> (first parameter, source pattern)
+        self._converters: dict[str, Any] = {}  # first parameter -> converter
+        self._members: dict[str, list[str]] = {}  # first parameter -> checkpoint tensors
+        self._shapes = {name: info.shape for name, info in source.tensors.items()}
+        filled: set[str] = set()
+        prefix = model.base_model_prefix
+        for name in sorted(source.tensors, key=dot_natural_key):
+            param, pattern = rename_source_key(name, renamings, converters, prefix, state)
+            if param not in state and name in state:
+                param, pattern = name, None
+            if param not in state:
+                self.unused.add(name)
+            elif pattern is None:
+                self._plain[name] = param
+                filled.add(param)
+            else:
+                self._converted[name] = (param, pattern)
+                self._converters[param] = by_pattern[pattern]
+                self._members.setdefault(param, []).append(name)
+        # Where each converted tensor ends up, found by converting labelled stand-ins of shape [2, 3].
+        self._located: dict[str, tuple[str, int | None, tuple[int, int], bool]] = {}
+        for first, names in self._members.items():
+            labels = {name: torch.arange(6).view(2, 3) + 6 * i for i, name in enumerate(names)}
+            for param, value in self._convert(first, labels).items():
+                filled.add(param)
+                for i, name in enumerate(names):
+                    place = _locate(value, 6 * i)
+                    if place is not None:
+                        out = self._shapes[name][0]
+                        index, row, transposed = place
+                        self._located[name] = (param, index, (row * out, row * out + out), transposed)
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        self.tied = {a: b for a, b in tied.items() if a not in filled and b in filled}
+        self.tied |= {b: a for a, b in tied.items() if b not in filled and a in filled}
+        self.missing = set(state) - filled - set(self.tied) - buffers
+
+    def sources_under(self, prefix: str) -> tuple[str, ...]:
+        """The checkpoint tensors that fill parameters whose names start with `prefix`."""
+        names = [*self._plain, *self._converted]
+        return tuple(name for name in names if self.param_of(name).startswith(prefix))
+
+    def param_of(self, tensor: str) -> str:
+        """The parameter a checkpoint tensor fills, or fills together with others."""
+        return self._plain[tensor] if tensor in self._plain else self._converted[tensor][0]
+
+    def assemble(self, values: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Model parameters (floats in `dtype`) from whole sets of checkpoint tensors."""
+        values = {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
+        out = {self._plain[name]: value for name, value in values.items() if name in self._plain}
+        for first, names in self._members.items():
+            if names[0] in values:
+                out |= self._convert(first, {name: values[name] for name in names})
+        return out
+
+    def linears(self, tensor: str, shape: torch.Size, transposed: dict[str, bool]) -> Iterator[Linear]:
+        """The candidate linears of one checkpoint tensor of 2 or 3 dimensions."""
+        name = tensor.removesuffix(".weight")
+        if tensor in self._located:
+            param, index, rows, flipped = self._located[tensor]
+            yield Linear(
+                name=name, tensor=tensor, param=param, index=index, rows=rows, transposed=flipped, stacked=False,
+                out_features=shape[0], in_features=shape[1],
+            )  # fmt: skip
+        elif tensor in self._plain and len(shape) in (2, 3):
+            param = self._plain[tensor]
+            flipped = transposed.get(param, False)
+            out, inner = (shape[-1], shape[-2]) if flipped else (shape[-2], shape[-1])
+            stacked = len(shape) == 3 and param in transposed
+            for index in range(shape[0]) if stacked else (None,):
+                yield Linear(
+                    name=name if index is None else f"{name}.{index}", tensor=tensor, param=param, index=index,
+                    rows=(0, out), transposed=flipped, stacked=stacked, out_features=out, in_features=inner,
+                )  # fmt: skip
+
+    def _convert(self, first: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        converter = deepcopy(self._converters[first])
+        for name in values:
+            converter.add_tensor(first, name, self._converted[name][1], values[name])
+        result = converter.convert(first, model=self.model, config=self.model.config)
+        return {param: value[0] if isinstance(value, list) else value for param, value in result.items()}
+
+
+def _locate(value: Tensor, label: int) -> tuple[int | None, int, bool] | None:
+    """Where the 2 x 3 stand-in with labels label .. label+5 lies in a converted tensor: (slice, row block, transposed)."""
+    hits = (value == label).nonzero()
+    if len(hits) != 1 or value.dim() not in (2, 3):
+        return None
+    index = int(hits[0, 0]) if value.dim() == 3 else None
+    matrix = value if index is None else value[index]
+    for transposed in (False, True):
+        upright = matrix.T if transposed else matrix
+        if upright.shape[1] != 3:
+            continue
+        row = int((upright == label).nonzero()[0, 0])
+        if row % 2 == 0 and torch.equal(upright[row : row + 2], torch.arange(6).view(2, 3) + label):
+            return index, row // 2, transposed
+    return None

@@ -1,0 +1,359 @@
+"""The command line: lowbit quantize | eval | inspect | generate.
+
+Every import that costs time happens inside the command that needs it, so that --help answers at once.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowbit import __version__
+
+_DESCRIPTION = "Post-training quantization of Hugging Face transformer models to checkpoints that real engines load."
+_EXAMPLES = """examples:
+  lowbit quantize MODEL --out OUT --scheme w4a16 --method gptq --data calibration.jsonl
+  lowbit quantize MODEL --out OUT --recipe recipes/gptq-w4a16.toml
+  lowbit eval OUT --data test.txt --reference MODEL
+  lowbit generate OUT --prompt "Once upon a time"
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 for an error the user can mend (told in one line on stderr)."""
+    arguments = _parser().parse_args(argv)
+    if arguments.command is None:
+        _parser().print_help()
+        return 0
+    commands: dict[str, Callable[[argparse.Namespace], None]] = {
+        "quantize": _quantize,
+        "eval": _eval,
+        "inspect": _inspect,
+        "generate": _generate,
+    }
+    try:
+        commands[arguments.command](arguments)
+    except (ValueError, ImportError) as error:
+        print(f"lowbit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lowbit: interrupted; the same command run again goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------- parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lowbit",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lowbit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    sub = commands.add_parser("quantize", help="write a quantized checkpoint; run again after a crash, it resumes")
+    sub.add_argument("model", metavar="MODEL", help="folder or hub id of a float checkpoint")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder to create")
+    sub.add_argument("--revision", help="branch, tag or commit of a hub model")
+    sub.add_argument(
+        "--overwrite", action="store_true", help="replace DIR, and forget an unfinished run of something else"
+    )
+    what = sub.add_argument_group("what to do: a recipe, or the short form")
+    what.add_argument("--recipe", metavar="FILE.toml", help="rules, steps, data and format as TOML")
+    what.add_argument("--scheme", help="w4a16, w4a16-g64-asym, w3a16-g128, w8a8, w8a16, fp8, ...")
+    what.add_argument("--method", help="rtn (default) or gptq")
+    what.add_argument(
+        "--option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="an option of the method, such as damping=0.02; repeatable",
+    )
+    what.add_argument(
+        "--ignore", action="append", metavar="REGEX", help="linears to leave float (default: lm_head); repeatable"
+    )
+    what.add_argument("--format", choices=("compressed-tensors", "lowbit"), help="default: compressed-tensors")
+    what.add_argument("--engine", choices=("vllm", "transformers"), help="who must load it (default: vllm)")
+    data = sub.add_argument_group("calibration data (also replaces that of a recipe)")
+    data.add_argument("--data", metavar="SOURCE", help="FILE.txt, FILE.jsonl, hf:DATASET[:CONFIG] or random")
+    data.add_argument("--rows", type=int, metavar="N", help="sequences (default 128)")
+    data.add_argument("--length", type=int, metavar="N", help="tokens of each (default 1024)")
+    data.add_argument("--seed", type=int, metavar="N", help="which sequences (default 0)")
+
+    sub = commands.add_parser("eval", help="perplexity, divergence from the original, tasks")
+    sub.add_argument("model", metavar="DIR_OR_MODEL", help="quantized or float checkpoint")
+    sub.add_argument("--data", metavar="SOURCE", help="FILE.txt, FILE.jsonl or hf:DATASET[:CONFIG] to evaluate on")
+    sub.add_argument("--reference", metavar="MODEL", help="the original, for KL divergence and top-1 agreement")
+    sub.add_argument("--window", type=int, default=1024, metavar="N", help="tokens of a window (default 1024)")
+    sub.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: the window)")
+    sub.add_argument(
+        "--bos", choices=("none", "window"), default="none", help="put bos before every window (default none)"
+    )
+    sub.add_argument("--limit", type=int, metavar="N", help="windows to evaluate (default: all)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default float32")
+    sub.add_argument("--device", default="cpu", help="default cpu")
+    sub.add_argument("--revision", help="branch, tag or commit of a hub model")
+    sub.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval, when it is installed")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = commands.add_parser("inspect", help="what a checkpoint contains")
+    sub.add_argument("model", metavar="DIR", help="quantized or float checkpoint")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = commands.add_parser("generate", help="continue a prompt")
+    sub.add_argument("model", metavar="DIR", help="quantized or float checkpoint")
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--tokens", type=int, default=40, metavar="N", help="new tokens (default 40)")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    sub.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
+    sub.add_argument("--device", default="cpu", help="default cpu")
+    return parser
+
+
+# --------------------------------------------------------------------------------------------------------------- commands
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from lowbit.data import DataSpec
+    from lowbit.recipe import read_recipe, short_recipe
+    from lowbit.run import quantize
+
+    given = {name: getattr(arguments, name) for name in ("rows", "length", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.recipe:
+        for name in ("scheme", "method", "option", "ignore", "format", "engine"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name} and --recipe exclude each other; change the recipe")
+        recipe = read_recipe(arguments.recipe)
+        if arguments.data:
+            recipe = replace(recipe, data=DataSpec(source=arguments.data, **given))
+        elif given and recipe.data is not None:
+            recipe = replace(recipe, data=replace(recipe.data, **given))
+    else:
+        if not arguments.scheme:
+            raise ValueError("say what to do with --recipe FILE.toml, or with --scheme, for example --scheme w4a16")
+        if given and not arguments.data:
+            raise ValueError(f"--{next(iter(given))} describes --data, which is missing")
+        recipe = short_recipe(
+            scheme=arguments.scheme,
+            method=arguments.method or "rtn",
+            options=_options(arguments.option or []),
+            ignore=arguments.ignore,
+            data=DataSpec(source=arguments.data, **given) if arguments.data else None,
+            format=arguments.format or "compressed-tensors",
+            engine=arguments.engine or "vllm",
+        )
+    _quiet_libraries()
+    with _progress() as progress:
+        report = quantize(
+            arguments.model,
+            arguments.out,
+            recipe=recipe,
+            revision=arguments.revision,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
+    sizes = report["sizes"]
+    for row in report["linears"]:
+        for warning in row["warnings"]:
+            print(f"warning: {row['name']}: {warning}", file=sys.stderr)
+    print(
+        f"{arguments.out}: {sizes['source_bytes'] / 1e6:.1f} MB -> {sizes['output_bytes'] / 1e6:.1f} MB, "
+        f"{len(report['linears'])} linears at {sizes['bits_per_quantized_weight']:.2f} bits; read back and equal. "
+        "See report.md there."
+    )
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from lowbit.data import evaluation_tokens
+    from lowbit.evaluate import evaluate_model, run_tasks
+    from lowbit.export import load
+    from lowbit.report import add_evaluation
+
+    if not arguments.data and not arguments.tasks:
+        raise ValueError("say what to evaluate on: --data FILE, or --tasks")
+    _quiet_libraries()
+    dtype = getattr(torch, arguments.dtype)
+    tokenizer = _tokenizer(arguments.model, arguments.revision)
+    model = load(arguments.model, revision=arguments.revision, dtype=dtype, device=arguments.device)
+    results: dict[str, Any] = {}
+    if arguments.data:
+        tokens = evaluation_tokens(arguments.data, tokenizer)
+        reference = load(arguments.reference, dtype=dtype, device=arguments.device) if arguments.reference else None
+        with _progress() as progress:
+            measured = evaluate_model(
+                model,
+                tokens,
+                window=arguments.window,
+                stride=arguments.stride,
+                bos=arguments.bos,
+                bos_id=tokenizer.bos_token_id,
+                reference=reference,
+                max_windows=arguments.limit,
+                device=arguments.device,
+                source=Path(arguments.data).name,
+                progress=lambda done, total: progress("evaluating", done, total),
+            )
+        results = measured.to_dict()
+        add_evaluation(Path(arguments.model), results)
+    if arguments.tasks:
+        results["tasks"] = run_tasks(model, arguments.tasks.split(","), tokenizer=tokenizer)
+    if arguments.json:
+        print(json.dumps(results, indent=1))
+    else:
+        _print_results(results)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from lowbit.export import QuantizedSource, open_checkpoint
+    from lowbit.report import read_report
+
+    source = open_checkpoint(arguments.model)
+    schemes = source.schemes() if isinstance(source, QuantizedSource) else {}
+    stored = source.stored if isinstance(source, QuantizedSource) else source.tensors
+    summary: dict[str, Any] = {
+        "folder": str(source.folder),
+        "model_type": source.config.get("model_type"),
+        "architectures": source.config.get("architectures"),
+        "format": "float" if not schemes else ("lowbit" if source.native else "compressed-tensors"),  # type: ignore[attr-defined]
+        "shards": len(source.shards),
+        "bytes": sum(info.nbytes for info in stored.values()),
+        "linears": {
+            name: {
+                "scheme": scheme.name,
+                "shape": list(source.modules[name].shape),  # type: ignore[attr-defined]
+                "bits": round(source.bits_per_weight(name), 3),  # type: ignore[attr-defined]
+            }
+            for name, scheme in schemes.items()
+        },
+    }
+    report = read_report(source.folder)
+    if report is not None:
+        summary["gate"], summary["evaluations"] = report["gate"], report["evaluations"]
+    if arguments.json:
+        print(json.dumps(summary, indent=1))
+        return
+    print(f"{summary['folder']}: {summary['model_type']}, {summary['format']}, {summary['bytes'] / 1e6:.1f} MB")
+    for name, row in summary["linears"].items():
+        print(f"  {name}  {row['scheme']}  {row['shape'][0]} x {row['shape'][1]}  {row['bits']:.2f} bits")
+    for evaluation in summary.get("evaluations", []):
+        _print_results(evaluation)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from lowbit.export import load
+
+    _quiet_libraries()
+    tokenizer = _tokenizer(arguments.model, None)
+    model = load(arguments.model, device=arguments.device)
+    torch.manual_seed(arguments.seed)
+    prompt = tokenizer(arguments.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    if tokenizer.bos_token_id is not None:
+        prompt = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), prompt], 1)
+    prompt = prompt.to(arguments.device)
+    sampling = (
+        {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {"do_sample": False}
+    )
+    output = model.generate(  # type: ignore[operator]
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=arguments.tokens, **sampling
+    )
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs; values are JSON where they can be, text otherwise."""
+    options: dict[str, Any] = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--option {pair!r}: write NAME=VALUE, for example damping=0.02")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def _tokenizer(model: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{model} has no tokenizer that transformers can load: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    if "perplexity" in results:
+        line = f"perplexity {results['perplexity']:.4f}"
+        if results["reference_perplexity"] is not None:
+            line += (
+                f" (original {results['reference_perplexity']:.4f}), mean KL {results['kl']:.3e} nats, same top token "
+            )
+            line += f"{results['top1_agreement']:.2%}"
+        print(
+            f"{line}; {results['source']}, {results['windows']} windows of {results['window']}, stride {results['stride']}, "
+            f"bos {results['bos']}, {results['tokens']:,} tokens scored, {results['dtype']}, {results['device']}"
+        )
+    for task, scores in results.get("tasks", {}).get("results", {}).items():
+        numbers = ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if isinstance(value, float))
+        print(f"{task}: {numbers}")
+
+
+def _quiet_libraries() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+class _progress:
+    """A progress callback (stage, done, total): a bar with the time left on a terminal, nothing elsewhere."""
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+        if not sys.stderr.isatty():
+            return lambda stage, done, total: None
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._bar.start()
+        return self._update
+
+    def _update(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, total=total)
+        self._bar.update(self._tasks[stage], completed=done, total=total)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,489 @@
+"""Writing and reading quantized checkpoints.
+
+Two formats. "compressed-tensors" is what vLLM and transformers read: the layout, the packing and the configuration schema are
+those of the compressed-tensors library. "lowbit" holds whatever lowbit can express (docs/format.md); its shards are named
+lowbit-*.safetensors, so that no other program takes them for ordinary weights.
+
+`encode` turns one quantized linear into the tensors of a shard. `QuantizedSource` is the way back: a `Source` that shows a
+quantized checkpoint under its original tensor names and dequantizes as it reads, with the library's own decompression rather
+than the code that wrote it. So everything that runs on a float checkpoint (loading, evaluation, the gate after saving) runs on
+a quantized one.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowbit.arch import Arch, Linear, Site, addresses
+from lowbit.files import replacing
+from lowbit.packing import pack, unpack
+from lowbit.qtensor import CHANNEL, TENSOR, QTensor, Scheme, Spec, dequantize, spec_from_dict
+from lowbit.source import STEM, Source, TensorInfo, open_source, read_json
+from lowbit.unit import quantized_inputs
+
+NATIVE = "lowbit"
+NATIVE_FILE = "lowbit.json"
+_NATIVE_VERSION = 1
+_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+# vLLM stacks these linears into one matrix, which has one scheme.
+_STACKED_IN_VLLM = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
+
+
+# ------------------------------------------------------------------------------------------------------- what engines load
+
+
+def reason_against(scheme: Scheme, engine: str) -> str | None:
+    """Why `engine` cannot load a compressed-tensors checkpoint of this scheme; None if it can."""
+    weight = scheme.weight
+    integer = weight.format.kind == "int"
+    if weight.group == TENSOR and integer and scheme.input is None:
+        return "one integer scale for a whole tensor has no packed layout; use -channel or a group"
+    if not weight.symmetric and (weight.group == TENSOR or (integer and scheme.input is not None)):
+        return "zero points with quantized inputs, or with one scale a tensor, have no layout; use -sym"
+    if engine == "transformers":
+        return None
+    if integer and weight.format.bits not in (4, 8):
+        return f"vLLM has no kernel for {weight.format.bits}-bit weights, only for 4 and 8 bits"
+    if integer and weight.format.bits == 8 and scheme.input is not None and weight.group not in (CHANNEL, TENSOR):
+        return "vLLM runs 8-bit weights with 8-bit inputs only with one scale a channel or a tensor"
+    if not integer and weight.group not in (CHANNEL, TENSOR):
+        return "vLLM runs FP8 weights only with one scale a channel or a tensor"
+    return None
+
+
+def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: dict[str, Scheme]) -> None:
+    """Refuse, before any work, what the chosen engine would not load.
+
+    Raises:
+        ValueError: with the reason and what to do.
+    """
+    if format == NATIVE:
+        return
+    remedy = "write lowbit's own format with --format lowbit"
+    for scheme in {scheme.name: scheme for scheme in schemes.values()}.values():
+        reason = reason_against(scheme, engine)
+        if reason is not None:
+            other = "" if engine != "vllm" or reason_against(scheme, "transformers") else ", --engine transformers"
+            raise ValueError(f"scheme {scheme.name} cannot be exported for {engine}: {reason}{other}; or {remedy}")
+    for linear in linears:
+        if linear.name not in schemes:
+            continue
+        if linear.transposed:
+            raise ValueError(
+                f"{linear.name} is stored as [in, out] (Conv1D), which compressed-tensors does not know; {remedy}"
+            )
+        if linear.stacked:
+            raise ValueError(f"{linear.name} is a slice of a 3-D tensor, for which no engine has a layout; {remedy}")
+    if engine == "vllm":
+        _check_stacks(linears, schemes, remedy)
+
+
+def _check_stacks(linears: Iterable[Linear], schemes: dict[str, Scheme], remedy: str) -> None:
+    names = {linear.name for linear in linears}
+    for stack in _STACKED_IN_VLLM:
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            first = f"{path}.{stack[0]}"
+            if leaf in stack[1:] and first in names and schemes.get(name) != schemes.get(first):
+                raise ValueError(
+                    f"{first} and {name} have different schemes, but vLLM keeps them in one matrix; give them one scheme, "
+                    f"--engine transformers, or {remedy}"
+                )
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+def encode(name: str, q: QTensor, scheme: Scheme, format: str) -> dict[str, Tensor]:
+    """The shard's tensors of one quantized linear, by full name."""
+    if format == NATIVE:
+        return _encode_native(name, q)
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    bits = q.spec.format.bits
+    scale = q.scale.reshape(1) if q.spec.group == TENSOR else q.scale
+    if _library_format(scheme) != "pack-quantized":
+        codes = q.codes if q.spec.format.kind == "int" else q.codes.view(torch.float8_e4m3fn)
+        return {f"{name}.weight": codes, f"{name}.weight_scale": scale}
+    tensors = {
+        f"{name}.weight_packed": pack_to_int32(q.codes, bits),
+        f"{name}.weight_scale": scale,
+        f"{name}.weight_shape": torch.tensor(q.codes.shape),
+    }
+    if q.zero is not None:
+        tensors[f"{name}.weight_zero_point"] = pack_to_int32(q.zero, bits, packed_dim=0).contiguous()
+    return tensors
+
+
+def _library_format(scheme: Scheme) -> str:
+    """The compressed-tensors layout of a scheme."""
+    if scheme.weight.format.kind == "float":
+        return "float-quantized"
+    return "int-quantized" if scheme.input is not None and scheme.weight.format.bits == 8 else "pack-quantized"
+
+
+def _encode_native(name: str, q: QTensor) -> dict[str, Tensor]:
+    bits = q.spec.format.bits
+    offset = 2 ** (bits - 1) if q.spec.format.kind == "int" else 0
+    tensors = {f"{name}.codes": pack(q.codes.to(torch.int16) + offset, bits), f"{name}.scale": q.scale}
+    if q.zero is not None:
+        tensors[f"{name}.zero"] = q.zero
+    return tensors
+
+
+def _decode_native(name: str, tensors: dict[str, Tensor], spec: Spec, columns: int) -> Tensor:
+    bits = spec.format.bits
+    codes = unpack(tensors[f"{name}.codes"], bits, columns)
+    if spec.format.kind == "int":
+        codes = (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    scale = tensors[f"{name}.scale"]
+    return dequantize(QTensor(codes, scale, tensors.get(f"{name}.zero"), spec), scale.dtype)
+
+
+def write_config(
+    folder: Path, arch: Arch, linears: Iterable[Linear], schemes: dict[str, Scheme], format: str
+) -> list[str]:
+    """Write config.json (and lowbit.json) of a quantized checkpoint into `folder`; returns the names written."""
+    original = (arch.source.folder / "config.json").read_bytes()
+    if format == NATIVE:
+        table = {
+            linear.name: {
+                "tensor": linear.tensor,
+                "index": linear.index if linear.stacked else None,
+                "transposed": linear.transposed,
+                "shape": [linear.out_features, linear.in_features],
+                "scheme": schemes[linear.name].name,
+                "weight": schemes[linear.name].weight.to_dict(),
+                "input": spec.to_dict() if (spec := schemes[linear.name].input) else None,
+            }
+            for linear in linears
+            if linear.name in schemes
+        }
+        (folder / "config.json").write_bytes(original)
+        (folder / NATIVE_FILE).write_text(
+            json.dumps({"format": NATIVE, "version": _NATIVE_VERSION, "linears": table}, indent=1) + "\n"
+        )
+        return ["config.json", NATIVE_FILE]
+    config = json.loads(original)
+    config["quantization_config"] = library_config(arch, schemes)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return ["config.json"]
+
+
+def library_config(arch: Arch, schemes: dict[str, Scheme]) -> dict[str, Any]:
+    """The quantization_config of a compressed-tensors checkpoint."""
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
+    distinct = {scheme.name: scheme for scheme in schemes.values()}
+    groups = {}
+    for i, scheme in enumerate(distinct.values()):
+        names = [name for name in schemes if schemes[name] == scheme]
+        groups[f"group_{i}"] = QuantizationScheme(
+            targets=["Linear"] if len(distinct) == 1 else _patterns(names, schemes),
+            weights=_library_args(scheme.weight),
+            input_activations=_library_args(scheme.input) if scheme.input is not None else None,
+            format=_library_format(scheme),
+        )
+    formats = {_library_format(scheme) for scheme in distinct.values()}
+    config = QuantizationConfig(
+        config_groups=groups,
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
+        quantization_status="compressed",
+        ignore=_float_linears(arch, schemes),
+    )
+    return json.loads(json.dumps(config.model_dump(mode="json", exclude_none=True)))
+
+
+def _library_args(spec: Spec) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    if spec.group == TENSOR:
+        strategy, size = "tensor", None
+    elif spec.group == CHANNEL:
+        strategy, size = ("token" if spec.dynamic else "channel"), None
+    else:
+        strategy, size = "group", spec.group
+    return QuantizationArgs(
+        num_bits=spec.format.bits,
+        type=spec.format.kind,
+        symmetric=spec.symmetric,
+        strategy=strategy,
+        group_size=size,
+        dynamic=spec.dynamic,
+        observer=None,
+    )
+
+
+def _patterns(names: list[str], schemes: dict[str, Scheme]) -> list[str]:
+    """Targets for exactly these names: one expression where a whole family (all layers) has the scheme, names elsewhere."""
+    scheme = schemes[names[0]]
+    mixed = {_family(name) for name in schemes if schemes[name] != scheme}
+    targets = [name if _family(name) in mixed else f"re:{_family(name)}$" for name in names]
+    return list(dict.fromkeys(targets))
+
+
+def _family(name: str) -> str:
+    return re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name))
+
+
+def _float_linears(arch: Arch, schemes: dict[str, Scheme]) -> list[str]:
+    """Every linear module that stays float, under the checkpoint's name and, where it differs, the model's."""
+    quantized = {arch.site(f"{name}.weight")[0] for name in schemes if f"{name}.weight" in arch.source.tensors}
+    names = []
+    for name, module in arch.model.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in quantized:
+            names.append(name)
+    for block in arch.blocks:
+        names += [name for name, _ in block.skipped if f"{name}.weight" in arch.source.tensors]
+        names += [linear.name for linear in block.linears if linear.name not in schemes and not linear.stacked]
+    return list(dict.fromkeys(names))
+
+
+def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file at `path`, whole or not at all, marked as PyTorch's as transformers expects."""
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Module:
+    """How one quantized linear of a checkpoint is read back."""
+
+    name: str
+    tensor: str
+    index: int | None
+    transposed: bool
+    shape: tuple[int, int]
+    scheme: Scheme
+    library: Any = None  # the library's scheme
+
+
+class QuantizedSource(Source):
+    """A quantized checkpoint, shown as the float checkpoint it came from.
+
+    `tensors` has the original names and shapes; `read` dequantizes, rounding once to the dtype of the scales.
+
+    Attributes:
+        modules: the quantized linears by name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.native = (folder / NATIVE_FILE).exists()
+        super().__init__(folder, NATIVE if self.native else STEM)
+        self.stored = self.tensors
+        self.modules = self._native_modules() if self.native else self._library_modules()
+        self._by_tensor: dict[str, list[_Module]] = {}
+        for module in self.modules.values():
+            self._by_tensor.setdefault(module.tensor, []).append(module)
+        parts = {part for module in self.modules.values() for part in self._parts(module)}
+        self.tensors = {name: info for name, info in self.stored.items() if name not in parts}
+        for tensor, modules in self._by_tensor.items():
+            scale = self.stored[modules[0].name + (".scale" if self.native else ".weight_scale")]
+            out, inner = modules[0].shape
+            shape = (inner, out) if modules[0].transposed else (out, inner)
+            shape = shape if modules[0].index is None else (len(modules), *shape)
+            self.tensors[tensor] = TensorInfo(scale.shard, shape, scale.dtype)
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """The named original tensors, dequantized where they are quantized."""
+        out = super().read([name for name in names if name not in self._by_tensor])
+        for name in names:
+            if name in self._by_tensor:
+                modules = sorted(self._by_tensor[name], key=lambda module: module.index or 0)
+                matrices = [self._dequantized(module) for module in modules]
+                matrices = [m.T if module.transposed else m for m, module in zip(matrices, modules, strict=True)]
+                out[name] = matrices[0] if modules[0].index is None else torch.stack(matrices)
+        return out
+
+    def schemes(self) -> dict[str, Scheme]:
+        """The scheme of every quantized linear."""
+        return {name: module.scheme for name, module in self.modules.items()}
+
+    def bits_per_weight(self, name: str) -> float:
+        """Stored bits for each weight of a quantized linear."""
+        module = self.modules[name]
+        stored = sum(self.stored[part].nbytes for part in self._parts(module))
+        return stored * 8 / (module.shape[0] * module.shape[1])
+
+    def _parts(self, module: _Module) -> list[str]:
+        if self.native:
+            candidates = [f"{module.name}.{part}" for part in ("codes", "scale", "zero")]
+        else:
+            candidates = [f"{module.name}.{part}" for part in ("weight", *_PARTS)]
+        return [name for name in candidates if name in self.stored]
+
+    def _dequantized(self, module: _Module) -> Tensor:
+        parts = self._parts(module)
+        tensors = self._read_stored(parts)
+        if self.native:
+            return _decode_native(module.name, tensors, module.scheme.weight, module.shape[1])
+        from compressed_tensors.compressors import BaseCompressor
+
+        local = {name.removeprefix(module.name + "."): tensor for name, tensor in tensors.items()}
+        compressor = BaseCompressor.get_value_from_registry(str(module.library.format))
+        return compressor.decompress(local, module.library)["weight"]
+
+    def _read_stored(self, names: list[str]) -> dict[str, Tensor]:
+        shown, self.tensors = self.tensors, self.stored
+        try:
+            return super().read(names)
+        finally:
+            self.tensors = shown
+
+    def _native_modules(self) -> dict[str, _Module]:
+        described = read_json(self.folder / NATIVE_FILE, "the description of a checkpoint in lowbit's own format")
+        if described.get("version") != _NATIVE_VERSION:
+            raise ValueError(
+                f"{self.folder / NATIVE_FILE} has version {described.get('version')}; this lowbit reads version "
+                f"{_NATIVE_VERSION}"
+            )
+        return {
+            name: _Module(
+                name=name,
+                tensor=entry["tensor"],
+                index=entry["index"],
+                transposed=entry["transposed"],
+                shape=(entry["shape"][0], entry["shape"][1]),
+                scheme=Scheme(
+                    name=entry["scheme"],
+                    weight=spec_from_dict(entry["weight"]),
+                    input=spec_from_dict(entry["input"]) if entry["input"] else None,
+                ),
+            )
+            for name, entry in described["linears"].items()
+        }
+
+    def _library_modules(self) -> dict[str, _Module]:
+        from compressed_tensors.quantization import QuantizationConfig
+
+        given = self.config["quantization_config"]
+        if given.get("quant_method") != "compressed-tensors":
+            raise ValueError(
+                f"{self.folder}: quantization method {given.get('quant_method')!r} is not read by lowbit, only "
+                "compressed-tensors and lowbit's own format"
+            )
+        config = QuantizationConfig.model_validate(given)
+        modules = {}
+        for scale in self.stored:
+            if not scale.endswith(".weight_scale"):
+                continue
+            name = scale.removesuffix(".weight_scale")
+            library = _library_scheme(name, config)
+            plain = self.stored.get(f"{name}.weight")
+            if plain is not None:
+                shape = (plain.shape[0], plain.shape[1])
+            else:
+                stored = self._stored_shape(f"{name}.weight_shape")
+                shape = (stored[0], stored[1])
+            modules[name] = _Module(
+                name=name,
+                tensor=f"{name}.weight",
+                index=None,
+                transposed=False,
+                shape=shape,
+                scheme=_scheme_of(library),
+                library=library,
+            )
+        return modules
+
+    def _stored_shape(self, name: str) -> list[int]:
+        return Source.read(self, [name])[name].tolist()
+
+
+def _library_scheme(name: str, config: Any) -> Any:
+    """The library's scheme of a module, by the first target that names it; "Linear" names all."""
+    from compressed_tensors.utils.match import match_name
+
+    for group in config.config_groups.values():
+        if any(target == "Linear" or match_name(name, target) for target in group.targets):
+            return group if group.format else group.model_copy(update={"format": config.format})
+    raise ValueError(f"quantization_config has no group for {name}")
+
+
+def _scheme_of(library: Any) -> Scheme:
+    """Our scheme of the library's; the name only tells the bits."""
+    weight = _spec_of(library.weights)
+    inputs = _spec_of(library.input_activations) if library.input_activations is not None else None
+    bits = (weight.format.name, inputs.format.name if inputs else "float")
+    return Scheme(name="/".join(bits), weight=weight, input=inputs)
+
+
+def _spec_of(args: Any) -> Spec:
+    group = {"tensor": TENSOR, "channel": CHANNEL, "token": CHANNEL}.get(str(args.strategy), args.group_size)
+    name = f"int{args.num_bits}" if args.type == "int" else "fp8_e4m3"
+    return spec_from_dict(
+        {"format": name, "group": group, "symmetric": args.symmetric, "dynamic": bool(args.dynamic)},
+    )
+
+
+def open_checkpoint(model: str, revision: str | None = None) -> Source:
+    """Open a float checkpoint (folder or hub id) or a quantized one (folder, either format)."""
+    folder = Path(model).expanduser()
+    quantized = (folder / NATIVE_FILE).exists() or (
+        (folder / "config.json").exists()
+        and "quantization_config" in read_json(folder / "config.json", "the model's configuration")
+    )
+    return QuantizedSource(folder) if quantized else open_source(model, revision)
+
+
+def input_specs(arch: Arch, source: QuantizedSource) -> dict[Site, Spec]:
+    """Where the model quantizes inputs, and how."""
+    return {
+        arch.site(module.tensor, module.index): module.scheme.input
+        for module in source.modules.values()
+        if module.scheme.input is not None
+    }
+
+
+def load(
+    model: str, *, revision: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> nn.Module:
+    """Load a checkpoint, quantized or not, as a transformers model with float weights.
+
+    Quantized weights are dequantized; where the scheme quantizes inputs, every forward does so too, exactly as the report's
+    figures were measured. This is the reference for accuracy, not for speed or memory: engines load the folder itself.
+
+    Args:
+        model: a folder written by `quantize` (compressed-tensors or lowbit format), another compressed-tensors folder, a
+            float checkpoint or a hub id.
+        dtype: of the parameters; the checkpoint's own by default.
+
+    Raises:
+        ValueError: the folder is incomplete or in a format lowbit does not read.
+    """
+    source = open_checkpoint(model, revision)
+    arch = Arch(source, dtype or source.dtype())
+    loaded = arch.fill().to(device)
+    generation = source.folder / "generation_config.json"
+    if generation.exists():
+        from transformers import GenerationConfig
+
+        loaded.generation_config = GenerationConfig.from_pretrained(source.folder)
+    if isinstance(source, QuantizedSource):
+        inputs = input_specs(arch, source)
+        if inputs:
+            _quantize_inputs(loaded, inputs)
+    return loaded
+
+
+def _quantize_inputs(model: nn.Module, inputs: dict[Site, Spec]) -> None:
+    """Make every forward of the model quantize the inputs at the given sites."""
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with quantized_inputs(addresses(model), inputs):
+            return original(*args, **kwargs)
+
+    model.forward = forward

@@ -1,0 +1,1 @@
+"""Quantization methods: one technique, one file. `recipe.METHODS` lists them."""

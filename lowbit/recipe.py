@@ -1,0 +1,264 @@
+"""Recipe: what is to be done to a model, checked before any work.
+
+A recipe is a list of rules (which linears get which scheme) and a list of steps (which methods run, in order), with the
+calibration data and the output format. It is written as TOML or built in Python:
+
+    format = "compressed-tensors"         # or "lowbit"
+    engine = "vllm"                       # or "transformers": who must load a compressed-tensors checkpoint
+
+    [data]
+    source = "calibration.jsonl"          # text file, jsonl, "hf:dataset", or "random"
+    rows = 128
+    length = 1024
+
+    [[rules]]                             # the first rule whose regular expression is found in a linear's name wins
+    match = "lm_head"
+    scheme = "float"                      # leave it as it is
+
+    [[rules]]
+    match = ""                            # found in every name
+    scheme = "w4a16-g128-asym"
+
+    [[steps]]
+    method = "gptq"
+    damping = 0.01
+"""
+
+import hashlib
+import inspect
+import json
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lowbit.data import DataSpec
+from lowbit.methods.gptq import gptq
+from lowbit.methods.rtn import rtn
+from lowbit.qtensor import Scheme, parse_scheme
+from lowbit.unit import Between
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A technique: `apply(unit, **options)`; `calibrated` if it needs calibration data."""
+
+    apply: Callable[..., None]
+    calibrated: bool
+
+
+METHODS = {
+    "rtn": Method(apply=rtn, calibrated=False),
+    "gptq": Method(apply=gptq, calibrated=True),
+}
+FORMATS = ("compressed-tensors", "lowbit")
+ENGINES = ("vllm", "transformers")
+FLOAT = "float"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Linears in whose name the regular expression `match` is found get `scheme` ("float": none).
+
+    An `optional` rule may match nothing.
+    """
+
+    match: str
+    scheme: str
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"rule {self.match!r} is not a regular expression: {error}") from error
+        if self.scheme != FLOAT:
+            parse_scheme(self.scheme)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One method with its options."""
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}; allowed are {', '.join(METHODS)}")
+        check_options(self.method, METHODS[self.method].apply, self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides the result, apart from the model itself."""
+
+    rules: tuple[Rule, ...]
+    steps: tuple[Step, ...]
+    data: DataSpec | None = None
+    format: str = "compressed-tensors"
+    engine: str = "vllm"
+
+    def __post_init__(self) -> None:
+        for value, allowed, what in ((self.format, FORMATS, "format"), (self.engine, ENGINES, "engine")):
+            if value not in allowed:
+                raise ValueError(f"unknown {what} {value!r}; allowed are {', '.join(allowed)}")
+        if not self.rules or not self.steps:
+            raise ValueError("a recipe needs at least one rule ([[rules]]) and one step ([[steps]])")
+        if len(self.steps) > 1:
+            raise ValueError(
+                f"steps {', '.join(step.method for step in self.steps)}: each assigns every weight, so one of them is enough"
+            )
+        calibrated = [step.method for step in self.steps if METHODS[step.method].calibrated]
+        if calibrated and self.data is None:
+            raise ValueError(f"{calibrated[0]} needs calibration data: --data FILE, or [data] in the recipe")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def hash(self) -> str:
+        """sha256 of the recipe."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def schemes(self, names: Iterable[str]) -> dict[str, Scheme]:
+        """Which of the named linears get which scheme; linears left float are absent.
+
+        Raises:
+            ValueError: a rule decides about no linear, or no linear is left to quantize.
+        """
+        names = list(names)
+        chosen: dict[str, Scheme] = {}
+        used: set[int] = set()
+        for name in names:
+            for i, rule in enumerate(self.rules):
+                if re.search(rule.match, name):
+                    used.add(i)
+                    if rule.scheme != FLOAT:
+                        chosen[name] = parse_scheme(rule.scheme)
+                    break
+        for i, rule in enumerate(self.rules):
+            if i not in used and not rule.optional:
+                anywhere = any(re.search(rule.match, name) for name in names)
+                why = "an earlier rule takes every linear it matches" if anywhere else "no linear has such a name"
+                raise ValueError(
+                    f"rule {rule.match!r} -> {rule.scheme} is never used: {why}; the model's linears are "
+                    f"{', '.join(_families(names))}"
+                )
+        if not chosen:
+            raise ValueError("the rules leave every linear float; nothing to quantize")
+        return chosen
+
+
+def short_recipe(
+    *,
+    scheme: str,
+    method: str = "rtn",
+    ignore: Iterable[str] | None = None,
+    data: DataSpec | None = None,
+    format: str = "compressed-tensors",
+    engine: str = "vllm",
+    options: dict[str, Any] | None = None,
+) -> Recipe:
+    """One scheme for every linear but the ignored ones, one method.
+
+    Args:
+        ignore: regular expressions of linears to leave float; None stands for "lm_head", which then may be absent.
+    """
+    if ignore is None:
+        left = [Rule(match="lm_head", scheme=FLOAT, optional=True)]
+    else:
+        left = [Rule(match=pattern, scheme=FLOAT) for pattern in ignore]
+    return Recipe(
+        rules=(*left, Rule(match="", scheme=scheme)),
+        steps=(Step(method=method, options=options or {}),),
+        data=data,
+        format=format,
+        engine=engine,
+    )
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from TOML.
+
+    Raises:
+        ValueError: missing file, not TOML, unknown keys, or values out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"recipe {path} does not exist")
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is not TOML: {error}") from error
+    return recipe_from_dict(given, where=str(path))
+
+
+def recipe_from_dict(given: dict[str, Any], *, where: str = "recipe") -> Recipe:
+    """Build a recipe from the tables of a TOML file; the inverse of `Recipe.to_dict` up to the form of steps."""
+    _check_keys(given, [f.name for f in fields(Recipe)], where)
+    rules = []
+    for table in given.get("rules", []):
+        _check_keys(table, [f.name for f in fields(Rule)], f"{where}, [[rules]]", required=("match", "scheme"))
+        rules.append(Rule(**table))
+    steps = []
+    for table in given.get("steps", []):
+        if "method" not in table:
+            raise ValueError(f"{where}, [[steps]]: method is missing; allowed are {', '.join(METHODS)}")
+        options = {key: value for key, value in table.items() if key not in ("method", "options")}
+        steps.append(Step(method=table["method"], options=options | table.get("options", {})))
+    data = None
+    if given.get("data") is not None:
+        _check_keys(given["data"], [f.name for f in fields(DataSpec)], f"{where}, [data]", required=("source",))
+        data = DataSpec(**given["data"])
+    rest = {key: given[key] for key in ("format", "engine") if key in given}
+    return Recipe(rules=tuple(rules), steps=tuple(steps), data=data, **rest)
+
+
+def check_options(method: str, apply: Callable[..., None], options: dict[str, Any]) -> None:
+    """Check options against the keyword-only parameters of a method, their types and `Between` bounds."""
+    hints = typing.get_type_hints(apply, include_extras=True)
+    allowed = [p.name for p in inspect.signature(apply).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name, value in options.items():
+        if name not in allowed:
+            raise ValueError(f"{method} has no option {name!r}; allowed are {', '.join(allowed) or 'none'}")
+        problem = _type_problem(value, hints[name])
+        if problem:
+            raise ValueError(f"{method}: {name} = {value!r} {problem}")
+
+
+def _type_problem(value: Any, hint: Any) -> str | None:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        problem = _type_problem(value, arguments[0])
+        for bound in arguments[1:]:
+            if problem is None and isinstance(bound, Between) and not bound.low <= value <= bound.high:
+                problem = f"is not between {bound.low} and {bound.high}"
+        return problem
+    if origin is typing.Literal:
+        return None if value in arguments else f"is not one of {', '.join(map(repr, arguments))}"
+    if origin in (typing.Union, types.UnionType):
+        return None if any(_type_problem(value, a) is None for a in arguments) else f"is not a {hint}"
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return None
+    good = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    return None if good else f"is not a {getattr(hint, '__name__', hint)}"
+
+
+def _check_keys(table: dict[str, Any], allowed: list[str], where: str, required: tuple[str, ...] = ()) -> None:
+    unknown = [key for key in table if key not in allowed]
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}")
+    missing = [key for key in required if key not in table]
+    if missing:
+        raise ValueError(f"{where}: {missing[0]} is missing")
+
+
+def _families(names: list[str]) -> list[str]:
+    """Names with their numbers replaced by N, each once: a short list that tells what a rule could match."""
+    seen = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names)
+    return list(seen)[:20]

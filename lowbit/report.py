@@ -1,0 +1,139 @@
+"""The report beside a checkpoint: report.json for programs, report.md for people, both from one dict."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lowbit.files import replacing, write_json
+
+JSON_NAME = "report.json"
+MARKDOWN_NAME = "report.md"
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write report.json and report.md into a checkpoint's folder."""
+    write_json(folder / JSON_NAME, report)
+    with replacing(folder / MARKDOWN_NAME) as temporary:
+        temporary.write_text(markdown(report), encoding="utf-8")
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report of a checkpoint, None if it has none."""
+    path = folder / JSON_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def add_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
+    """Append an evaluation to the report of a checkpoint that has one."""
+    report = read_report(folder)
+    if report is not None:
+        report["evaluations"].append(evaluation)
+        write_report(folder, report)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    model, sizes, gate = report["model"], report["sizes"], report["gate"]
+    recipe = report["recipe"]
+    lines = [
+        f"# {model['name']}, quantized by lowbit {report['lowbit']}",
+        "",
+        f"{sizes['source_bytes'] / 1e6:.1f} MB became {sizes['output_bytes'] / 1e6:.1f} MB: "
+        f"{sizes['bits_per_quantized_weight']:.2f} bits for each quantized weight "
+        f"({sizes['quantized_weights']:,} of {sizes['parameters']:,} parameters), "
+        f"{sizes['bits_per_parameter']:.2f} bits for each parameter over all.",
+        "",
+        "## What was done",
+        "",
+        table(["rule", "scheme"], [[rule["match"] or "(every linear)", rule["scheme"]] for rule in recipe["rules"]]),
+        "",
+        table(["step", "options"], [[step["method"], _options(step["options"])] for step in recipe["steps"]]),
+        "",
+        f"Format {recipe['format']}, engine {recipe['engine']}. Data: {_options(report['data'])}.",
+        f"Device {report['device']}, {report['threads']} threads; {_options(report['versions'])}.",
+        "",
+        "## Read back after saving",
+        "",
+        f"{gate['weights_compared']} matrices dequantized from the files equal the solver's bit for bit. On {gate['rows']} "
+        f"rows of {gate['length']} tokens the logits differ by at most {gate['largest_logit_difference']:.3g} (the largest "
+        f"is {gate['largest_logit']:.3g}).",
+        "",
+    ]
+    lines += _evaluations(report["evaluations"])
+    lines += _warnings(report["linears"])
+    lines += [
+        "## Linears",
+        "",
+        "Errors are relative: of the layer's output on the calibration data (kind output), or of the weight (kind weight).",
+        "",
+        table(
+            ["linear", "scheme", "method", "shape", "bits", "error of rounding", "error", "kind", "damping"],
+            [
+                [
+                    row["name"],
+                    row["scheme"],
+                    row["method"],
+                    " x ".join(map(str, row["shape"])),
+                    f"{row['bits_per_weight']:.2f}",
+                    f"{row['error_rtn']:.3e}",
+                    f"{row['error']:.3e}",
+                    row["error_kind"],
+                    "" if row["damping"] is None else f"{row['damping']:g}",
+                ]
+                for row in report["linears"]
+            ],
+        ),
+        "",
+        "## Left float",
+        "",
+        table(["matrix", "reason"], [[row["name"], row["reason"]] for row in report["float_matrices"]])
+        if report["float_matrices"]
+        else "Inside the blocks, nothing.",
+        "",
+        "## Time and memory",
+        "",
+        table(
+            ["stage", "seconds", "peak memory of the process, MB"],
+            [[row["stage"], f"{row['seconds']:.1f}", f"{row['peak_rss'] / 1e6:.0f}"] for row in report["stages"]]
+            + [[row["block"], f"{row['seconds']:.1f}", f"{row['peak_rss'] / 1e6:.0f}"] for row in report["blocks"]],
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _evaluations(evaluations: list[dict[str, Any]]) -> list[str]:
+    if not evaluations:
+        return []
+    rows = [
+        [
+            str(row["source"]),
+            f"{row['windows']} x {row['window']}, stride {row['stride']}, bos {row['bos']}, {row['tokens']:,} targets",
+            f"{row['perplexity']:.4g}",
+            _number(row["reference_perplexity"], ".4g"),
+            _number(row["kl"], ".3e"),
+            _number(row["top1_agreement"], ".2%"),
+        ]
+        for row in evaluations
+    ]
+    head = ["text", "windows", "perplexity", "of the original", "mean KL, nats", "same top token"]
+    return ["## Evaluation", "", table(head, rows), ""]
+
+
+def _warnings(linears: list[dict[str, Any]]) -> list[str]:
+    rows = [[row["name"], warning] for row in linears for warning in row["warnings"]]
+    return ["## Warnings", "", table(["linear", "warning"], rows), ""] if rows else []
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _options(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in options.items())

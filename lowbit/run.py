@@ -1,0 +1,570 @@
+"""The run: from a checkpoint and a recipe to a quantized checkpoint, one block at a time, so that it can be killed at any moment.
+
+Everything is written to OUT.partial and renamed to OUT at the very end. OUT.partial/.work is the journal:
+
+    job.json             what is being done: recipe, fingerprint of the model, hash of the tokens, versions
+    block-K.json         block K is finished: records of its linears, hashes of its weights
+    hidden-K.f32         hidden states that enter block K in the quantized model
+
+A block's shard and the next hidden states are on disk before its record is, so the record alone says that it is finished. The
+same command run again checks job.json, finds the last record and goes on from there; since every batch is computed as it
+would have been, the result is the same to the bit.
+"""
+
+import fcntl
+import hashlib
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lowbit import __version__
+from lowbit.arch import Arch, Block, Linear
+from lowbit.data import Calibration, DataSpec, calibration_tokens
+from lowbit.export import NATIVE, QuantizedSource, check_export, encode, save_shard, write_config
+from lowbit.files import TEMPORARY, write_json
+from lowbit.qtensor import Scheme, check_shape, dequantize
+from lowbit.recipe import METHODS, Recipe, short_recipe
+from lowbit.report import write_report
+from lowbit.source import STEM, Source, index_name, open_source, shard_name
+from lowbit.unit import Stream, Unit, quantized_inputs
+
+GATE_ROWS = 2
+GATE_TOKENS = 128  # length of random rows, where a recipe has no calibration data
+GATE_TOLERANCE = 1e-4  # of the largest logit: float32 sums of other batch shapes
+Progress = Callable[[str, int, int], None]
+
+
+def quantize(
+    model: str,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    scheme: str | None = None,
+    method: str = "rtn",
+    options: dict[str, Any] | None = None,
+    ignore: Iterable[str] | None = None,
+    data: DataSpec | str | None = None,
+    format: str = "compressed-tensors",
+    engine: str = "vllm",
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Quantize a checkpoint into the folder `out`; run again after an interruption, it resumes.
+
+    Args:
+        model: a folder or hub id.
+        out: the folder to create.
+        recipe: what to do; or, in its place, the short form: `scheme`, `method` with `options`, `ignore`, `data`, `format`,
+            `engine` (see `recipe.short_recipe`).
+        revision: branch, tag or commit of a hub model.
+        overwrite: replace `out`, and forget an unfinished run of another recipe or model.
+        progress: called with (stage, steps done, steps in all).
+
+    Returns:
+        the report, as written to report.json.
+
+    Raises:
+        ValueError: something is wrong with the input, the data or the disk; the message says what to do. Finished blocks are
+            kept.
+    """
+    if recipe is None:
+        if scheme is None:
+            raise ValueError("say what to do: a recipe, or a scheme such as w4a16")
+        spec = DataSpec(source=data) if isinstance(data, str) else data
+        recipe = short_recipe(
+            scheme=scheme, method=method, options=options, ignore=ignore, data=spec, format=format, engine=engine
+        )
+    elif scheme is not None:
+        raise ValueError("give a recipe or a scheme, not both")
+    out = Path(out)
+    _check_out(out, overwrite)
+    clock = _Clock()
+    say = progress or (lambda stage, done, total: None)
+    source = open_source(model, revision)
+    arch = Arch(source)
+    candidates = _candidates(arch)
+    recipe.schemes(candidates)
+    data_used, solver_tokens = _calibration(recipe, source)
+    with _journal(out, _job(source, recipe, data_used), overwrite) as folder, _saying_what_is_kept(folder):
+        _check_disk(folder, source, solver_tokens)
+        arch.probe(lambda done, total: say("reading the model", done, total))
+        clock.lap("probe")
+        linears = [linear for block in arch.blocks for linear in block.linears]
+        schemes = recipe.schemes(linear.name for linear in linears)
+        _check_linears(linears, schemes)
+        check_export(recipe.format, recipe.engine, linears, schemes)
+        _check_memory(arch)
+
+        stream = Stream(arch, solver_tokens, folder / ".work")
+        stream.start()
+        clock.lap("embedding")
+        records = _solve(arch, recipe, schemes, stream, folder, say)
+        clock.lap("blocks")
+        _assemble(arch, recipe, linears, schemes, folder)
+        clock.lap("assembly")
+        gate = _gate(arch, stream, records, folder, say)
+        clock.lap("gate")
+        report = _report(source, model, revision, recipe, data_used, arch, records, gate, clock, folder)
+        write_report(folder, report)
+        _publish(folder, out)
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------------- the blocks
+
+
+def _solve(
+    arch: Arch, recipe: Recipe, schemes: dict[str, Scheme], stream: Stream, folder: Path, say: Progress
+) -> list[dict[str, Any]]:
+    """Quantize every block that is not finished yet; returns the records of all."""
+    work = folder / ".work"
+    done = _finished(arch, stream, work)
+    dtype = arch.source.dtype()
+    for block in arch.blocks[done:]:
+        say("quantizing", block.index, len(arch.blocks))
+        started = time.monotonic()
+        values = arch.load(block.tensors)
+        mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
+        unit = Unit(arch, block, mine, stream, dtype)
+        for step in recipe.steps:
+            METHODS[step.method].apply(unit, **step.options)
+        assert set(unit.assigned) == set(mine), f"{block.name}: not every linear was assigned"
+        unit.finish(dtype)
+        arch.free(block.name)
+        replaced = {linear.tensor for linear in unit.linears}
+        tensors = {name: value for name, value in values.items() if name not in replaced}
+        for name, q in unit.assigned.items():
+            tensors |= encode(name, q, mine[name], recipe.format)
+        save_shard(tensors, folder / _shard(arch, recipe, block.index))
+        write_json(
+            _record(work, block.index),
+            {
+                "block": block.name,
+                "seconds": time.monotonic() - started,
+                "peak_rss": _peak_rss(),
+                "linears": [asdict(record) for record in unit.records.values()],
+                "sha256": {name: _sha256(dequantize(q, dtype)) for name, q in unit.assigned.items()},
+            },
+        )
+        stream.drop(block.index)
+    say("quantizing", len(arch.blocks), len(arch.blocks))
+    return [json.loads(_record(work, block.index).read_text(encoding="utf-8")) for block in arch.blocks]
+
+
+def _finished(arch: Arch, stream: Stream, work: Path) -> int:
+    """How many blocks need not be done again."""
+    done = 0
+    while done < len(arch.blocks) and _record(work, done).exists():
+        done += 1
+    while done > 0 and not stream.file(done).exists():
+        done -= 1
+    return done
+
+
+def _record(work: Path, index: int) -> Path:
+    return work / f"block-{index:05d}.json"
+
+
+def _shard(arch: Arch, recipe: Recipe, index: int) -> str:
+    stem = NATIVE if recipe.format == NATIVE else STEM
+    return shard_name(index + 1, len(arch.blocks) + 1, stem)
+
+
+def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[str, Scheme], folder: Path) -> None:
+    """Write everything beside the blocks: the last shard, index, configuration, and the side files as they were."""
+    outside = [*arch.outside, *sorted(arch.unused)]
+    save_shard(arch.source.read(outside), folder / _shard(arch, recipe, len(arch.blocks)))
+    stem = NATIVE if recipe.format == NATIVE else STEM
+    write_config(folder, arch, linears, schemes, recipe.format)
+    weight_map, total = {}, 0
+    for index in range(len(arch.blocks) + 1):
+        name = _shard(arch, recipe, index)
+        with (folder / name).open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for tensor, entry in header.items():
+            if tensor != "__metadata__":
+                weight_map[tensor] = name
+                total += entry["data_offsets"][1] - entry["data_offsets"][0]
+    write_json(folder / index_name(stem), {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for path in arch.source.side_files():
+        target = folder / path.relative_to(arch.source.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+# --------------------------------------------------------------------------------------------------------------- the gate
+
+
+def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Path, say: Progress) -> dict[str, Any]:
+    """Read the output back and compare: every dequantized weight bit for bit, and logits on calibration rows.
+
+    Raises:
+        RuntimeError: they differ, which would be an error in lowbit. The output keeps its temporary name.
+    """
+    reloaded = QuantizedSource(folder)
+    twin = Arch(reloaded)
+    twin.blocks = arch.blocks
+    expected = {name: digest for record in records for name, digest in record["sha256"].items()}
+    dtype = arch.source.dtype()
+    tokens = stream.tokens[:GATE_ROWS]
+    schemes = reloaded.schemes()
+    twin.load_outside()
+    hidden, calls = twin.embed(tokens)
+    twin.free_outside()
+    compared = 0
+    for block in twin.blocks:
+        say("checking the output", block.index, len(twin.blocks))
+        twin.load(block.tensors)
+        inputs = {}
+        for linear in block.linears:
+            if linear.name not in expected:
+                continue
+            if _sha256(linear.view(twin.param(linear)).to(dtype)) != expected[linear.name]:
+                raise RuntimeError(f"gate: {linear.name} reads back with other weights than were solved")
+            compared += 1
+            spec = schemes[linear.name].input
+            if spec is not None:
+                inputs[linear.site] = spec
+        with quantized_inputs(twin.sites(block), inputs):
+            hidden = twin.call(block, hidden, calls[block.index])
+        twin.free(block.name)
+    say("checking the output", len(twin.blocks), len(twin.blocks))
+    if compared != len(expected):
+        raise RuntimeError(f"gate: {compared} of {len(expected)} quantized linears were found in the output")
+    logits = _logits(twin, tokens, hidden)
+    memory = _logits(arch, tokens, stream.read(len(arch.blocks), 0, len(tokens)))
+    difference = float((logits - memory).abs().max())
+    largest = float(memory.abs().max())
+    if not difference <= GATE_TOLERANCE * largest:
+        raise RuntimeError(f"gate: logits of the reloaded model differ by {difference:.3g} (largest {largest:.3g})")
+    return {
+        "weights_compared": compared,
+        "weights_equal": True,
+        "rows": len(tokens),
+        "length": tokens.shape[1],
+        "largest_logit": largest,
+        "largest_logit_difference": difference,
+    }
+
+
+def _logits(arch: Arch, tokens: Tensor, hidden: Tensor) -> Tensor:
+    arch.load_outside()
+    logits = arch.finish(tokens, hidden)
+    arch.free_outside()
+    return logits
+
+
+def _sha256(weight: Tensor) -> str:
+    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------- before the work
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose another folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"{out} exists and is not empty; choose another folder, or replace it with --overwrite")
+
+
+def _candidates(arch: Arch) -> list[str]:
+    """Names of which the linears are a subset, known before the model is read."""
+    names = [name for block in arch.blocks for name in block.tensors if len(arch.source.tensors[name].shape) >= 2]
+    return [name.removesuffix(".weight") for name in names]
+
+
+def _calibration(recipe: Recipe, source: Source) -> tuple[Calibration, Tensor]:
+    """The calibration data, and the rows of it that stream through the model [rows, length] int64."""
+    vocabulary = source.config.get("vocab_size") or source.config.get("text_config", {}).get("vocab_size")
+    if not isinstance(vocabulary, int):
+        raise ValueError(f"{source.folder / 'config.json'} has no vocab_size")
+    spec = recipe.data
+    if spec is None:
+        limit = source.config.get("max_position_embeddings") or source.config.get("n_positions") or GATE_TOKENS
+        spec = DataSpec(source="random", rows=GATE_ROWS, length=max(2, min(GATE_TOKENS, limit // 2)))
+    calibrated = any(METHODS[step.method].calibrated for step in recipe.steps)
+    if not calibrated:
+        spec = replace(spec, rows=min(spec.rows, GATE_ROWS))
+    tokenizer = _tokenizer(source.folder) if spec.source != "random" else None
+    calibration = calibration_tokens(spec, tokenizer, vocab_size=vocabulary)
+    return calibration, calibration.tokens
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+    if not any((folder / name).exists() for name in names):
+        raise ValueError(
+            f"{folder} has no tokenizer ({', '.join(names)}), which calibration text needs; add its files, or calibrate on "
+            "random tokens with --data random"
+        )
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _check_linears(linears: list[Linear], schemes: dict[str, Scheme]) -> None:
+    sites: dict[Any, Linear] = {}
+    stacks: dict[str, set[bool]] = {}
+    for linear in linears:
+        scheme = schemes.get(linear.name)
+        if scheme is not None:
+            check_shape(linear.name, linear.out_features, linear.in_features, scheme)
+        other = sites.setdefault(linear.site, linear)
+        theirs = schemes.get(other.name)
+        if (scheme and scheme.input) != (theirs and theirs.input):
+            raise ValueError(
+                f"{other.name} and {linear.name} are one matrix in the model, so their inputs must be quantized alike; "
+                "give them one scheme"
+            )
+        if linear.stacked:
+            stacks.setdefault(linear.tensor, set()).add(scheme is None)
+    for tensor, kinds in stacks.items():
+        if len(kinds) > 1:
+            raise ValueError(f"{tensor} holds several experts in one tensor: quantize all of them or none")
+
+
+def _check_disk(folder: Path, source: Source, tokens: Tensor) -> None:
+    """The output is at most as large as the source; two boundaries of hidden states lie beside it."""
+    width = source.config.get("hidden_size") or source.config.get("n_embd") or source.config.get("d_model") or 0
+    needed = source.nbytes() + 2 * tokens.numel() * width * 4
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if free + present < needed:
+        raise ValueError(
+            f"{folder.parent}: {_gb(free)} are free, but up to {_gb(needed)} are needed while quantizing; free some space or "
+            "choose another --out"
+        )
+
+
+def _check_memory(arch: Arch) -> None:
+    """One block in float32, as read, and its largest Gram matrix three times over must fit into memory."""
+    infos = arch.source.tensors
+    largest = 0
+    for block in arch.blocks:
+        count = sum(infos[name].nbytes for name in block.tensors)
+        widest = max((linear.in_features for linear in block.linears), default=0)
+        largest = max(largest, 3 * count + 3 * widest**2 * 4)
+    outside = 2 * sum(infos[name].nbytes for name in arch.outside)
+    needed = max(largest, outside)
+    available = _available_memory()
+    if available is not None and available < needed:
+        raise ValueError(
+            f"{_gb(available)} of memory are available, but the largest block of this model needs about {_gb(needed)}; use a "
+            "machine with more memory"
+        )
+
+
+def _available_memory() -> int | None:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------ the journal
+
+
+def _job(source: Source, recipe: Recipe, data: Calibration) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    settings = recipe.to_dict()
+    settings["data"] = data.describe()
+    libraries = ("torch", "transformers", "compressed-tensors", "safetensors")
+    return {
+        "recipe": settings,
+        "model": source.fingerprint(),
+        "versions": {"lowbit": __version__} | {name: version(name) for name in libraries},
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextmanager
+def _journal(out: Path, job: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+    """The folder OUT.partial, new or of an interrupted run of the same job, for this process alone."""
+    folder = out.with_name(out.name + ".partial")
+    work = folder / ".work"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = (work / "lock").open("a")
+    except OSError as error:
+        raise ValueError(f"cannot write to {out.parent} ({error.strerror}); choose another --out") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another process is writing {folder}; wait for it, or choose another --out") from error
+        for path in folder.rglob("*" + TEMPORARY):
+            path.unlink()
+        described = work / "job.json"
+        known = json.loads(described.read_text(encoding="utf-8")) if described.exists() else None
+        current = json.loads(json.dumps(job))
+        if known is not None and known != current:
+            if not overwrite:
+                raise ValueError(
+                    f"{folder} holds an unfinished run of something else: {'; '.join(_differences(known, current))}. Run that "
+                    "again to finish it, or start anew with --overwrite"
+                )
+            _empty(folder, keep=work / "lock")
+            known = None
+        if known is None:
+            write_json(described, current)
+        yield folder
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, as 'path: old -> new'."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(a, b, f"{path}[{i}]")]
+    return [] if old == new else [f"{path} was {_short(old)}, is {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _empty(folder: Path, keep: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path != keep:
+            path.unlink()
+
+
+@contextmanager
+def _saying_what_is_kept(folder: Path) -> Iterator[None]:
+    """Turn a failed write into an error that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        kept = len(list((folder / ".work").glob("block-*.json")))
+        raise ValueError(
+            f"writing to {folder} failed: {error}. {kept} finished blocks are kept; when the cause is gone (disk space?), run "
+            "the same command again and it goes on from there"
+        ) from error
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Give the finished checkpoint its name."""
+    shutil.rmtree(folder / ".work")
+    old = out.with_name(out.name + ".old")
+    if out.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        out.rename(old)
+    folder.rename(out)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+# ------------------------------------------------------------------------------------------------------------- the report
+
+
+class _Clock:
+    """Seconds and peak memory of each stage."""
+
+    def __init__(self) -> None:
+        self.stages: list[dict[str, Any]] = []
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """The stage `name` ends here."""
+        now = time.monotonic()
+        self.stages.append({"stage": name, "seconds": now - self._last, "peak_rss": _peak_rss()})
+        self._last = now
+
+
+def _peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _report(
+    source: Source,
+    model: str,
+    revision: str | None,
+    recipe: Recipe,
+    data: Calibration,
+    arch: Arch,
+    records: list[dict[str, Any]],
+    gate: dict[str, Any],
+    clock: _Clock,
+    folder: Path,
+) -> dict[str, Any]:
+    rows = [row for record in records for row in record["linears"]]
+    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    bits = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in rows)
+    shards = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    parameters = sum(_count(source, name) for name in source.tensors)
+    return {
+        "lowbit": __version__,
+        "versions": {name: version(name) for name in ("torch", "transformers", "compressed-tensors", "safetensors")},
+        "device": str(arch.device),
+        "threads": torch.get_num_threads(),
+        "model": {
+            "name": Path(model).name if Path(model).is_dir() else model,
+            "revision": revision,
+            "class": type(arch.model).__name__,
+            "dtype": str(source.dtype()).removeprefix("torch."),
+            "fingerprint": source.fingerprint(),
+        },
+        "recipe": recipe.to_dict(),
+        "recipe_sha256": recipe.hash(),
+        "data": data.describe(),
+        "linears": rows,
+        "float_matrices": [
+            {"name": name, "reason": reason} for block in arch.blocks for name, reason in _left_float(block, rows)
+        ],
+        "blocks": [{key: record[key] for key in ("block", "seconds", "peak_rss")} for record in records],
+        "stages": clock.stages,
+        "sizes": {
+            "source_bytes": source.nbytes(),
+            "output_bytes": shards,
+            "quantized_weights": weights,
+            "parameters": parameters,
+            "bits_per_quantized_weight": bits / weights,
+            "bits_per_parameter": 8 * shards / parameters,
+        },
+        "gate": gate,
+        "evaluations": [],
+    }
+
+
+def _left_float(block: Block, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    quantized = {row["name"] for row in rows}
+    chosen = [(linear.name, "left float by the rules") for linear in block.linears if linear.name not in quantized]
+    return [*block.skipped, *chosen]
+
+
+def _count(source: Source, name: str) -> int:
+    count = 1
+    for size in source.tensors[name].shape:
+        count *= size
+    return count
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,228 @@
+"""Lazy reading of a Hugging Face checkpoint: safetensors shards, config, and the files beside them.
+
+A `Source` knows every tensor's place, shape and dtype from the shard headers and reads tensors only when asked. Nothing is kept
+open between reads, so no memory-mapped page outlives the call that needed it. Pickled checkpoints are refused.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+STEM = "model"  # shards are STEM.safetensors, or STEM-00001-of-00003.safetensors listed in STEM.safetensors.index.json
+_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_DTYPE_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_SAMPLES = 16  # places in every shard that the fingerprint reads
+_SAMPLE_BYTES = 65536
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is; dtype as safetensors spells it ("BF16", "F32", ...)."""
+
+    shard: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in the shard."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * _DTYPE_BYTES[self.dtype]
+
+
+class Source:
+    """A checkpoint folder, opened for reading.
+
+    Attributes:
+        folder: the local folder.
+        config: config.json as a dict.
+        tensors: every tensor of every shard, by name.
+    """
+
+    def __init__(self, folder: Path, stem: str = STEM) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = read_json(folder / "config.json", "the model's configuration")
+        self._index = folder / index_name(stem)
+        self.shards = _shards(folder, stem)
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard in self.shards:
+            for name, info in _headers(folder, shard).items():
+                if name in self.tensors:
+                    raise ValueError(f"{folder}: tensor {name} is in both {self.tensors[name].shard} and {shard}")
+                self.tensors[name] = info
+        self._check_index()
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """Read the named tensors in their stored dtype.
+
+        Raises:
+            ValueError: a tensor cannot be read (a truncated or damaged shard).
+        """
+        out: dict[str, Tensor] = {}
+        by_shard: dict[str, list[str]] = {}
+        for name in names:
+            by_shard.setdefault(self.tensors[name].shard, []).append(name)
+        for shard, wanted in by_shard.items():
+            try:
+                with safe_open(self.folder / shard, framework="pt") as file:
+                    for name in wanted:
+                        out[name] = file.get_tensor(name).clone()
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{self.folder / shard} cannot be read ({error}); fetch this file again") from error
+        return out
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def side_files(self) -> list[Path]:
+        """Every file beside the weights: tokenizer, chat template, generation config, README ... (not config.json)."""
+        skip = {"config.json", *self.shards}
+        weights = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+        found = []
+        for path in sorted(self.folder.rglob("*")):
+            relative = path.relative_to(self.folder)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            foreign = path.name.endswith(weights) or path.name.endswith(".index.json")
+            if path.is_file() and not hidden and not foreign and str(relative) not in skip:
+                found.append(path)
+        return found
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of most weights, which the quantized checkpoint keeps for scales and float tensors.
+
+        Raises:
+            ValueError: the weights are not bfloat16, float16 or float32.
+        """
+        count: dict[str, int] = {}
+        for info in self.tensors.values():
+            if len(info.shape) >= 2:
+                count[info.dtype] = count.get(info.dtype, 0) + info.nbytes
+        most = max(count, key=lambda name: count[name], default="none")
+        if most not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{self.folder}: weights are stored as {most}; lowbit quantizes BF16, F16 and F32 checkpoints"
+            )
+        return FLOAT_DTYPES[most]
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes that tell two models apart without reading all of them: config, and each shard's header and samples."""
+        config = (self.folder / "config.json").read_bytes()
+        prints = {"config.json": hashlib.sha256(config).hexdigest()}
+        for shard in self.shards:
+            prints[shard] = _sampled_hash(self.folder / shard)
+        return prints
+
+    def _check_index(self) -> None:
+        if not self._index.exists():
+            return
+        for name, shard in read_json(self._index, "the shard index")["weight_map"].items():
+            if name not in self.tensors:
+                raise ValueError(f"{self._index} says {name} is in {shard}, but it is not there; fetch {shard} again")
+
+
+def open_source(model: str, revision: str | None = None) -> Source:
+    """Open a local folder, or fetch a hub id ("org/name", optionally at `revision`) into the hub's cache and open that.
+
+    Raises:
+        ValueError: no such folder or hub model, no safetensors weights, missing, truncated or damaged files, or a model
+            that is quantized already.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        folder = _fetch(model, revision)
+    elif revision is not None:
+        raise ValueError(f"{model} is a local folder, which has no revisions; leave out --revision {revision}")
+    source = Source(folder)
+    if "quantization_config" in source.config:
+        method = source.config["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(f"{model} is quantized already ({method}); quantize the original checkpoint instead")
+    return source
+
+
+def _fetch(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_PATTERNS))
+    except HFValidationError as error:
+        raise ValueError(f"{model} is neither a folder nor a hub id such as org/name") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{model} is not a local folder, and the hub did not deliver it: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def index_name(stem: str = STEM) -> str:
+    """The file that says which shard holds which tensor."""
+    return f"{stem}.safetensors.index.json"
+
+
+def shard_name(number: int, count: int, stem: str = STEM) -> str:
+    """The usual name of shard `number` (from 1) of `count`."""
+    return f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON file as a dict; ValueError, saying what the file is, when it is missing or damaged."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing: {what}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): {what}") from error
+
+
+def _shards(folder: Path, stem: str) -> list[str]:
+    index = folder / index_name(stem)
+    if index.exists():
+        names = sorted(set(read_json(index, "the shard index")["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise ValueError(f"{folder}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}")
+        return names
+    if (folder / f"{stem}.safetensors").exists():
+        return [f"{stem}.safetensors"]
+    if any(folder.glob("*.bin")):
+        raise ValueError(
+            f"{folder} has pickled weights (*.bin) only, which lowbit never loads; save them as safetensors first "
+            "(transformers: model.save_pretrained)"
+        )
+    raise ValueError(f"{folder} has no {stem}.safetensors and no {index.name}")
+
+
+def _headers(folder: Path, shard: str) -> dict[str, TensorInfo]:
+    path = folder / shard
+    try:
+        with safe_open(path, framework="pt") as file:
+            infos = {}
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                view = file.get_slice(name)
+                infos[name] = TensorInfo(shard, tuple(view.get_shape()), view.get_dtype())
+            return infos
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); fetch this file again") from error
+
+
+def _sampled_hash(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        header = struct.unpack("<Q", file.read(8))[0]
+        digest.update(file.read(header))
+        for i in range(_SAMPLES):
+            file.seek(8 + header + (size - 8 - header) * i // _SAMPLES)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,306 @@
+"""Unit: one block of the model while it is being quantized, and the stream of hidden states that flows through it.
+
+A method sees nothing of hooks, files or Hugging Face call signatures. It asks a `Unit` for its linears, their weights and
+statistics, and assigns a quantized tensor to each:
+
+    for linear in unit.linears:
+        unit.assign(linear, solve(unit.weight(linear), unit.gram(linear), unit.spec(linear)), method="...")
+
+The statistics come from the block's real inputs in the partly quantized model (the student stream), read from a file one batch
+at a time. That file is also what a killed run resumes from.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit.arch import Arch, Block, Linear, Site, Tap, site_of
+from lowbit.files import replacing
+from lowbit.qtensor import QTensor, Scheme, Spec, dequantize, fake_quantize_input, find_params, quantize, validate
+
+GRAM_BYTES = 8 * 2**30  # statistics of more linears than fit here are gathered in several passes
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Between:
+    """Bounds of a numeric option of a method, inclusive; written Annotated[float, Between(low, high)] in its signature."""
+
+    low: float
+    high: float
+
+
+@dataclass
+class LinearRecord:
+    """What happened to one linear; one row of the report.
+
+    `error` is the relative output error trace(D G D^T) / trace(W G W^T), D = W - Q, where a Gram matrix G was gathered, and
+    the relative weight error |D|^2 / |W|^2 otherwise; `error_rtn` is the same for rounding to nearest on a min-max grid.
+    """
+
+    name: str
+    scheme: str
+    method: str
+    shape: tuple[int, int]
+    bits_per_weight: float
+    error: float
+    error_rtn: float
+    error_kind: str
+    damping: float | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+class Stream:
+    """Hidden states between blocks, for rows of calibration tokens, on disk: one file a block boundary, read batch by batch.
+
+    Memory is one batch of at most `TOKENS_PER_BATCH` tokens (at least one row), whatever the number of rows.
+    """
+
+    def __init__(self, arch: Arch, tokens: Tensor, folder: Path) -> None:
+        """tokens: [rows, length] int64; folder: where the files `hidden-K.f32` are kept."""
+        self.arch = arch
+        self.tokens = tokens
+        self.folder = folder
+        self._rows = min(len(tokens), max(1, TOKENS_PER_BATCH // tokens.shape[1]))
+        self._width = 0
+        self._calls: dict[int, list[Any]] = {}
+
+    def file(self, boundary: int) -> Path:
+        """Hidden states that enter block `boundary`: float32 [rows, length, width], no header."""
+        return self.folder / f"hidden-{boundary:05d}.f32"
+
+    def start(self) -> None:
+        """Run the part before the blocks: writes boundary 0 unless a later boundary exists already."""
+        self.arch.load_outside()
+        present = any(self.folder.glob("hidden-*.f32"))
+        with replacing(self.file(0)) if not present else nullcontext(os.devnull) as path, open(path, "wb") as file:
+            for start in range(0, len(self.tokens), self._rows):
+                rows = self.tokens[start : start + self._rows]
+                if present and len(rows) in self._calls:
+                    continue
+                hidden, calls = self.arch.embed(rows)
+                self._calls.setdefault(len(rows), calls)
+                self._width = hidden.shape[-1]
+                file.write(_bytes(hidden))
+        self.arch.free_outside()
+
+    def read(self, boundary: int, start: int, stop: int) -> Tensor:
+        """Rows start..stop of a boundary: float32 [stop - start, length, width]."""
+        length = self.tokens.shape[1]
+        row = length * self._width
+        data = np.fromfile(self.file(boundary), np.float32, count=(stop - start) * row, offset=start * row * 4)
+        return torch.from_numpy(data).view(stop - start, length, self._width)
+
+    def batches(self, boundary: int) -> Iterator[tuple[Tensor, Any]]:
+        """(hidden states, other arguments of the block's call) for every batch that enters block `boundary`."""
+        for start in range(0, len(self.tokens), self._rows):
+            stop = min(start + self._rows, len(self.tokens))
+            yield self.read(boundary, start, stop), self._calls[stop - start][boundary]
+
+    def advance(self, block: Block, forward: Callable[[Tensor, Any], Tensor]) -> None:
+        """Write the next boundary: forward(hidden, call) of every batch that enters `block`."""
+        with replacing(self.file(block.index + 1)) as path, path.open("wb") as file:
+            for hidden, call in self.batches(block.index):
+                file.write(_bytes(forward(hidden, call)))
+
+    def drop(self, boundary: int) -> None:
+        """Delete a boundary that no one needs any more."""
+        self.file(boundary).unlink(missing_ok=True)
+
+
+class _Captured(Exception):
+    """Every wanted input of this batch was seen; the rest of the block need not run."""
+
+
+class Unit:
+    """One loaded block and the schemes of its linears.
+
+    Attributes:
+        linears: the linears to quantize, those with a common input next to each other.
+        scale_dtype: the dtype in which the checkpoint keeps scales.
+        records: one row for each linear assigned so far.
+    """
+
+    def __init__(
+        self, arch: Arch, block: Block, schemes: dict[str, Scheme], stream: Stream, scale_dtype: torch.dtype
+    ) -> None:
+        self.arch = arch
+        self.block = block
+        self.stream = stream
+        self.scale_dtype = scale_dtype
+        self.records: dict[str, LinearRecord] = {}
+        self.assigned: dict[str, QTensor] = {}
+        self._schemes = schemes
+        order = {linear.name: i for i, linear in enumerate(block.linears)}
+        chosen = [linear for linear in block.linears if linear.name in schemes]
+        self.linears = tuple(sorted(chosen, key=lambda linear: (order[linear.shares], order[linear.name])))
+        self._warnings: dict[str, list[str]] = {}
+        self._grams: dict[Any, Tensor] = {}
+
+    def scheme(self, linear: Linear) -> Scheme:
+        """The scheme the rules chose for a linear."""
+        return self._schemes[linear.name]
+
+    def spec(self, linear: Linear) -> Spec:
+        """How the weight of a linear is to be quantized."""
+        return self._schemes[linear.name].weight
+
+    def weight(self, linear: Linear) -> Tensor:
+        """The float weight [out, in] float32."""
+        return linear.view(self.arch.param(linear))
+
+    def gram(self, linear: Linear) -> Tensor:
+        """X^T X [in, in] float32, summed over all calibration tokens that reach the linear, with inputs as the quantized
+        model sees them (earlier blocks quantized; its own input quantized if the scheme says so). Linears with the same
+        input share one matrix."""
+        key = self._gram_key(linear)
+        if key not in self._grams:
+            self._grams = self._gather(linear)
+        return self._grams[key]
+
+    def warn(self, linear: Linear, text: str) -> None:
+        """Keep a warning for the linear's row of the report."""
+        self._warnings.setdefault(linear.name, []).append(text)
+
+    def assign(self, linear: Linear, q: QTensor, *, method: str, damping: float | None = None) -> None:
+        """Set the result for a linear and record its error against that of rounding to nearest."""
+        validate(q, linear.name)
+        w, spec = self.weight(linear), self.spec(linear)
+        gram = self._grams.get(self._gram_key(linear))
+        nearest = q if method == "rtn" else quantize(w, *find_params(w, spec, scale_dtype=self.scale_dtype), spec)
+        error = relative_error(w, dequantize(q), gram)
+        self.assigned[linear.name] = q
+        self.records[linear.name] = LinearRecord(
+            name=linear.name,
+            scheme=self.scheme(linear).name,
+            method=method,
+            shape=(linear.out_features, linear.in_features),
+            bits_per_weight=q.bits_per_weight,
+            error=error,
+            error_rtn=error if nearest is q else relative_error(w, dequantize(nearest), gram),
+            error_kind="weight" if gram is None else "output",
+            damping=damping,
+            warnings=self._warnings.pop(linear.name, []),
+        )
+
+    def assign_nearest(self, linear: Linear, *, method: str, shrink_steps: int = 0) -> None:
+        """Round a linear to nearest; see `qtensor.find_params` for `shrink_steps`."""
+        w, spec = self.weight(linear), self.spec(linear)
+        scale, zero = find_params(w, spec, scale_dtype=self.scale_dtype, shrink_steps=shrink_steps)
+        self.assign(linear, quantize(w, scale, zero, spec), method=method)
+
+    @torch.no_grad()
+    def finish(self, dtype: torch.dtype) -> None:
+        """Put the dequantized weights, rounded to `dtype`, into the block and move the stream past it."""
+        self._grams = {}
+        for linear in self.linears:
+            self.weight(linear).copy_(dequantize(self.assigned[linear.name], dtype))
+        inputs = {linear.site: spec for linear in self.linears if (spec := self.scheme(linear).input) is not None}
+        self.stream.advance(self.block, lambda hidden, call: self._forward(hidden, call, inputs))
+
+    def _forward(self, hidden: Tensor, call: Any, inputs: dict[Site, Spec]) -> Tensor:
+        if not inputs:
+            return self.arch.call(self.block, hidden, call)
+        with quantized_inputs(self.arch.sites(self.block), inputs):
+            return self.arch.call(self.block, hidden, call)
+
+    def _gram_key(self, linear: Linear) -> tuple[str, Spec | None]:
+        return linear.shares, self.scheme(linear).input
+
+    @torch.no_grad()
+    def _gather(self, first: Linear) -> dict[Any, Tensor]:
+        """Gram matrices of `first` and of as many linears after it as fit into `GRAM_BYTES`, in one pass over the data."""
+        wanted: dict[Site, Any] = {}
+        grams: dict[Any, Tensor] = {}
+        size = 0
+        for linear in self.linears[self.linears.index(first) :]:
+            key = self._gram_key(linear)
+            if key in grams:
+                continue
+            size += linear.in_features**2 * 4
+            if grams and size > GRAM_BYTES:
+                break
+            grams[key] = torch.zeros(linear.in_features, linear.in_features)
+            wanted[linear.site] = key
+        inputs = {linear.site: self.scheme(linear).input for linear in self.linears}
+        sites = self.arch.sites(self.block)
+        pending: set[Site] = set()
+
+        def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
+            site = site_of(weight, sites)
+            if site is None:
+                return x
+            spec = inputs.get(site)
+            if spec is not None:
+                x = fake_quantize_input(x, spec)
+            if site in wanted:
+                add_gram(grams[wanted[site]], x.reshape(-1, x.shape[-1]))
+                pending.discard(site)
+                if not pending:
+                    raise _Captured
+            return x
+
+        for hidden, call in self.stream.batches(self.block.index):
+            pending = set(wanted)
+            try:
+                with Tap(observe):
+                    self.arch.call(self.block, hidden, call)
+            except _Captured:
+                pass
+        for gram in grams.values():
+            _mirror(gram)
+        return grams
+
+
+def quantized_inputs(sites: dict[int, str], inputs: dict[Site, Spec]) -> Tap:
+    """A Tap under which the inputs of the linears at the given sites are quantized as their spec says."""
+
+    def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
+        site = site_of(weight, sites)
+        spec = inputs.get(site) if site is not None else None
+        return x if spec is None else fake_quantize_input(x, spec)
+
+    return Tap(observe)
+
+
+def relative_error(w: Tensor, q: Tensor, gram: Tensor | None) -> float:
+    """trace(D G D^T) / trace(W G W^T) with D = w - q, both [out, in] float32; G [in, in], or the identity if None."""
+    delta = w - q
+    if gram is None:
+        error, total = delta.square().sum(dtype=torch.float64), w.square().sum(dtype=torch.float64)
+    else:
+        error = (delta @ gram).mul_(delta).sum(dtype=torch.float64)
+        total = (w @ gram).mul_(w).sum(dtype=torch.float64)
+    return float(error / total) if float(total) > 0 else 0.0
+
+
+_STRIPES = 4  # a Gram matrix is symmetric: computed in stripes from the diagonal on, 5/8 of the work
+
+
+def add_gram(gram: Tensor, x: Tensor) -> None:
+    """gram [in, in] += x^T x for x [tokens, in] float32, in the upper triangle of stripes only; `_mirror` completes it."""
+    width = gram.shape[0]
+    step = width if width < 256 else -(-width // _STRIPES)
+    for start in range(0, width, step):
+        gram[start : start + step, start:].addmm_(x[:, start : start + step].T, x[:, start:])
+
+
+def _mirror(gram: Tensor) -> None:
+    """Copy the upper triangle onto the lower, in place."""
+    step = 1024
+    for start in range(0, gram.shape[0], step):
+        stop = min(start + step, gram.shape[0])
+        corner = gram[start:stop, start:stop]
+        gram[start:stop, start:stop] = corner.triu() + corner.triu(1).T
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+
+
+def _bytes(x: Tensor) -> memoryview:
+    return memoryview(x.contiguous().numpy()).cast("B")

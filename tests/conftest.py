@@ -1,0 +1,75 @@
+"""What all tests share: no network, a fixed number of threads, seeds, and the fixtures that find models and engines."""
+
+import functools
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before anything imports torch or the hub, and inherited by every subprocess that a test starts.
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false"
+)
+# The order of a parallel sum depends on the number of threads: a fixed number makes results the same on every machine.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "2")
+
+settings.register_profile("lowbit", deadline=None, derandomize=True)
+settings.load_profile("lowbit")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a CUDA device where there is none; torch is imported only when such a test is about to run."""
+    if item.get_closest_marker("gpu") and not _has_cuda():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Start every test from the same random state, in the generators that are already imported."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Larger models and texts that live beside the repository, where a developer has them."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the folder ../shared with the larger models and texts, which is not part of the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The small Llama that the repository carries, as a transformers folder."""
+    return ROOT / "demo" / "llama-7m"
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The python of an environment with vLLM, from LOWBIT_VLLM_PYTHON; `make test` builds one and sets the variable."""
+    value = os.environ.get("LOWBIT_VLLM_PYTHON")
+    if not value:
+        message = "LOWBIT_VLLM_PYTHON is not set to the python of an environment with vLLM (`make test` does this)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    if not os.access(value, os.X_OK):
+        pytest.fail(f"LOWBIT_VLLM_PYTHON={value!r} is not an executable file")
+    return Path(value)
