@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lowbit.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROBE_TOKENS = 16
 
@@ -123,10 +126,9 @@ class Arch:
         self._places = _Places(self.model, source)
         self.unused = self._places.unused
         prefix = _block_list(self.model)
-        count = len(self.model.get_submodule(prefix))
+        count = len(list(self.model.get_submodule(prefix).children()))
         self.blocks = tuple(
-            Block(index=i, name=f"{prefix}.{i}", tensors=self._places.sources_under(f"{prefix}.{i}."))
-            for i in range(count)
+            Block(index=i, name=f"{prefix}.{i}", tensors=self._places.sources_under(f"{prefix}.{i}.")) for i in range(count)
         )
         taken = {name for block in self.blocks for name in block.tensors}
         self.outside = tuple(name for name in source.tensors if name not in taken and name not in self.unused)
@@ -149,11 +151,10 @@ class Arch:
         values = self.source.read(list(names))
         for name, tensor in values.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
-                if not bool(torch.isfinite(tensor).all()):
-                    raise ValueError(
-                        f"{self.source.folder / self.source.tensors[name].shard}: tensor {name} has NaN or infinite "
-                        "values; the checkpoint is damaged, fetch or save it again"
-                    )
+                raise ValueError(
+                    f"{self.source.folder / self.source.tensors[name].shard}: tensor {name} has NaN or infinite "
+                    "values; the checkpoint is damaged, fetch or save it again"
+                )
         for param, value in self._places.assemble(values, self.dtype).items():
             _set_tensor(self.model, param, value.to(self.device))
         return values
@@ -177,7 +178,7 @@ class Arch:
             if not name.startswith(inside) and not param.is_meta:
                 _set_tensor(self.model, name, torch.empty_like(param, device="meta"))
 
-    def fill(self) -> nn.Module:
+    def fill(self) -> "PreTrainedModel":
         """Fill the whole model, for use rather than for streaming, and return it."""
         self.load_outside()
         for block in self.blocks:
@@ -216,9 +217,12 @@ class Arch:
             if not first:
                 first.append(hidden)
             calls.append((args, kwargs))
+            if block.index == len(self.blocks) - 1:
+                raise _Reached
             return self._returned(block, hidden)
 
-        self._run(tokens, stub)
+        with contextlib.suppress(_Reached):
+            self._run(tokens, stub)
         return first[0], calls
 
     @torch.no_grad()
@@ -296,17 +300,13 @@ class Arch:
         self.load_outside()
         self._run(tokens[:1], observed)
         if len(found) != len(self.blocks):
-            raise ValueError(
-                f"only {len(found)} of {len(self.blocks)} blocks run; lowbit needs a plain chain of blocks"
-            )
+            raise ValueError(f"only {len(found)} of {len(self.blocks)} blocks run; lowbit needs a plain chain of blocks")
         self.blocks = tuple(found)
         if not any(block.linears for block in self.blocks):
             raise ValueError("no linear layer was found in any block of this model")
         first, second = self.embed(tokens[:1])[1], self.embed(tokens[1:])[1]
         if not all(_equal(a, b) for a, b in zip(first, second, strict=True)):
-            raise ValueError(
-                "the blocks of this model take token-dependent inputs beside the hidden states: not supported"
-            )
+            raise ValueError("the blocks of this model take token-dependent inputs beside the hidden states: not supported")
         self.free_outside()
 
     def _observe(
@@ -363,6 +363,10 @@ class Arch:
                 f"{self.source.folder}: the checkpoint lacks {len(missing)} tensors the model needs: "
                 f"{', '.join(sorted(missing)[:5])}{' ...' if len(missing) > 5 else ''}"
             )
+
+
+class _Reached(Exception):
+    """What comes after the blocks need not run."""
 
 
 def addresses(module: nn.Module, prefix: str = "") -> dict[int, str]:
@@ -425,7 +429,7 @@ def _matrix(linear: Linear, values: dict[str, Tensor]) -> Tensor:
     return tensor.T if linear.transposed else tensor
 
 
-def _empty_model(source: Source) -> nn.Module:
+def _empty_model(source: Source) -> "PreTrainedModel":
     """The transformers model of the checkpoint, parameters on the meta device, buffers real, in evaluation mode."""
     import transformers
     from accelerate import init_empty_weights
@@ -433,19 +437,15 @@ def _empty_model(source: Source) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(source.folder)
     except (ValueError, KeyError, OSError) as error:
-        raise ValueError(
-            f"{source.folder}: transformers cannot read this config: {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"{source.folder}: transformers cannot read this config: {str(error).splitlines()[0]}") from error
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{config.model_type} is an encoder-decoder; lowbit quantizes decoders and encoders, not both in one"
-        )
+        raise ValueError(f"{config.model_type} is an encoder-decoder; lowbit quantizes decoders and encoders, not both in one")
     config._experts_implementation = "eager"
     names = config.architectures or []
     kind = getattr(transformers, names[0], None) if names else None
     with init_empty_weights(include_buffers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = kind(config) if kind is not None else transformers.AutoModelForCausalLM.from_config(config)
+        model: Any = kind(config) if kind is not None else transformers.AutoModelForCausalLM.from_config(config)
     return model.eval().requires_grad_(False)
 
 
@@ -454,9 +454,7 @@ def _block_list(model: nn.Module) -> str:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [(n, m) for n, m in lists if not any(n.startswith(other + ".") for other, _ in lists)]
     if not outer:
-        raise ValueError(
-            f"{type(model).__name__} has no list of blocks; lowbit quantizes models that are a chain of blocks"
-        )
+        raise ValueError(f"{type(model).__name__} has no list of blocks; lowbit quantizes models that are a chain of blocks")
     return max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0]
 
 
@@ -464,9 +462,7 @@ def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:
-        module._parameters[leaf] = (
-            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-        )
+        module._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
     else:
         module._buffers[leaf] = value
 
@@ -474,7 +470,7 @@ def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
 class _Places:
     """Relates checkpoint tensors to model parameters through transformers' conversion mapping."""
 
-    def __init__(self, model: nn.Module, source: Source) -> None:
+    def __init__(self, model: "PreTrainedModel", source: Source) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 

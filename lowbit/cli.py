@@ -61,9 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help="folder or hub id of a float checkpoint")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder to create")
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
-    sub.add_argument(
-        "--overwrite", action="store_true", help="replace DIR, and forget an unfinished run of something else"
-    )
+    sub.add_argument("--overwrite", action="store_true", help="replace DIR, and forget an unfinished run of something else")
     what = sub.add_argument_group("what to do: a recipe, or the short form")
     what.add_argument("--recipe", metavar="FILE.toml", help="rules, steps, data and format as TOML")
     what.add_argument("--scheme", help="w4a16, w4a16-g64-asym, w3a16-g128, w8a8, w8a16, fp8, ...")
@@ -91,9 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--reference", metavar="MODEL", help="the original, for KL divergence and top-1 agreement")
     sub.add_argument("--window", type=int, default=1024, metavar="N", help="tokens of a window (default 1024)")
     sub.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: the window)")
-    sub.add_argument(
-        "--bos", choices=("none", "window"), default="none", help="put bos before every window (default none)"
-    )
+    sub.add_argument("--bos", choices=("none", "window"), default="none", help="put bos before every window (default none)")
     sub.add_argument("--limit", type=int, metavar="N", help="windows to evaluate (default: all)")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default float32")
     sub.add_argument("--device", default="cpu", help="default cpu")
@@ -262,9 +258,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if tokenizer.bos_token_id is not None:
         prompt = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), prompt], 1)
     prompt = prompt.to(arguments.device)
-    sampling = (
-        {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {"do_sample": False}
-    )
+    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {"do_sample": False}
     output = model.generate(  # type: ignore[operator]
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=arguments.tokens, **sampling
     )
@@ -294,18 +288,14 @@ def _tokenizer(model: str, revision: str | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model, revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{model} has no tokenizer that transformers can load: {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"{model} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
 
 
 def _print_results(results: dict[str, Any]) -> None:
     if "perplexity" in results:
         line = f"perplexity {results['perplexity']:.4f}"
         if results["reference_perplexity"] is not None:
-            line += (
-                f" (original {results['reference_perplexity']:.4f}), mean KL {results['kl']:.3e} nats, same top token "
-            )
+            line += f" (original {results['reference_perplexity']:.4f}), mean KL {results['kl']:.3e} nats, same top token "
             line += f"{results['top1_agreement']:.2%}"
         print(
             f"{line}; {results['source']}, {results['windows']} windows of {results['window']}, stride {results['stride']}, "

@@ -293,9 +293,7 @@ def run_tasks(
     manager = TaskManager()
     unknown = [task for task in tasks if task not in manager.all_tasks and not Path(task).is_file()]
     if unknown or not tasks:
-        raise ValueError(
-            f"tasks = {tasks}, unknown {unknown}: give names that `lm-eval ls tasks` lists, or .yaml files"
-        )
+        raise ValueError(f"tasks = {tasks}, unknown {unknown}: give names that `lm-eval ls tasks` lists, or .yaml files")
     if isinstance(model, str | Path):
         if tokenizer is not None:
             raise ValueError("a tokenizer with a checkpoint folder: leave it out, the folder's own is used")
@@ -327,9 +325,7 @@ def _check_model(name: str, model: Any, *, positions: int, largest: int) -> None
         raise ValueError(f"id {largest} in the text, but the {name} has vocab_size {vocabulary}: use its own tokenizer")
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and positions > longest:
-        raise ValueError(
-            f"window of {positions} tokens, but the {name} has {longest} positions: use window <= {longest}"
-        )
+        raise ValueError(f"window of {positions} tokens, but the {name} has {longest} positions: use window <= {longest}")
 
 
 def _input_device(name: str, model: Any, device: torch.device | str | None) -> torch.device:

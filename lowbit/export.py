@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,6 +28,9 @@ from lowbit.packing import pack, unpack
 from lowbit.qtensor import CHANNEL, TENSOR, QTensor, Scheme, Spec, dequantize, spec_from_dict
 from lowbit.source import STEM, Source, TensorInfo, open_source, read_json
 from lowbit.unit import quantized_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NATIVE = "lowbit"
 NATIVE_FILE = "lowbit.json"
@@ -77,9 +80,7 @@ def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: d
         if linear.name not in schemes:
             continue
         if linear.transposed:
-            raise ValueError(
-                f"{linear.name} is stored as [in, out] (Conv1D), which compressed-tensors does not know; {remedy}"
-            )
+            raise ValueError(f"{linear.name} is stored as [in, out] (Conv1D), which compressed-tensors does not know; {remedy}")
         if linear.stacked:
             raise ValueError(f"{linear.name} is a slice of a 3-D tensor, for which no engine has a layout; {remedy}")
     if engine == "vllm":
@@ -148,9 +149,7 @@ def _decode_native(name: str, tensors: dict[str, Tensor], spec: Spec, columns: i
     return dequantize(QTensor(codes, scale, tensors.get(f"{name}.zero"), spec), scale.dtype)
 
 
-def write_config(
-    folder: Path, arch: Arch, linears: Iterable[Linear], schemes: dict[str, Scheme], format: str
-) -> list[str]:
+def write_config(folder: Path, arch: Arch, linears: Iterable[Linear], schemes: dict[str, Scheme], format: str) -> list[str]:
     """Write config.json (and lowbit.json) of a quantized checkpoint into `folder`; returns the names written."""
     original = (arch.source.folder / "config.json").read_bytes()
     if format == NATIVE:
@@ -291,7 +290,7 @@ class QuantizedSource(Source):
         for tensor, modules in self._by_tensor.items():
             scale = self.stored[modules[0].name + (".scale" if self.native else ".weight_scale")]
             out, inner = modules[0].shape
-            shape = (inner, out) if modules[0].transposed else (out, inner)
+            shape: tuple[int, ...] = (inner, out) if modules[0].transposed else (out, inner)
             shape = shape if modules[0].index is None else (len(modules), *shape)
             self.tensors[tensor] = TensorInfo(scale.shard, shape, scale.dtype)
 
@@ -448,7 +447,7 @@ def input_specs(arch: Arch, source: QuantizedSource) -> dict[Site, Spec]:
 
 def load(
     model: str, *, revision: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
-) -> nn.Module:
+) -> "PreTrainedModel":
     """Load a checkpoint, quantized or not, as a transformers model with float weights.
 
     Quantized weights are dequantized; where the scheme quantizes inputs, every forward does so too, exactly as the report's
@@ -464,7 +463,7 @@ def load(
     """
     source = open_checkpoint(model, revision)
     arch = Arch(source, dtype or source.dtype())
-    loaded = arch.fill().to(device)
+    loaded: Any = arch.fill().to(device)
     generation = source.folder / "generation_config.json"
     if generation.exists():
         from transformers import GenerationConfig

@@ -42,9 +42,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack`: uint8 [rows, packed_width] to uint8 codes [rows, columns]."""
     rows, width = packed.shape
     if width != packed_width(columns, bits):
-        raise ValueError(
-            f"a packed row of {columns} {bits}-bit codes has {packed_width(columns, bits)} bytes, not {width}"
-        )
+        raise ValueError(f"a packed row of {columns} {bits}-bit codes has {packed_width(columns, bits)} bytes, not {width}")
     if bits == 8:
         return packed.clone()
     out = torch.empty(rows, columns, dtype=torch.uint8)

@@ -111,9 +111,7 @@ class Source:
                 count[info.dtype] = count.get(info.dtype, 0) + info.nbytes
         most = max(count, key=lambda name: count[name], default="none")
         if most not in FLOAT_DTYPES:
-            raise ValueError(
-                f"{self.folder}: weights are stored as {most}; lowbit quantizes BF16, F16 and F32 checkpoints"
-            )
+            raise ValueError(f"{self.folder}: weights are stored as {most}; lowbit quantizes BF16, F16 and F32 checkpoints")
         return FLOAT_DTYPES[most]
 
     def fingerprint(self) -> dict[str, str]:

@@ -27,9 +27,7 @@ def byte_tokenizer(*, template: bool = False, **special: str) -> PreTrainedToken
     core = Tokenizer(models.BPE(vocab={"<s>": BOS, "</s>": EOS, "<pad>": PAD, **BYTE}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if template:
-        core.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
-        )
+        core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)])
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 

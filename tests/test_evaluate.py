@@ -143,9 +143,7 @@ def test_partial_and_limited(model: nn.Module) -> None:
 
 def test_perplexity_beyond_float_is_infinite() -> None:
     """A model that is sure of the wrong token has a perplexity, not an OverflowError."""
-    result = evaluate_model(
-        Fixed(lambda ids: -2000.0 * F.one_hot(ids.roll(-1, 1), 9).float()), torch.arange(8), window=4
-    )
+    result = evaluate_model(Fixed(lambda ids: -2000.0 * F.one_hot(ids.roll(-1, 1), 9).float()), torch.arange(8), window=4)
     assert result.nll > 1000
     assert result.perplexity == math.inf
 
@@ -238,9 +236,7 @@ def test_uniform_model() -> None:
     result = evaluate_model(Fixed(uniform), TEXT, window=16, source="noise")
     assert result.perplexity == pytest.approx(tiny.VOCAB, rel=1e-6)
     assert result.source == "noise"
-    assert (
-        evaluate_model(lambda input_ids: SimpleNamespace(logits=uniform(input_ids)), TEXT, window=16).nll == result.nll
-    )
+    assert evaluate_model(lambda input_ids: SimpleNamespace(logits=uniform(input_ids)), TEXT, window=16).nll == result.nll
 
 
 @pytest.mark.parametrize(

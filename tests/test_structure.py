@@ -103,14 +103,10 @@ def lowbit_imports(name: str, tree: ast.Module, is_package: bool) -> Iterator[Im
             "importlib.import_module",
             "__import__",
         ):
-            targets = [
-                arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
-            ]
+            targets = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
         for target in targets:
             if target == "lowbit" or target.startswith("lowbit."):
-                yield Import(
-                    target.removeprefix("lowbit").removeprefix("."), getattr(node, "lineno", 0), node in at_load
-                )
+                yield Import(target.removeprefix("lowbit").removeprefix("."), getattr(node, "lineno", 0), node in at_load)
 
 
 def imports_of(name: str) -> list[Import]:
@@ -145,9 +141,7 @@ def test_module_has_a_level(name: str) -> None:
     top, *rest = name.split(".")
     assert top in LEVEL, f"lowbit.{name} is not in LEVELS of {Path(__file__).name}"
     is_folder = MODULES[name].name == "__init__.py" or bool(rest)
-    assert is_folder == (top in FOLDERS), (
-        f"lowbit.{top} is {'a folder' if is_folder else 'a file'}, FOLDERS says otherwise"
-    )
+    assert is_folder == (top in FOLDERS), f"lowbit.{top} is {'a folder' if is_folder else 'a file'}, FOLDERS says otherwise"
 
 
 @each_module
@@ -336,9 +330,7 @@ def run_help(*options: str) -> subprocess.CompletedProcess[str]:
 def test_help_imports_nothing_heavy() -> None:
     """`lowbit --help` does without torch, transformers and their kind."""
     result = run_help("-X", "importtime")
-    imported = {
-        line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
-    }
+    imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
     assert "lowbit.cli" in imported
     assert not sorted(HEAVY & {name.split(".")[0] for name in imported})
     assert "quantize" in result.stdout
@@ -409,9 +401,7 @@ def test_evaluate_is_function_and_module(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_import_is_light() -> None:
     """`import lowbit` loads nothing but the package itself."""
     code = "import sys, lowbit; print(*(name for name in sys.modules if name.split('.')[0] in ('lowbit', 'torch')))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.split() == ["lowbit"]
 
 

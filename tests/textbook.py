@@ -135,8 +135,7 @@ def best_of_exhaustive(
         raise ValueError("one row of at most 12 bits in all can be searched")
     w = w.double()
     scale, zero = (
-        part.repeat_interleave(group or w.shape[1], dim=1)[:, : w.shape[1]]
-        for part in group_params(w, group, find_params)
+        part.repeat_interleave(group or w.shape[1], dim=1)[:, : w.shape[1]] for part in group_params(w, group, find_params)
     )
     low, high = code_range(bits, symmetric)
     codes = torch.tensor(list(product(range(low, high + 1), repeat=w.shape[1])), dtype=torch.float64)
