@@ -13,6 +13,8 @@ checkpoint names.
 
 import contextlib
 import inspect
+import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -70,6 +72,7 @@ class Linear:
 
 
 Site = tuple[str, int | None]
+Observe = Callable[[Tensor, Tensor, bool], Tensor]
 _MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
@@ -90,21 +93,29 @@ class Block:
 
 class Tap(TorchFunctionMode):
     """While active, calls `observe(weight, x, transposed)` for every product x W^T (or x W: transposed) and uses what it
-    returns in place of x. Sees F.linear, addmm and x @ w, hence nn.Linear, Conv1D and experts that slice a 3-D parameter."""
+    returns in place of x. Sees F.linear, addmm and x @ w, hence nn.Linear, Conv1D and experts that slice a 3-D parameter.
 
-    def __init__(self, observe: Callable[[Tensor, Tensor, bool], Tensor]) -> None:
+    A weight in another dtype than x is multiplied in its own dtype, and the product returned in that of x."""
+
+    def __init__(self, observe: Observe) -> None:
         super().__init__()
         self.observe = observe
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear and len(args) >= 2:
-            args = (self.observe(args[1], args[0], False), *args[1:])
-        elif func is torch.addmm and len(args) == 3:
-            args = (args[0], self.observe(args[2], args[1], True), args[2])
-        elif func in _MATMUL and len(args) == 2 and args[1].dim() == 2:
-            args = (self.observe(args[1], args[0], args[1].is_contiguous()), args[1])
+            bias = args[2] if len(args) == 3 else kwargs.get("bias")
+            return _product(F.linear, self.observe(args[1], args[0], False), args[1], bias)
+        if func is torch.addmm and len(args) == 3:
+            return _product(torch.matmul, self.observe(args[2], args[1], True), args[2], args[0])
+        if func in _MATMUL and len(args) == 2 and args[1].dim() == 2:
+            return _product(torch.matmul, self.observe(args[1], args[0], args[1].is_contiguous()), args[1], None)
         return func(*args, **kwargs)
+
+
+def _product(multiply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product = multiply(x.to(weight.dtype), weight).to(x.dtype)
+    return product if bias is None else product.add_(bias)
 
 
 class Arch:
@@ -114,6 +125,8 @@ class Arch:
         model: the transformers model.
         blocks: the chain, in the order in which it runs.
         dtype: the dtype in which parameters are filled; everything that solves or compares uses float32.
+        matrix_dtype: the dtype in which the matrices of discovered linears are filled: that of the checkpoint where the
+            machine multiplies it fast, else `dtype`. Activations between products have `dtype` all the same.
         outside: checkpoint tensors of no block (embeddings, final norm, head).
         unused: checkpoint tensors the model has no place for; they are kept as they are.
     """
@@ -123,6 +136,8 @@ class Arch:
         self.dtype = dtype
         self.model = _empty_model(source)
         self.device = torch.device("cpu")
+        self.matrix_dtype = _matrix_dtype(source, dtype)
+        self._matrices: frozenset[str] = frozenset()
         self._places = _Places(self.model, source)
         self.unused = self._places.unused
         prefix = _block_list(self.model)
@@ -140,7 +155,7 @@ class Arch:
     # ------------------------------------------------------------------------------------------------------ filling
 
     def load(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Fill the model with the named checkpoint tensors.
+        """Fill the model with the named checkpoint tensors in `dtype`; matrices of known linears in `matrix_dtype`.
 
         Returns:
             the tensors as the checkpoint holds them.
@@ -155,8 +170,9 @@ class Arch:
                     f"{self.source.folder / self.source.tensors[name].shard}: tensor {name} has NaN or infinite "
                     "values; the checkpoint is damaged, fetch or save it again"
                 )
-        for param, value in self._places.assemble(values, self.dtype).items():
-            _set_tensor(self.model, param, value.to(self.device))
+        for param, value in self._places.assemble(values).items():
+            dtype = self.matrix_dtype if param in self._matrices else self.dtype
+            _set_tensor(self.model, param, value.to(self.device, dtype if value.is_floating_point() else None))
         return values
 
     def load_outside(self) -> None:
@@ -186,7 +202,7 @@ class Arch:
         return self.model
 
     def param(self, linear: Linear) -> Tensor:
-        """The parameter that holds `linear`, float32 while its block is loaded."""
+        """The parameter that holds `linear`, in `matrix_dtype` while its block is loaded."""
         return self.model.get_parameter(linear.param)
 
     def sites(self, block: Block) -> dict[int, str]:
@@ -200,6 +216,11 @@ class Arch:
         return next(x.site for x in self._places.linears(tensor, shape, every) if index in (None, x.index))
 
     # ------------------------------------------------------------------------------------------------------ running
+
+    def adopt(self, blocks: tuple[Block, ...]) -> None:
+        """Take over blocks as `probe` discovered them, here or in the same model from another checkpoint."""
+        self.blocks = blocks
+        self._matrices = frozenset(linear.param for block in blocks for linear in block.linears)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
@@ -226,10 +247,18 @@ class Arch:
         return first[0], calls
 
     @torch.no_grad()
-    def call(self, block: Block, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-        """Run one loaded block on hidden states [rows, length, width]; `call` comes from `embed`."""
+    def call(
+        self, block: Block, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], observe: Observe | None = None
+    ) -> Tensor:
+        """Run one loaded block on hidden states [rows, length, width] float32.
+
+        Args:
+            call: the other arguments, from `embed`.
+            observe: see `Tap`.
+        """
         args, kwargs = call
-        out = self.model.get_submodule(block.name)(hidden, *args, **kwargs)
+        with Tap(observe or (lambda weight, x, transposed: x)):
+            out = self.model.get_submodule(block.name)(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -266,9 +295,11 @@ class Arch:
             ValueError: the blocks do not form a chain, depend on the tokens beside the hidden states, contain no linear, or
                 a tensor is damaged.
         """
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        special = {self.source.config.get(key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        usable = [i for i in range(min(vocabulary, 4 * PROBE_TOKENS)) if i not in special]
+        embedding = self.model.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        special = json.dumps([self.source.config.get(key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")])
+        named = set(map(int, re.findall(r"\d+", special)))  # each an id, a list of ids, or null
+        usable = [i for i in range(min(embedding.num_embeddings, 4 * PROBE_TOKENS)) if i not in named]
         tokens = torch.tensor([usable[:PROBE_TOKENS], usable[-PROBE_TOKENS:]])
         found: list[Block] = []
         previous: list[Tensor] = []
@@ -301,7 +332,7 @@ class Arch:
         self._run(tokens[:1], observed)
         if len(found) != len(self.blocks):
             raise ValueError(f"only {len(found)} of {len(self.blocks)} blocks run; lowbit needs a plain chain of blocks")
-        self.blocks = tuple(found)
+        self.adopt(tuple(found))
         if not any(block.linears for block in self.blocks):
             raise ValueError("no linear layer was found in any block of this model")
         first, second = self.embed(tokens[:1])[1], self.embed(tokens[1:])[1]
@@ -449,6 +480,12 @@ def _empty_model(source: Source) -> "PreTrainedModel":
     return model.eval().requires_grad_(False)
 
 
+def _matrix_dtype(source: Source, dtype: torch.dtype) -> torch.dtype:
+    stored = source.dtype()
+    fast = stored == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return stored if fast and dtype == torch.float32 else dtype
+
+
 def _block_list(model: nn.Module) -> str:
     """The path of the model's chain of blocks: of the module lists in no other list, the one with the most parameters."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -528,9 +565,8 @@ class _Places:
         """The parameter a checkpoint tensor fills, or fills together with others."""
         return self._plain[tensor] if tensor in self._plain else self._converted[tensor][0]
 
-    def assemble(self, values: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Model parameters (floats in `dtype`) from whole sets of checkpoint tensors."""
-        values = {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
+    def assemble(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Model parameters from whole sets of checkpoint tensors, in the dtypes these have."""
         out = {self._plain[name]: value for name, value in values.items() if name in self._plain}
         for first, names in self._members.items():
             if names[0] in values:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["random", "hub", "txt", "jsonl"]
 
-PASSAGE_CHARACTERS = 4096  # the least size of a passage of a .txt file in calibration
+PASSAGE_CHARACTERS = 4096  # the least size of the passages into which calibration cuts long documents
 HUB_SHUFFLE_BUFFER = 4096  # documents held while a hub dataset is shuffled
 
 
@@ -346,10 +346,9 @@ def _field(record: dict[str, Any], text_key: str, where: str) -> str:
 def _shuffled_documents(spec: DataSpec) -> Iterator[str]:
     if spec.kind == "hub":
         return _hub_documents(spec, _open_hub(spec).shuffle(seed=spec.seed, buffer_size=HUB_SHUFFLE_BUFFER))
-    documents = list(read_documents(spec))
-    if spec.kind == "txt":
-        # English text has about 4 characters a token, so a passage fills about a row
-        documents = passages(documents[0], max(PASSAGE_CHARACTERS, 4 * spec.length))
+    # English text has about 4 characters a token, so a passage fills about a row, and no long document fills many.
+    size = max(PASSAGE_CHARACTERS, 4 * spec.length)
+    documents = [passage for document in read_documents(spec) for passage in passages(document, size)]
     random.Random(spec.seed).shuffle(documents)
     return iter(documents)
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowbit.arch import Arch, Linear, Site, addresses
+from lowbit.arch import Arch, Linear, Site, Tap, addresses
 from lowbit.files import replacing
 from lowbit.packing import pack, unpack
 from lowbit.qtensor import CHANNEL, TENSOR, QTensor, Scheme, Spec, dequantize, spec_from_dict
@@ -463,7 +463,8 @@ def load(
     """
     source = open_checkpoint(model, revision)
     arch = Arch(source, dtype or source.dtype())
-    loaded: Any = arch.fill().to(device)
+    loaded: Any = arch.fill()
+    loaded.to(device)
     generation = source.folder / "generation_config.json"
     if generation.exists():
         from transformers import GenerationConfig
@@ -476,13 +477,13 @@ def load(
     return loaded
 
 
-def _quantize_inputs(model: nn.Module, inputs: dict[Site, Spec]) -> None:
+def _quantize_inputs(model: Any, inputs: dict[Site, Spec]) -> None:
     """Make every forward of the model quantize the inputs at the given sites."""
     original = model.forward
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with quantized_inputs(addresses(model), inputs):
+        with Tap(quantized_inputs(addresses(model), inputs)):
             return original(*args, **kwargs)
 
     model.forward = forward

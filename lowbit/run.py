@@ -4,7 +4,7 @@ Everything is written to OUT.partial and renamed to OUT at the very end. OUT.par
 
     job.json             what is being done: recipe, fingerprint of the model, hash of the tokens, versions
     block-K.json         block K is finished: records of its linears, hashes of its weights
-    hidden-K.f32         hidden states that enter block K in the quantized model
+    hidden-K             hidden states that enter block K in the quantized model
 
 A block's shard and the next hidden states are on disk before its record is, so the record alone says that it is finished. The
 same command run again checks job.json, finds the last record and goes on from there; since every batch is computed as it
@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lowbit import __version__
-from lowbit.arch import Arch, Block, Linear
+from lowbit.arch import Arch, Linear
 from lowbit.data import Calibration, DataSpec, calibration_tokens
 from lowbit.export import NATIVE, QuantizedSource, check_export, encode, save_shard, write_config
 from lowbit.files import TEMPORARY, write_json
@@ -41,6 +41,7 @@ from lowbit.source import STEM, Source, index_name, open_source, shard_name
 from lowbit.unit import Stream, Unit, quantized_inputs
 
 GATE_ROWS = 2
+GATE_POSITIONS = 256  # of each row, whose logits are compared
 GATE_TOKENS = 128  # length of random rows, where a recipe has no calibration data
 GATE_TOLERANCE = 1e-4  # of the largest logit: float32 sums of other batch shapes
 Progress = Callable[[str, int, int], None]
@@ -231,13 +232,14 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
     """
     reloaded = QuantizedSource(folder)
     twin = Arch(reloaded)
-    twin.blocks = arch.blocks
+    twin.adopt(arch.blocks)
     expected = {name: digest for record in records for name, digest in record["sha256"].items()}
     dtype = arch.source.dtype()
     tokens = stream.tokens[:GATE_ROWS]
     schemes = reloaded.schemes()
     twin.load_outside()
     hidden, calls = twin.embed(tokens)
+    hidden = stream.rounded(hidden)
     twin.free_outside()
     compared = 0
     for block in twin.blocks:
@@ -253,40 +255,35 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
             spec = schemes[linear.name].input
             if spec is not None:
                 inputs[linear.site] = spec
-        with quantized_inputs(twin.sites(block), inputs):
-            hidden = twin.call(block, hidden, calls[block.index])
+        observe = quantized_inputs(twin.sites(block), inputs)
+        hidden = stream.rounded(twin.call(block, hidden, calls[block.index], observe))
         twin.free(block.name)
     say("checking the output", len(twin.blocks), len(twin.blocks))
     if compared != len(expected):
         raise RuntimeError(f"gate: {compared} of {len(expected)} quantized linears were found in the output")
-    difference, largest = _compare_logits(arch, twin, tokens, stream, hidden)
+    solved = _logits(arch, tokens, stream.read(len(arch.blocks), 0, len(tokens)))
+    largest = float(solved.abs().max())
+    difference = float(solved.sub_(_logits(twin, tokens, hidden)).abs_().max())
     if difference > GATE_TOLERANCE * largest:
         raise RuntimeError(f"gate: logits of the reloaded model differ by {difference:.3g} (largest {largest:.3g})")
     return {
         "weights_compared": compared,
         "weights_equal": True,
         "rows": len(tokens),
-        "length": tokens.shape[1],
+        "length": min(tokens.shape[1], GATE_POSITIONS),
         "largest_logit": largest,
         "largest_logit_difference": difference,
     }
 
 
-def _compare_logits(arch: Arch, twin: Arch, tokens: Tensor, stream: Stream, hidden: Tensor) -> tuple[float, float]:
-    """Largest difference between the logits of the solver's and the reloaded model, and the largest logit."""
+def _logits(arch: Arch, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Logits of the first `GATE_POSITIONS` of every row, from the last block's output."""
     arch.load_outside()
-    twin.load_outside()
-    difference = largest = 0.0
-    for row in range(len(tokens)):
-        solved = arch.finish(tokens[row : row + 1], stream.read(len(arch.blocks), row, row + 1))
-        if not bool(torch.isfinite(solved).all()):
-            raise RuntimeError("gate: the quantized model's logits are not finite")
-        largest = max(largest, float(solved.max()), -float(solved.min()))
-        solved -= twin.finish(tokens[row : row + 1], hidden[row : row + 1])
-        difference = max(difference, float(solved.abs_().max()))
+    logits = arch.finish(tokens[:, :GATE_POSITIONS], hidden[:, :GATE_POSITIONS])
     arch.free_outside()
-    twin.free_outside()
-    return difference, largest
+    if not bool(torch.isfinite(logits).all()):
+        raise RuntimeError("gate: the quantized model's logits are not finite")
+    return logits
 
 
 def _sha256(weight: Tensor) -> str:
@@ -362,7 +359,7 @@ def _check_linears(linears: list[Linear], schemes: dict[str, Scheme]) -> None:
 def _check_disk(folder: Path, source: Source, tokens: Tensor) -> None:
     """The output is at most as large as the source; two boundaries of hidden states lie beside it."""
     width = source.config.get("hidden_size") or source.config.get("n_embd") or source.config.get("d_model") or 0
-    needed = source.nbytes() + 2 * tokens.numel() * width * 4
+    needed = source.nbytes() + 2 * tokens.numel() * width * source.dtype().itemsize
     present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free
     if free + present < needed:
@@ -557,9 +554,7 @@ def _report(
         "recipe_sha256": recipe.hash(),
         "data": data.describe(),
         "linears": rows,
-        "float_matrices": [
-            {"name": name, "reason": reason} for block in arch.blocks for name, reason in _left_float(block, rows)
-        ],
+        "float_matrices": [{"name": name, "reason": reason} for name, reason in _left_float(arch, rows)],
         "blocks": [{key: record[key] for key in ("block", "seconds", "peak_rss")} for record in records],
         "stages": clock.stages,
         "sizes": {
@@ -575,10 +570,15 @@ def _report(
     }
 
 
-def _left_float(block: Block, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _left_float(arch: Arch, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Every matrix that was not quantized, with the reason."""
     quantized = {row["name"] for row in rows}
-    chosen = [(linear.name, "left float by the rules") for linear in block.linears if linear.name not in quantized]
-    return [*block.skipped, *chosen]
+    left = []
+    for block in arch.blocks:
+        left += block.skipped
+        left += [(linear.name, "left float by the rules") for linear in block.linears if linear.name not in quantized]
+    outside = [name for name in arch.outside if len(arch.source.tensors[name].shape) > 1]
+    return [*left, *((name.removesuffix(".weight"), "outside the blocks") for name in outside)]
 
 
 def _count(source: Source, name: str) -> int:

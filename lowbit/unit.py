@@ -12,7 +12,7 @@ at a time. That file is also what a killed run resumes from.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit.arch import Arch, Block, Linear, Site, Tap, site_of
+from lowbit.arch import Arch, Block, Linear, Observe, Site, site_of
 from lowbit.files import replacing
 from lowbit.qtensor import QTensor, Scheme, Spec, dequantize, fake_quantize_input, find_params, quantize, validate
 
@@ -60,26 +60,28 @@ class LinearRecord:
 class Stream:
     """Hidden states between blocks, for rows of calibration tokens, on disk: one file a block boundary, read batch by batch.
 
-    Memory is one batch of at most `TOKENS_PER_BATCH` tokens (at least one row), whatever the number of rows.
+    Between blocks they are rounded to the checkpoint's dtype, as engines keep them. Memory is one batch of at most
+    `TOKENS_PER_BATCH` tokens (at least one row), whatever the number of rows.
     """
 
     def __init__(self, arch: Arch, tokens: Tensor, folder: Path) -> None:
-        """tokens: [rows, length] int64; folder: where the files `hidden-K.f32` are kept."""
+        """tokens: [rows, length] int64; folder: where the files `hidden-K` are kept."""
         self.arch = arch
         self.tokens = tokens
         self.folder = folder
+        self.dtype = arch.source.dtype()
         self._rows = min(len(tokens), max(1, TOKENS_PER_BATCH // tokens.shape[1]))
         self._width = 0
         self._calls: dict[int, list[Any]] = {}
 
     def file(self, boundary: int) -> Path:
-        """Hidden states that enter block `boundary`: float32 [rows, length, width], no header."""
-        return self.folder / f"hidden-{boundary:05d}.f32"
+        """Hidden states that enter block `boundary`: [rows, length, width] in `dtype`, no header."""
+        return self.folder / f"hidden-{boundary:05d}"
 
     def start(self) -> None:
         """Run the part before the blocks: writes boundary 0 unless a later boundary exists already."""
         self.arch.load_outside()
-        present = any(self.folder.glob("hidden-*.f32"))
+        present = any(self.folder.glob("hidden-*"))
         with replacing(self.file(0)) if not present else nullcontext(os.devnull) as path, open(path, "wb") as file:
             for start in range(0, len(self.tokens), self._rows):
                 rows = self.tokens[start : start + self._rows]
@@ -88,15 +90,19 @@ class Stream:
                 hidden, calls = self.arch.embed(rows)
                 self._calls.setdefault(len(rows), calls)
                 self._width = hidden.shape[-1]
-                file.write(_bytes(hidden))
+                file.write(self._bytes(hidden))
         self.arch.free_outside()
 
     def read(self, boundary: int, start: int, stop: int) -> Tensor:
         """Rows start..stop of a boundary: float32 [stop - start, length, width]."""
         length = self.tokens.shape[1]
-        row = length * self._width
-        data = np.fromfile(self.file(boundary), np.float32, count=(stop - start) * row, offset=start * row * 4)
-        return torch.from_numpy(data).view(stop - start, length, self._width)
+        row = length * self._width * self.dtype.itemsize
+        data = np.fromfile(self.file(boundary), np.uint8, count=(stop - start) * row, offset=start * row)
+        return torch.from_numpy(data).view(self.dtype).view(stop - start, length, self._width).float()
+
+    def rounded(self, hidden: Tensor) -> Tensor:
+        """Hidden states as they come back after being written."""
+        return hidden.to(self.dtype).float()
 
     def batches(self, boundary: int) -> Iterator[tuple[Tensor, Any]]:
         """(hidden states, other arguments of the block's call) for every batch that enters block `boundary`."""
@@ -108,7 +114,10 @@ class Stream:
         """Write the next boundary: forward(hidden, call) of every batch that enters `block`."""
         with replacing(self.file(block.index + 1)) as path, path.open("wb") as file:
             for hidden, call in self.batches(block.index):
-                file.write(_bytes(forward(hidden, call)))
+                file.write(self._bytes(forward(hidden, call)))
+
+    def _bytes(self, hidden: Tensor) -> memoryview:
+        return hidden.to(self.dtype).contiguous().view(torch.uint8).numpy().data.cast("B")
 
     def drop(self, boundary: int) -> None:
         """Delete a boundary that no one needs any more."""
@@ -152,7 +161,7 @@ class Unit:
 
     def weight(self, linear: Linear) -> Tensor:
         """The float weight [out, in] float32."""
-        return linear.view(self.arch.param(linear))
+        return linear.view(self.arch.param(linear)).float()
 
     def gram(self, linear: Linear) -> Tensor:
         """X^T X [in, in] float32, summed over all calibration tokens that reach the linear, with inputs as the quantized
@@ -199,15 +208,10 @@ class Unit:
         """Put the dequantized weights, rounded to `dtype`, into the block and move the stream past it."""
         self._grams = {}
         for linear in self.linears:
-            self.weight(linear).copy_(dequantize(self.assigned[linear.name], dtype))
+            linear.view(self.arch.param(linear)).copy_(dequantize(self.assigned[linear.name], dtype))
         inputs = {linear.site: spec for linear in self.linears if (spec := self.scheme(linear).input) is not None}
-        self.stream.advance(self.block, lambda hidden, call: self._forward(hidden, call, inputs))
-
-    def _forward(self, hidden: Tensor, call: Any, inputs: dict[Site, Spec]) -> Tensor:
-        if not inputs:
-            return self.arch.call(self.block, hidden, call)
-        with quantized_inputs(self.arch.sites(self.block), inputs):
-            return self.arch.call(self.block, hidden, call)
+        observe = quantized_inputs(self.arch.sites(self.block), inputs)
+        self.stream.advance(self.block, lambda hidden, call: self.arch.call(self.block, hidden, call, observe))
 
     def _gram_key(self, linear: Linear) -> tuple[str, Spec | None]:
         return linear.shares, self.scheme(linear).input
@@ -247,25 +251,22 @@ class Unit:
 
         for hidden, call in self.stream.batches(self.block.index):
             pending = set(wanted)
-            try:
-                with Tap(observe):
-                    self.arch.call(self.block, hidden, call)
-            except _Captured:
-                pass
+            with suppress(_Captured):
+                self.arch.call(self.block, hidden, call, observe)
         for gram in grams.values():
             _mirror(gram)
         return grams
 
 
-def quantized_inputs(sites: dict[int, str], inputs: dict[Site, Spec]) -> Tap:
-    """A Tap under which the inputs of the linears at the given sites are quantized as their spec says."""
+def quantized_inputs(sites: dict[int, str], inputs: dict[Site, Spec]) -> Observe:
+    """What a `Tap` must do for the inputs of the linears at the given sites to be quantized as their spec says."""
 
     def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
         site = site_of(weight, sites)
         spec = inputs.get(site) if site is not None else None
         return x if spec is None else fake_quantize_input(x, spec)
 
-    return Tap(observe)
+    return observe
 
 
 def relative_error(w: Tensor, q: Tensor, gram: Tensor | None) -> float:
@@ -298,7 +299,3 @@ def _mirror(gram: Tensor) -> None:
         corner = gram[start:stop, start:stop]
         gram[start:stop, start:stop] = corner.triu() + corner.triu(1).T
         gram[stop:, start:stop] = gram[start:stop, stop:].T
-
-
-def _bytes(x: Tensor) -> memoryview:
-    return x.contiguous().numpy().data.cast("B")

@@ -152,13 +152,13 @@ def _inverse_factor(hessian: Tensor, permutation: Tensor, damping: float, name: 
     dead = (hessian.diagonal()[reverse] == 0).to(dtype) * mean
     for attempt in range(_ESCALATIONS + 1):
         used = damping * 10**attempt
-        damped = hessian[reverse][:, reverse].to(dtype)
+        damped = hessian[reverse.unsqueeze(1), reverse].to(dtype)
         damped.diagonal().add_(dead + used * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         del damped
         if int(info) == 0:
-            inverse = torch.linalg.solve_triangular(lower, torch.eye(len(reverse), dtype=dtype), upper=False)
-            return inverse.flip(0, 1).to(torch.float32), used
+            identity = torch.eye(len(reverse), dtype=dtype, device=hessian.device)
+            return torch.linalg.solve_triangular(lower, identity, upper=False).to(torch.float32).flip(0, 1), used
     raise ValueError(
         f"{name}: the Hessian is not positive definite even with damping {used}; use more or longer calibration rows, "
         "a larger damping, or rtn for this layer"
