@@ -131,13 +131,15 @@ class Arch:
         unused: checkpoint tensors the model has no place for; they are kept as they are.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, source: Source, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         self.source = source
         self.dtype = dtype
         self.model = _empty_model(source)
-        self.device = torch.device("cpu")
-        self.matrix_dtype = _matrix_dtype(source, dtype)
+        self.device = torch.device(device)
+        self.matrix_dtype = _matrix_dtype(source, dtype, self.device)
         self._matrices: frozenset[str] = frozenset()
+        for name, buffer in list(self.model.named_buffers()):
+            _set_tensor(self.model, name, buffer.to(self.device))
         self._places = _Places(self.model, source)
         self.unused = self._places.unused
         prefix = _block_list(self.model)
@@ -183,14 +185,14 @@ class Arch:
 
     def free(self, prefix: str = "") -> None:
         """Put the parameters under `prefix` (a block's name; all of them by default) back on the meta device."""
-        for name, param in list(self.model.named_parameters()):
+        for name, param in list(self.model.named_parameters(remove_duplicate=False)):
             if (not prefix or name.startswith(prefix + ".")) and not param.is_meta:
                 _set_tensor(self.model, name, torch.empty_like(param, device="meta"))
 
     def free_outside(self) -> None:
         """Free everything that is in no block."""
         inside = tuple(block.name + "." for block in self.blocks)
-        for name, param in list(self.model.named_parameters()):
+        for name, param in list(self.model.named_parameters(remove_duplicate=False)):
             if not name.startswith(inside) and not param.is_meta:
                 _set_tensor(self.model, name, torch.empty_like(param, device="meta"))
 
@@ -250,7 +252,7 @@ class Arch:
     def call(
         self, block: Block, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], observe: Observe | None = None
     ) -> Tensor:
-        """Run one loaded block on hidden states [rows, length, width] float32.
+        """Run one loaded block on hidden states [rows, length, width] float32, on `device` or not.
 
         Args:
             call: the other arguments, from `embed`.
@@ -258,7 +260,7 @@ class Arch:
         """
         args, kwargs = call
         with Tap(observe or (lambda weight, x, transposed: x)):
-            out = self.model.get_submodule(block.name)(hidden, *args, **kwargs)
+            out = self.model.get_submodule(block.name)(hidden.to(self.device), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -268,7 +270,7 @@ class Arch:
 
         def stub(block: Block, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = _split_call(args, kwargs)[0]
-            return self._returned(block, hidden if block.index == len(self.blocks) - 1 else given)
+            return self._returned(block, hidden.to(self.device) if block.index == len(self.blocks) - 1 else given)
 
         out = self._run(tokens, stub)
         return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
@@ -365,7 +367,7 @@ class Arch:
                 continue
             for linear in self._places.linears(tensor, values[tensor].shape, transposed):
                 reason = self._reason_to_skip(linear, transposed)
-                if reason is None and not torch.equal(linear.view(self.param(linear)), _matrix(linear, values).float()):
+                if reason is None and not torch.equal(linear.view(self.param(linear)).cpu(), _matrix(linear, values).float()):
                     reason = "transformers stores it rearranged"
                 if reason is not None:
                     skipped.append((linear.name, reason))
@@ -480,9 +482,9 @@ def _empty_model(source: Source) -> "PreTrainedModel":
     return model.eval().requires_grad_(False)
 
 
-def _matrix_dtype(source: Source, dtype: torch.dtype) -> torch.dtype:
+def _matrix_dtype(source: Source, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     stored = source.dtype()
-    fast = stored == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = device.type != "cpu" or (stored == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return stored if fast and dtype == torch.float32 else dtype
 
 

@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="DIR", help="folder to create")
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
     sub.add_argument("--overwrite", action="store_true", help="replace DIR, and forget an unfinished run of something else")
+    sub.add_argument("--device", default="cpu", help="where blocks are solved: cpu (default), cuda, cuda:1, ...")
     what = sub.add_argument_group("what to do: a recipe, or the short form")
     what.add_argument("--recipe", metavar="FILE.toml", help="rules, steps, data and format as TOML")
     what.add_argument("--scheme", help="w4a16, w4a16-g64-asym, w3a16-g128, w8a8, w8a16, fp8, ...")
@@ -153,6 +154,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
             arguments.out,
             recipe=recipe,
             revision=arguments.revision,
+            device=arguments.device,
             overwrite=arguments.overwrite,
             progress=progress,
         )

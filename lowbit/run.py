@@ -60,6 +60,7 @@ def quantize(
     format: str = "compressed-tensors",
     engine: str = "vllm",
     revision: str | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -71,6 +72,7 @@ def quantize(
         recipe: what to do; or, in its place, the short form: `scheme`, `method` with `options`, `ignore`, `data`, `format`,
             `engine` (see `recipe.short_recipe`).
         revision: branch, tag or commit of a hub model.
+        device: where blocks run and are solved, such as "cpu" or "cuda"; memory there is that of one block.
         overwrite: replace `out`, and forget an unfinished run of another recipe or model.
         progress: called with (stage, steps done, steps in all).
 
@@ -94,12 +96,17 @@ def quantize(
     _check_out(out, overwrite)
     clock = _Clock()
     say = progress or (lambda stage, done, total: None)
+    _check_device(device)
     source = open_source(model, revision)
-    arch = Arch(source)
+    arch = Arch(source, device=device)
     candidates = _candidates(arch)
     recipe.schemes(candidates)
     data_used, solver_tokens = _calibration(recipe, source)
-    with _fast_products(), _journal(out, _job(source, recipe, data_used), overwrite) as folder, _saying_what_is_kept(folder):
+    with (
+        _fast_products(),
+        _journal(out, _job(source, recipe, data_used, device), overwrite) as folder,
+        _saying_what_is_kept(folder),
+    ):
         _check_disk(folder, source, solver_tokens)
         arch.probe(lambda done, total: say("reading the model", done, total))
         clock.lap("probe")
@@ -231,7 +238,7 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
         RuntimeError: they differ, which would be an error in lowbit. The output keeps its temporary name.
     """
     reloaded = QuantizedSource(folder)
-    twin = Arch(reloaded)
+    twin = Arch(reloaded, device=str(arch.device))
     twin.adopt(arch.blocks)
     expected = {name: digest for record in records for name, digest in record["sha256"].items()}
     dtype = arch.source.dtype()
@@ -249,7 +256,7 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
         for linear in block.linears:
             if linear.name not in expected:
                 continue
-            if _sha256(linear.view(twin.param(linear)).to(dtype)) != expected[linear.name]:
+            if _sha256(linear.view(twin.param(linear)).to(dtype).cpu()) != expected[linear.name]:
                 raise RuntimeError(f"gate: {linear.name} reads back with other weights than were solved")
             compared += 1
             spec = schemes[linear.name].input
@@ -298,6 +305,13 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out} is a file; choose another folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"{out} exists and is not empty; choose another folder, or replace it with --overwrite")
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _candidates(arch: Arch) -> list[str]:
@@ -400,7 +414,7 @@ def _available_memory() -> int | None:
 # ------------------------------------------------------------------------------------------------------------ the journal
 
 
-def _job(source: Source, recipe: Recipe, data: Calibration) -> dict[str, Any]:
+def _job(source: Source, recipe: Recipe, data: Calibration, device: str) -> dict[str, Any]:
     """What makes two runs the same run."""
     settings = recipe.to_dict()
     settings["data"] = data.describe()
@@ -409,6 +423,7 @@ def _job(source: Source, recipe: Recipe, data: Calibration) -> dict[str, Any]:
         "recipe": settings,
         "model": source.fingerprint(),
         "versions": {"lowbit": __version__} | {name: version(name) for name in libraries},
+        "device": device,
         "threads": torch.get_num_threads(),
     }
 
@@ -573,7 +588,7 @@ def _report(
 def _left_float(arch: Arch, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Every matrix that was not quantized, with the reason."""
     quantized = {row["name"] for row in rows}
-    left = []
+    left: list[tuple[str, str]] = []
     for block in arch.blocks:
         left += block.skipped
         left += [(linear.name, "left float by the rules") for linear in block.linears if linear.name not in quantized]

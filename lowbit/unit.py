@@ -117,7 +117,7 @@ class Stream:
                 file.write(self._bytes(forward(hidden, call)))
 
     def _bytes(self, hidden: Tensor) -> memoryview:
-        return hidden.to(self.dtype).contiguous().view(torch.uint8).numpy().data.cast("B")
+        return hidden.to(self.dtype).cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
 
     def drop(self, boundary: int) -> None:
         """Delete a boundary that no one needs any more."""
@@ -183,7 +183,7 @@ class Unit:
         gram = self._grams.get(self._gram_key(linear))
         nearest = q if method == "rtn" else quantize(w, *find_params(w, spec, scale_dtype=self.scale_dtype), spec)
         error = relative_error(w, dequantize(q), gram)
-        self.assigned[linear.name] = q
+        self.assigned[linear.name] = QTensor(q.codes.cpu(), q.scale.cpu(), None if q.zero is None else q.zero.cpu(), q.spec)
         self.records[linear.name] = LinearRecord(
             name=linear.name,
             scheme=self.scheme(linear).name,
@@ -229,7 +229,7 @@ class Unit:
             size += linear.in_features**2 * 4
             if grams and size > GRAM_BYTES:
                 break
-            grams[key] = torch.zeros(linear.in_features, linear.in_features)
+            grams[key] = torch.zeros(linear.in_features, linear.in_features, device=self.arch.device)
             wanted[linear.site] = key
         inputs = {linear.site: self.scheme(linear).input for linear in self.linears}
         sites = self.arch.sites(self.block)
