@@ -78,7 +78,7 @@ _MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One transformer (or state space) block: its path in the model, its checkpoint tensors, its linears.
+    """One transformer (or state space) block: its path in the model, its checkpoint tensors, its linears as they run.
 
     `skipped` names the matrices of the block that no scheme can choose, with the reason.
     """
@@ -361,7 +361,6 @@ class Arch:
             out = original(*args, **kwargs)
         linears: list[Linear] = []
         skipped: list[tuple[str, str]] = []
-        leaders: dict[Any, str] = {}
         for tensor in block.tensors:
             if values[tensor].dim() < 2:
                 continue
@@ -371,11 +370,18 @@ class Arch:
                     reason = "transformers stores it rearranged"
                 if reason is not None:
                     skipped.append((linear.name, reason))
-                    continue
-                x = inputs.get(linear.site)
-                # Experts that no token of the probe reached have no observed input; theirs is shared by site alone.
-                key = linear.site if x is None or linear.index is not None else (x.data_ptr(), x.shape, x._version)
-                linears.append(replace(linear, shares=leaders.setdefault(key, linear.name)))
+                else:
+                    linears.append(linear)
+        # In the order in which they run. Experts that no token of the probe reached have no observed input: they come last,
+        # in the order of the others, and theirs is shared by site alone.
+        position = {site: i for i, site in enumerate(inputs)}
+        params = list(dict.fromkeys(param for param, _ in inputs))
+        linears.sort(key=lambda linear: (position.get(linear.site, len(position)), params.index(linear.param)))
+        leaders: dict[Any, str] = {}
+        for i, linear in enumerate(linears):
+            x = inputs.get(linear.site)
+            key = linear.site if x is None or linear.index is not None else (x.data_ptr(), x.shape, x._version)
+            linears[i] = replace(linear, shares=leaders.setdefault(key, linear.name))
         return tuple(linears), tuple(skipped), out
 
     def _reason_to_skip(self, linear: Linear, transposed: dict[str, bool]) -> str | None:

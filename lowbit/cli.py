@@ -133,6 +133,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
             recipe = replace(recipe, data=DataSpec(source=arguments.data, **given))
         elif given and recipe.data is not None:
             recipe = replace(recipe, data=replace(recipe.data, **given))
+        elif given:
+            raise ValueError(f"--{next(iter(given))} describes calibration data, but the recipe has no [data]; give --data")
     else:
         if not arguments.scheme:
             raise ValueError("say what to do with --recipe FILE.toml, or with --scheme, for example --scheme w4a16")

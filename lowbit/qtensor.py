@@ -163,16 +163,23 @@ def grouped(w: Tensor, spec: Spec) -> Tensor:
 
 
 def find_params(
-    w: Tensor, spec: Spec, *, scale_dtype: torch.dtype, shrink_steps: int = 0, norm: float = 2.4
+    w: Tensor,
+    spec: Spec,
+    *,
+    scale_dtype: torch.dtype,
+    shrink_steps: int = 0,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Choose scale and zero point of every group.
 
-    Min-max by default. With `shrink_steps` > 0, the range is shrunk by factors 1 - i/100 for i < shrink_steps, and each
-    group keeps the factor with the least sum |w - Q(w)|^norm (GPTQ's reference code uses 80 steps, norm 2.4).
+    Min-max by default. With `shrink_steps` > 1, the range is shrunk by factors 1 - i/100 for i < shrink_steps, and each
+    group keeps the factor with the least error: sum |w - Q(w)|^2.4, as GPTQ's reference code has it (80 steps), or
+    sum importance (w - Q(w))^2 where the importance of columns is known.
 
     Args:
         w: [out, in] float32.
         scale_dtype: the dtype in which the checkpoint keeps scales; codes must be computed with the rounded scale.
+        importance: [in] float32, such as the mean square of each input.
 
     Returns:
         scale [out, groups] of `scale_dtype` ([1, 1] for one scale a tensor) and zero int8 of that shape, or None.
@@ -182,12 +189,14 @@ def find_params(
     best = _params_from_range(low, high, spec, scale_dtype)
     if shrink_steps <= 1:
         return best
+    weights = None if importance is None else grouped(importance.expand_as(w), spec)
     best_error = torch.full_like(low, torch.inf)
     scale, zero = best
     for step in range(shrink_steps):
         factor = 1 - step / 100
         s, z = _params_from_range(low * factor, high * factor, spec, scale_dtype)
-        error = (_fake(groups, s, z, spec) - groups).abs_().pow_(norm).sum(-1)
+        delta = _fake(groups, s, z, spec).sub_(groups)
+        error = (delta.abs_().pow_(2.4) if weights is None else delta.square_().mul_(weights)).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         scale = torch.where(better, s, scale)

@@ -242,7 +242,8 @@ def _type_problem(value: Any, hint: Any) -> str | None:
     if origin is typing.Literal:
         return None if value in arguments else f"is not one of {', '.join(map(repr, arguments))}"
     if origin in (typing.Union, types.UnionType):
-        return None if any(_type_problem(value, a) is None for a in arguments) else f"is not a {hint}"
+        problems = [_type_problem(value, argument) for argument in arguments if argument is not type(None)]
+        return None if None in problems else problems[0]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return None
     good = isinstance(value, hint) and not (hint is int and isinstance(value, bool))

@@ -14,6 +14,7 @@ would have been, the result is the same to the bit.
 import fcntl
 import hashlib
 import json
+import os
 import resource
 import shutil
 import sys
@@ -92,12 +93,13 @@ def quantize(
         )
     elif scheme is not None:
         raise ValueError("give a recipe or a scheme, not both")
-    out = Path(out)
+    out = Path(os.path.abspath(out))
     _check_out(out, overwrite)
     clock = _Clock()
     say = progress or (lambda stage, done, total: None)
     _check_device(device)
     source = open_source(model, revision)
+    _check_apart(out, source.folder)
     arch = Arch(source, device=device)
     candidates = _candidates(arch)
     recipe.schemes(candidates)
@@ -165,7 +167,7 @@ def _solve(
         for step in recipe.steps:
             METHODS[step.method].apply(unit, **step.options)
         assert set(unit.assigned) == set(mine), f"{block.name}: not every linear was assigned"
-        unit.finish(dtype)
+        unit.finish()
         arch.free(block.name)
         replaced = {linear.tensor for linear in unit.linears}
         tensors = {name: value for name, value in values.items() if name not in replaced}
@@ -307,6 +309,15 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out} exists and is not empty; choose another folder, or replace it with --overwrite")
 
 
+def _check_apart(out: Path, model: Path) -> None:
+    """The model must outlive the run, and its folder must not grow during it."""
+    kept = model.resolve()
+    for suffix in ("", ".partial", ".old"):
+        path = out.with_name(out.name + suffix).resolve()
+        if path.is_relative_to(kept) or kept.is_relative_to(path):
+            raise ValueError(f"{path}, which this run writes, and the model's folder {model} overlap; choose another --out")
+
+
 def _check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
@@ -433,6 +444,8 @@ def _journal(out: Path, job: dict[str, Any], overwrite: bool) -> Iterator[Path]:
     """The folder OUT.partial, new or of an interrupted run of the same job, for this process alone."""
     folder = out.with_name(out.name + ".partial")
     work = folder / ".work"
+    if folder.is_dir() and any(folder.iterdir()) and not work.is_dir():
+        raise ValueError(f"{folder} is needed for unfinished work, but holds something else; move it away")
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("a")
@@ -449,14 +462,15 @@ def _journal(out: Path, job: dict[str, Any], overwrite: bool) -> Iterator[Path]:
         known = json.loads(described.read_text(encoding="utf-8")) if described.exists() else None
         current = json.loads(json.dumps(job))
         if known is not None and known != current:
-            if not overwrite:
+            if not overwrite and any(work.glob("block-*.json")):
                 raise ValueError(
                     f"{folder} holds an unfinished run of something else: {'; '.join(_differences(known, current))}. Run that "
                     "again to finish it, or start anew with --overwrite"
                 )
-            _empty(folder, keep=work / "lock")
+            described.unlink()  # from here on, whatever else is left counts for nothing
             known = None
         if known is None:
+            _empty(folder, keep=work / "lock")
             write_json(described, current)
         yield folder
 
@@ -501,14 +515,14 @@ def _saying_what_is_kept(folder: Path) -> Iterator[None]:
 
 
 def _publish(folder: Path, out: Path) -> None:
-    """Give the finished checkpoint its name."""
-    shutil.rmtree(folder / ".work")
+    """Give the finished checkpoint its name; only then is the journal of no more use."""
     old = out.with_name(out.name + ".old")
     if out.exists():
         if old.exists():
             shutil.rmtree(old)
         out.rename(old)
     folder.rename(out)
+    shutil.rmtree(out / ".work")
     if old.exists():
         shutil.rmtree(old)
 

@@ -163,13 +163,20 @@ class Unit:
         """The float weight [out, in] float32."""
         return linear.view(self.arch.param(linear)).float()
 
-    def gram(self, linear: Linear) -> Tensor:
+    def gram(self, linear: Linear, *, sequential: bool = False) -> Tensor:
         """X^T X [in, in] float32, summed over all calibration tokens that reach the linear, with inputs as the quantized
         model sees them (earlier blocks quantized; its own input quantized if the scheme says so). Linears with the same
-        input share one matrix."""
+        input share one matrix.
+
+        Args:
+            sequential: linears of this block assigned before now are quantized too, at the price of a pass over the data
+                for every matrix; otherwise the block's own linears are all still float.
+        """
         key = self._gram_key(linear)
         if key not in self._grams:
-            self._grams = self._gather(linear)
+            if sequential:
+                self._apply()
+            self._grams = self._gather(linear, alone=sequential)
         return self._grams[key]
 
     def warn(self, linear: Linear, text: str) -> None:
@@ -204,20 +211,27 @@ class Unit:
         self.assign(linear, quantize(w, scale, zero, spec), method=method)
 
     @torch.no_grad()
-    def finish(self, dtype: torch.dtype) -> None:
-        """Put the dequantized weights, rounded to `dtype`, into the block and move the stream past it."""
+    def finish(self) -> None:
+        """Put the dequantized weights into the block and move the stream past it."""
         self._grams = {}
-        for linear in self.linears:
-            linear.view(self.arch.param(linear)).copy_(dequantize(self.assigned[linear.name], dtype))
+        self._apply()
         inputs = {linear.site: spec for linear in self.linears if (spec := self.scheme(linear).input) is not None}
         observe = quantized_inputs(self.arch.sites(self.block), inputs)
         self.stream.advance(self.block, lambda hidden, call: self.arch.call(self.block, hidden, call, observe))
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        """Put the dequantized weights of the linears assigned so far, as the checkpoint will hold them, into the block."""
+        for linear in self.linears:
+            if linear.name in self.assigned:
+                q = self.assigned[linear.name]
+                linear.view(self.arch.param(linear)).copy_(dequantize(q, self.scale_dtype))
 
     def _gram_key(self, linear: Linear) -> tuple[str, Spec | None]:
         return linear.shares, self.scheme(linear).input
 
     @torch.no_grad()
-    def _gather(self, first: Linear) -> dict[Any, Tensor]:
+    def _gather(self, first: Linear, *, alone: bool) -> dict[Any, Tensor]:
         """Gram matrices of `first` and of as many linears after it as fit into `GRAM_BYTES`, in one pass over the data."""
         wanted: dict[Site, Any] = {}
         grams: dict[Any, Tensor] = {}
@@ -227,7 +241,7 @@ class Unit:
             if key in grams:
                 continue
             size += linear.in_features**2 * 4
-            if grams and size > GRAM_BYTES:
+            if grams and (alone or size > GRAM_BYTES):
                 break
             grams[key] = torch.zeros(linear.in_features, linear.in_features, device=self.arch.device)
             wanted[linear.site] = key
