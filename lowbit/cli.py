@@ -196,7 +196,7 @@ def _eval(arguments: argparse.Namespace) -> None:
                 window=arguments.window,
                 stride=arguments.stride,
                 bos=arguments.bos,
-                bos_id=tokenizer.bos_token_id,
+                bos_id=tokenizer.bos_token_id if arguments.bos == "window" else None,
                 reference=reference,
                 max_windows=arguments.limit,
                 device=arguments.device,
@@ -257,8 +257,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
     tokenizer = _tokenizer(arguments.model, None)
     model = load(arguments.model, device=arguments.device)
+    if not model.can_generate():
+        raise ValueError(f"{arguments.model} is a {type(model).__name__}, which does not generate text")
     torch.manual_seed(arguments.seed)
-    prompt = tokenizer(arguments.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    prompt = torch.tensor([tokenizer(arguments.prompt, add_special_tokens=False)["input_ids"]], dtype=torch.int64)
     if tokenizer.bos_token_id is not None:
         prompt = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), prompt], 1)
     prompt = prompt.to(arguments.device)

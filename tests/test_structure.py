@@ -22,7 +22,7 @@ PACKAGE = ROOT / "lowbit"
 # --------------------------------------------------------------------------------------------------------------- layers
 # A module imports from its own level and the levels before it. A folder stands for all of its modules.
 LEVELS = (
-    ("formats", "packing"),
+    ("files", "formats", "packing"),
     ("qtensor", "arch", "data", "source", "report"),
     ("unit", "kernels"),
     ("methods", "allocate", "export", "runtime"),
