@@ -12,6 +12,7 @@ checkpoint names.
 """
 
 import contextlib
+import ctypes
 import inspect
 import json
 import re
@@ -188,6 +189,7 @@ class Arch:
         for name, param in list(self.model.named_parameters(remove_duplicate=False)):
             if (not prefix or name.startswith(prefix + ".")) and not param.is_meta:
                 _set_tensor(self.model, name, torch.empty_like(param, device="meta"))
+        _return_freed_memory()
 
     def free_outside(self) -> None:
         """Free everything that is in no block."""
@@ -195,6 +197,7 @@ class Arch:
         for name, param in list(self.model.named_parameters(remove_duplicate=False)):
             if not name.startswith(inside) and not param.is_meta:
                 _set_tensor(self.model, name, torch.empty_like(param, device="meta"))
+        _return_freed_memory()
 
     def fill(self) -> "PreTrainedModel":
         """Fill the whole model, for use rather than for streaming, and return it."""
@@ -501,6 +504,13 @@ def _block_list(model: nn.Module) -> str:
     if not outer:
         raise ValueError(f"{type(model).__name__} has no list of blocks; lowbit quantizes models that are a chain of blocks")
     return max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0]
+
+
+def _return_freed_memory() -> None:
+    """Let glibc give freed memory back to the system: fragments of one block's tensors would add up over blocks."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:

@@ -93,11 +93,16 @@ def _check_stacks(linears: Iterable[Linear], schemes: dict[str, Scheme], remedy:
         for name in names:
             path, _, leaf = name.rpartition(".")
             first = f"{path}.{stack[0]}"
-            if leaf in stack[1:] and first in names and schemes.get(name) != schemes.get(first):
+            if leaf in stack[1:] and first in names and _kind(schemes.get(name)) != _kind(schemes.get(first)):
                 raise ValueError(
                     f"{first} and {name} have different schemes, but vLLM keeps them in one matrix; give them one scheme, "
                     f"--engine transformers, or {remedy}"
                 )
+
+
+def _kind(scheme: Scheme | None) -> tuple[Spec, Spec | None] | None:
+    """A scheme without its name."""
+    return None if scheme is None else (scheme.weight, scheme.input)
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing

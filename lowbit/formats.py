@@ -73,7 +73,8 @@ class Format:
             return codes.to(torch.float32)
         half = 2 ** (self.bits - 1)
         code = codes.to(torch.int64)
-        value = self._magnitudes.to(codes.device)[(code % half).clamp_(max=len(self._magnitudes) - 1)]
+        not_numbers = self._magnitudes.new_full((half - len(self._magnitudes),), torch.nan)
+        value = torch.cat([self._magnitudes, not_numbers]).to(codes.device)[code % half]
         return torch.where(code >= half, -value, value)
 
     @property

@@ -72,6 +72,8 @@ class Rule:
     optional: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.match, str) or not isinstance(self.scheme, str):
+            raise ValueError(f"rule {self.match!r} -> {self.scheme!r}: match and scheme are texts")
         try:
             re.compile(self.match)
         except re.error as error:
@@ -88,8 +90,10 @@ class Step:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; allowed are {', '.join(METHODS)}")
+        if not isinstance(self.options, dict):
+            raise ValueError(f"{self.method}: options are a table of names and values, not {self.options!r}")
         check_options(self.method, METHODS[self.method].apply, self.options)
 
 
@@ -207,10 +211,13 @@ def recipe_from_dict(given: dict[str, Any], *, where: str = "recipe") -> Recipe:
         rules.append(Rule(**table))
     steps = []
     for table in given.get("steps", []):
-        if "method" not in table:
+        if not isinstance(table, dict) or "method" not in table:
             raise ValueError(f"{where}, [[steps]]: method is missing; allowed are {', '.join(METHODS)}")
-        options = {key: value for key, value in table.items() if key not in ("method", "options")}
-        steps.append(Step(method=table["method"], options=options | table.get("options", {})))
+        options = table.get("options", {})
+        if not isinstance(options, dict):
+            raise ValueError(f"{where}, [[steps]]: options = {options!r} is not a table")
+        inline = {key: value for key, value in table.items() if key not in ("method", "options")}
+        steps.append(Step(method=table["method"], options=inline | options))
     data = None
     if given.get("data") is not None:
         _check_keys(given["data"], [f.name for f in fields(DataSpec)], f"{where}, [data]", required=("source",))
@@ -242,6 +249,8 @@ def _type_problem(value: Any, hint: Any) -> str | None:
     if origin is typing.Literal:
         return None if value in arguments else f"is not one of {', '.join(map(repr, arguments))}"
     if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
         problems = [_type_problem(value, argument) for argument in arguments if argument is not type(None)]
         return None if None in problems else problems[0]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -250,7 +259,9 @@ def _type_problem(value: Any, hint: Any) -> str | None:
     return None if good else f"is not a {getattr(hint, '__name__', hint)}"
 
 
-def _check_keys(table: dict[str, Any], allowed: list[str], where: str, required: tuple[str, ...] = ()) -> None:
+def _check_keys(table: Any, allowed: list[str], where: str, required: tuple[str, ...] = ()) -> None:
+    if not isinstance(table, dict):
+        raise ValueError(f"{where}: {table!r} is not a table")
     unknown = [key for key in table if key not in allowed]
     if unknown:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}")

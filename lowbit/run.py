@@ -39,7 +39,7 @@ from lowbit.qtensor import Scheme, check_shape, dequantize
 from lowbit.recipe import METHODS, Recipe, short_recipe
 from lowbit.report import write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
-from lowbit.unit import Stream, Unit, quantized_inputs
+from lowbit.unit import Stream, Unit, fast_products, quantized_inputs
 
 GATE_ROWS = 2
 GATE_POSITIONS = 256  # of each row, whose logits are compared
@@ -105,7 +105,6 @@ def quantize(
     recipe.schemes(candidates)
     data_used, solver_tokens = _calibration(recipe, source)
     with (
-        _fast_products(),
         _journal(out, _job(source, recipe, data_used, device), overwrite) as folder,
         _saying_what_is_kept(folder),
     ):
@@ -131,21 +130,6 @@ def quantize(
         write_report(folder, report)
         _publish(folder, out)
     return report
-
-
-@contextmanager
-def _fast_products() -> Iterator[None]:
-    """Let float32 products of activations use bfloat16 or TF32 multipliers where the machine has them; sums stay float32.
-
-    Factorisations are not affected. On CPUs without such multipliers this only selects oneDNN's kernels, which took half
-    the time of the default ones, at the same accuracy (benchmarks/RESULTS.md).
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # ------------------------------------------------------------------------------------------------------------- the blocks
@@ -247,7 +231,8 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
     tokens = stream.tokens[:GATE_ROWS]
     schemes = reloaded.schemes()
     twin.load_outside()
-    hidden, calls = twin.embed(tokens)
+    with fast_products():
+        hidden, calls = twin.embed(tokens)
     hidden = stream.rounded(hidden)
     twin.free_outside()
     compared = 0
@@ -265,7 +250,8 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
             if spec is not None:
                 inputs[linear.site] = spec
         observe = quantized_inputs(twin.sites(block), inputs)
-        hidden = stream.rounded(twin.call(block, hidden, calls[block.index], observe))
+        with fast_products():
+            hidden = stream.rounded(twin.call(block, hidden, calls[block.index], observe))
         twin.free(block.name)
     say("checking the output", len(twin.blocks), len(twin.blocks))
     if compared != len(expected):

@@ -6,6 +6,7 @@ open between reads, so no memory-mapped page outlives the call that needed it. P
 
 import hashlib
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 STEM = "model"  # shards are STEM.safetensors, or STEM-00001-of-00003.safetensors listed in STEM.safetensors.index.json
-_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_DTYPE_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+_DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F64": 64, "C64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32}
+_DTYPE_BITS |= dict.fromkeys(("BF16", "F16", "I16", "U16"), 16)
+_DTYPE_BITS |= dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SAMPLES = 16  # places in every shard that the fingerprint reads
 _SAMPLE_BYTES = 65536
@@ -35,10 +37,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor in the shard."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * _DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * _DTYPE_BITS[self.dtype] // 8
 
 
 class Source:
@@ -108,7 +107,7 @@ class Source:
         count: dict[str, int] = {}
         for info in self.tensors.values():
             if len(info.shape) >= 2:
-                count[info.dtype] = count.get(info.dtype, 0) + info.nbytes
+                count[info.dtype] = count.get(info.dtype, 0) + math.prod(info.shape)
         most = max(count, key=lambda name: count[name], default="none")
         if most not in FLOAT_DTYPES:
             raise ValueError(f"{self.folder}: weights are stored as {most}; lowbit quantizes BF16, F16 and F32 checkpoints")
@@ -125,7 +124,7 @@ class Source:
     def _check_index(self) -> None:
         if not self._index.exists():
             return
-        for name, shard in read_json(self._index, "the shard index")["weight_map"].items():
+        for name, shard in _weight_map(self._index).items():
             if name not in self.tensors:
                 raise ValueError(f"{self._index} says {name} is in {shard}, but it is not there; fetch {shard} again")
 
@@ -143,7 +142,7 @@ def open_source(model: str, revision: str | None = None) -> Source:
     elif revision is not None:
         raise ValueError(f"{model} is a local folder, which has no revisions; leave out --revision {revision}")
     source = Source(folder)
-    if "quantization_config" in source.config:
+    if source.config.get("quantization_config"):
         method = source.config["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"{model} is quantized already ({method}); quantize the original checkpoint instead")
     return source
@@ -178,15 +177,25 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path} is missing: {what}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): {what}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object: {what}")
+    return value
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index, "the shard index").get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
+        raise ValueError(f"{index} has no weight_map of tensor names to shards; fetch it again")
+    return found
 
 
 def _shards(folder: Path, stem: str) -> list[str]:
     index = folder / index_name(stem)
     if index.exists():
-        names = sorted(set(read_json(index, "the shard index")["weight_map"].values()))
+        names = sorted(set(_weight_map(index).values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise ValueError(f"{folder}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}")

@@ -12,7 +12,7 @@ at a time. That file is also what a killed run resumes from.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ class Stream:
                 rows = self.tokens[start : start + self._rows]
                 if present and len(rows) in self._calls:
                     continue
-                hidden, calls = self.arch.embed(rows)
+                with fast_products():
+                    hidden, calls = self.arch.embed(rows)
                 self._calls.setdefault(len(rows), calls)
                 self._width = hidden.shape[-1]
                 file.write(self._bytes(hidden))
@@ -112,7 +113,7 @@ class Stream:
 
     def advance(self, block: Block, forward: Callable[[Tensor, Any], Tensor]) -> None:
         """Write the next boundary: forward(hidden, call) of every batch that enters `block`."""
-        with replacing(self.file(block.index + 1)) as path, path.open("wb") as file:
+        with fast_products(), replacing(self.file(block.index + 1)) as path, path.open("wb") as file:
             for hidden, call in self.batches(block.index):
                 file.write(self._bytes(forward(hidden, call)))
 
@@ -188,8 +189,7 @@ class Unit:
         validate(q, linear.name)
         w, spec = self.weight(linear), self.spec(linear)
         gram = self._grams.get(self._gram_key(linear))
-        nearest = q if method == "rtn" else quantize(w, *find_params(w, spec, scale_dtype=self.scale_dtype), spec)
-        error = relative_error(w, dequantize(q), gram)
+        nearest = quantize(w, *find_params(w, spec, scale_dtype=self.scale_dtype), spec)
         self.assigned[linear.name] = QTensor(q.codes.cpu(), q.scale.cpu(), None if q.zero is None else q.zero.cpu(), q.spec)
         self.records[linear.name] = LinearRecord(
             name=linear.name,
@@ -197,8 +197,8 @@ class Unit:
             method=method,
             shape=(linear.out_features, linear.in_features),
             bits_per_weight=q.bits_per_weight,
-            error=error,
-            error_rtn=error if nearest is q else relative_error(w, dequantize(nearest), gram),
+            error=relative_error(w, dequantize(q), gram),
+            error_rtn=relative_error(w, dequantize(nearest), gram),
             error_kind="weight" if gram is None else "output",
             damping=damping,
             warnings=self._warnings.pop(linear.name, []),
@@ -265,11 +265,26 @@ class Unit:
 
         for hidden, call in self.stream.batches(self.block.index):
             pending = set(wanted)
-            with suppress(_Captured):
+            with fast_products(), suppress(_Captured):
                 self.arch.call(self.block, hidden, call, observe)
         for gram in grams.values():
             _mirror(gram)
         return grams
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Let float32 products of activations use bfloat16 or TF32 multipliers where the machine has them; sums stay float32.
+
+    Solvers stay outside. On CPUs without such multipliers this only selects oneDNN's kernels, which took half
+    the time of the default ones, at the same accuracy.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def quantized_inputs(sites: dict[int, str], inputs: dict[Site, Spec]) -> Observe:

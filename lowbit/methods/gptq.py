@@ -13,7 +13,7 @@ Choices, where the paper leaves them open:
   scales come from the original weights in the original column order, so the checkpoint needs no permutation.
 - Damping: `damping` x mean(diag H) is added to the diagonal. If the factorisation still fails, damping grows tenfold, at most
   `_ESCALATIONS` times, and the value used is recorded; then it is an error. It never falls back to rounding.
-- A column whose input is always zero (H_jj = 0) cannot matter to the data: it is rounded to nearest and takes no part.
+- A column whose input is always zero (H_jj = 0) cannot matter to the data: damping alone keeps it, so it is rounded to nearest.
 
 Cost: O(in^2 out + in^3) time; memory of two [in, in] matrices (float64 up to 4096 columns, float32 above) and two [out, in].
 """
@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from lowbit.qtensor import TENSOR, QTensor, Spec, find_params
+from lowbit.qtensor import QTensor, Spec, find_params
 from lowbit.unit import Between, Unit
 
 _BLOCK = 128  # columns updated lazily together
@@ -115,7 +115,7 @@ def gptq_weight(
 
     # Row j of `rest` is the j-th visited column of w: contiguous, and updated in place.
     rest = w.T[permutation].contiguous()
-    group_of = torch.zeros_like(permutation) if spec.group == TENSOR else permutation // spec.group_size(columns)
+    group_of = permutation // spec.group_size(columns)
     scales = scale.float().T.expand(-1, w.shape[0])
     zeros = None if zero is None else zero.float().T
     values = torch.empty_like(rest)
@@ -154,11 +154,10 @@ def _inverse_factor(hessian: Tensor, permutation: Tensor, damping: float, name: 
     dtype = torch.float64 if len(permutation) <= _FLOAT64_COLUMNS else torch.float32
     reverse = permutation.flip(0)
     mean = float(hessian.diagonal().double().mean())
-    dead = (hessian.diagonal()[reverse] == 0).to(dtype) * mean
     for attempt in range(_ESCALATIONS + 1):
         used = damping * 10**attempt
         damped = hessian[reverse.unsqueeze(1), reverse].to(dtype)
-        damped.diagonal().add_(dead + used * mean)
+        damped.diagonal().add_(used * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         del damped
         if int(info) == 0:
