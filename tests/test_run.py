@@ -1,0 +1,1036 @@
+"""Whole runs: every architecture, killed and resumed at any step, refused with a reason, and nothing lost on the way."""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lowbit import run
+from lowbit.arch import discover
+from lowbit.data import DataSpec
+from lowbit.export import QuantizedSource, load
+from lowbit.qtensor import QTensor
+from lowbit.recipe import Recipe, Rule, Step
+from lowbit.run import quantize
+from lowbit.source import Source, open_source
+from lowbit.unit import Stream, Unit
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = DataSpec(source="random", rows=8, length=16)
+SHORT: dict[str, Any] = {"scheme": "w4a16-g32", "data": DATA}
+GPTQ: dict[str, Any] = {"scheme": "w4a16-g32", "method": "gptq", "data": DATA}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_and_quiet() -> Iterator[None]:
+    """Products this small are faster in one thread than in several that wait for one another; no bars of libraries."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_progress_bar()
+
+
+def save_model(name: str, folder: Path) -> Path:
+    """A checkpoint with everything that may lie beside the weights."""
+    tiny.save(name, folder, dtype=torch.bfloat16, seed=4)
+    tiny.save_tokenizer(folder)
+    (folder / "README.md").write_text("---\nlicense: other\n---\nä model\n", encoding="utf-8")
+    (folder / "LICENSE").write_bytes(b"do\r\nwhat you like\n")
+    (folder / "extra").mkdir()
+    (folder / "extra" / "table.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"never read, never copied")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to be read only."""
+    return save_model("llama", tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture
+def own_llama(llama: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(llama, tmp_path / "own-llama"))
+
+
+@pytest.fixture(scope="module")
+def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The results of uninterrupted runs with `SHORT` and `GPTQ`, to be read only."""
+    made: dict[str, Path] = {}
+
+    def get(method: str) -> Path:
+        if method not in made:
+            made[method] = tmp_path_factory.mktemp("whole") / method
+            quantize(str(llama), made[method], **(SHORT if method == "rtn" else GPTQ))
+        return made[method]
+
+    return get
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """Hashes of every file but the reports, which tell times."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("report.json", "report.md")
+    }
+
+
+def linears_of(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "report.json").read_text())["linears"]
+
+
+def assert_same_result(found: Path, expected: Path) -> None:
+    """The same files to the byte, the same records, nothing beside."""
+    assert files_of(found) == files_of(expected)
+    assert linears_of(found) == linears_of(expected)
+    assert (found / "report.md").exists()
+    for suffix in (".partial", ".old"):
+        assert not found.with_name(found.name + suffix).exists()
+
+
+class Stopped(Exception):
+    """Thrown by a test in the middle of a run."""
+
+
+def stop_at(block: int) -> Callable[[str, int, int], None]:
+    """A progress callback that throws when `block` begins."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "quantizing" and done == block:
+            raise Stopped
+
+    return progress
+
+
+def stopped_run(model: Path, out: Path, block: int = 2, **what: Any) -> Path:
+    """Run until `block` begins; returns the unfinished folder."""
+    with pytest.raises(Stopped):
+        quantize(str(model), out, progress=stop_at(block), **(what or SHORT))
+    partial = out.with_name(out.name + ".partial")
+    assert not out.exists() and len(records_of(partial)) == block
+    return partial
+
+
+def records_of(partial: Path) -> list[Path]:
+    return sorted((partial / ".work").glob("block-*.json"))
+
+
+def refused(model: Path, out: Path, *parts: str, **what: Any) -> str:
+    """The run fails with a message that has these parts, and there is no result."""
+    before = files_of(out) if out.is_dir() else None
+    with pytest.raises(ValueError) as caught:
+        quantize(str(model), out, **what)
+    for part in parts:
+        assert part in str(caught.value)
+    assert (files_of(out) if out.is_dir() else None) == before
+    return str(caught.value)
+
+
+def shards_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------------ every architecture
+
+
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in tiny.NAMES if n != "gpt2")])
+def test_every_architecture(name: str, tmp_path: Path) -> None:
+    model = save_model(name, tmp_path / "model")
+    source = open_source(str(model))
+    format = "lowbit" if name == "gpt2" else "compressed-tensors"
+    data = DataSpec(source="random", rows=16, length=32)
+    tokens = tiny.tokens(2, 24, seed=5)
+    with torch.no_grad():
+        plain = tiny.auto_class(name).from_pretrained(model, dtype=torch.float32)(tokens).logits
+    relative: dict[str, float] = {}
+    divergence: dict[str, float] = {}
+    for scheme, method in (("w4a16-g32", "gptq"), ("w4a16-g32", "rtn"), ("w8a8", "rtn")):
+        out = tmp_path / f"{scheme}-{method}"
+        report = quantize(str(model), out, scheme=scheme, method=method, data=data, format=format)
+        assert json.loads(json.dumps(report)) == json.loads((out / "report.json").read_text())
+        assert_complete(out, source, report, format)
+
+        loaded = load(str(out), dtype=torch.float32)
+        assert loaded.config.architectures == source.config["architectures"]
+        tied = "lm_head.weight" not in source.tensors and bool(loaded.config.tie_word_embeddings)
+        head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+        assert (head.weight is embedding.weight) == tied
+        with torch.no_grad():
+            logits = loaded(tokens).logits
+        assert bool(torch.isfinite(logits).all())
+        p, q = plain.log_softmax(-1), logits.log_softmax(-1)
+        relative[out.name] = float((logits - plain).norm() / plain.norm())
+        divergence[out.name] = float((p.exp() * (p - q)).sum(-1).mean())
+    four, nearest, eight = "w4a16-g32-gptq", "w4a16-g32-rtn", "w8a8-rtn"
+    assert 0.03 < relative[four] < 0.5 and relative[nearest] < 0.8 and 0.003 < relative[eight] < 0.12
+    assert relative[eight] < relative[four] / 2
+    assert 0 < 4 * divergence[eight] < divergence[four] < divergence[nearest] < 0.5
+
+
+def assert_complete(out: Path, source: Source, report: dict[str, Any], format: str) -> None:
+    """Every linear was quantized and compared, every other tensor and every file beside the weights is as it was."""
+    arch = discover(source)
+    names = [linear.name for block in arch.blocks for linear in block.linears]
+    assert sorted(row["name"] for row in report["linears"]) == sorted(names)
+    assert all(row["error"] <= 1.001 * row["error_rtn"] for row in report["linears"] if row["method"] == "gptq")
+    matrices = {name.removesuffix(".weight") for name, info in source.tensors.items() if len(info.shape) >= 2}
+    assert {row["name"] for row in report["float_matrices"]} == matrices - set(names)
+    gate = report["gate"]
+    assert gate["weights_equal"] and gate["weights_compared"] == len(names) and gate["rows"] == 2
+    assert gate["largest_logit_difference"] <= 1e-4 * gate["largest_logit"]
+
+    result = QuantizedSource(out)
+    assert set(result.modules) == set(names) and set(result.tensors) == set(source.tensors)
+    left = sorted(set(source.tensors) - {f"{name}.weight" for name in names})
+    old, new = source.read(left), result.read(left)
+    assert all(torch.equal(old[name], new[name]) and old[name].dtype == new[name].dtype for name in left)
+    shards = shards_of(out)
+    stem = "lowbit" if format == "lowbit" else "model"
+    assert [path.name for path in shards] == [f"{stem}-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    index = json.loads((out / f"{stem}.safetensors.index.json").read_text())
+    stored = {tensor: (path.name, value.nbytes) for path in shards for tensor, value in load_file(path).items()}
+    assert index["weight_map"] == {tensor: shard for tensor, (shard, _) in stored.items()}
+    assert index["metadata"]["total_size"] == sum(size for _, size in stored.values())
+    assert report["sizes"]["output_bytes"] == sum(path.stat().st_size for path in shards)
+
+    model = source.folder
+    beside = {
+        path.relative_to(model).as_posix()
+        for path in model.rglob("*")
+        if path.is_file() and path.suffix not in (".safetensors", ".bin") and not path.name.endswith(".index.json")
+    } - {"config.json", ".gitattributes"}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "extra/table.json", "README.md"} <= beside
+    for name in beside:
+        assert (out / name).read_bytes() == (model / name).read_bytes()
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    own = {"config.json", "report.json", "report.md", f"{stem}.safetensors.index.json", *(path.name for path in shards)}
+    assert written == beside | own | ({"lowbit.json"} if format == "lowbit" else set())
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == tiny.CHAT_TEMPLATE
+
+
+def test_unknown_tensors_are_kept(own_llama: Path, tmp_path: Path) -> None:
+    """What the model has no place for is in the result as it was."""
+    extra = torch.arange(6.0).view(2, 3).bfloat16()
+    spoil(own_llama, "model.norm.weight", lambda tensors: tensors.update({"vision.weight": extra}))
+    quantize(str(own_llama), tmp_path / "out", **SHORT)
+    assert torch.equal(QuantizedSource(tmp_path / "out").read(["vision.weight"])["vision.weight"], extra)
+
+
+def test_short_form_and_recipe_are_one(llama: Path, tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    recipe = Recipe(
+        rules=(Rule(match="lm_head", scheme="float", optional=True), Rule(match="", scheme="w4a16-g32")),
+        steps=(Step(method="rtn"),),
+        data=DATA,
+    )
+    quantize(str(llama), tmp_path / "out", recipe=recipe)
+    assert_same_result(tmp_path / "out", whole("rtn"))
+    with pytest.raises(ValueError, match="give a recipe or a scheme, not both"):
+        quantize(str(llama), tmp_path / "out2", recipe=recipe, scheme="w4a16")
+    with pytest.raises(ValueError, match="say what to do: a recipe, or a scheme such as w4a16"):
+        quantize(str(llama), tmp_path / "out2")
+
+
+def test_without_data_the_gate_has_random_rows(llama: Path, tmp_path: Path) -> None:
+    report = quantize(str(llama), tmp_path / "out", scheme="w4a16-g32")
+    assert report["data"]["source"] == "random" and report["gate"]["rows"] == 2
+    assert {row["error_kind"] for row in report["linears"]} == {"weight"}
+
+
+def test_text_data(llama: Path, tmp_path: Path) -> None:
+    """A text by its path; the report names the file without its folder."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(tiny.TEXT * 20))
+    report = quantize(
+        str(llama), tmp_path / "out", scheme="w4a16-g32", method="gptq", data=DataSpec(source=str(text), rows=4, length=32)
+    )
+    assert report["data"]["source"] == "text.txt"
+    assert {row["error_kind"] for row in report["linears"]} == {"output"}
+    assert str(tmp_path) not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_progress_and_precision(llama: Path, tmp_path: Path) -> None:
+    """All stages are told, and torch is left as it was found."""
+    torch.set_float32_matmul_precision("highest")
+    seen: list[tuple[str, int, int]] = []
+    quantize(str(llama), tmp_path / "out", progress=lambda *step: seen.append(step), **SHORT)
+    stages = list(dict.fromkeys(stage for stage, _, _ in seen))
+    assert stages == ["reading the model", "quantizing", "checking the output"]
+    assert [(done, total) for stage, done, total in seen if stage == "quantizing"] == [(i, 3) for i in range(4)]
+    stopped_run(llama, tmp_path / "other")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+# ---------------------------------------------------------------------------------------------------------------- the gate
+
+
+def _flip_a_code(tensors: dict[str, Tensor]) -> None:
+    next(value for name, value in tensors.items() if name.endswith("weight_packed")).view(-1)[0] ^= 1
+
+
+def _nudge_a_scale(tensors: dict[str, Tensor]) -> None:
+    scale = next(value for name, value in tensors.items() if name.endswith("weight_scale"))
+    scale.view(torch.int16).view(-1)[0] += 1
+
+
+def _lose_a_linear(tensors: dict[str, Tensor]) -> None:
+    name = next(name for name in tensors if name.endswith("weight_packed")).removesuffix("weight_packed")
+    packed = {key: tensors.pop(key) for key in list(tensors) if key.startswith(name)}
+    tensors[f"{name}weight"] = torch.zeros(packed[f"{name}weight_shape"].tolist(), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_flip_a_code, "reads back with other weights than were solved"),
+        (_nudge_a_scale, "reads back with other weights than were solved"),
+        (_lose_a_linear, "reads back with other weights|21 quantized linears were found"),
+    ],
+    ids=["code", "scale", "linear"],
+)
+def test_gate_finds_what_was_written_wrongly(
+    change: Callable[[dict[str, Tensor]], None], message: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run.save_shard
+
+    def wrong(tensors: dict[str, Tensor], path: Path) -> None:
+        if "00002-of" in path.name:
+            tensors = {name: value.clone() for name, value in tensors.items()}
+            change(tensors)
+        plain(tensors, path)
+
+    monkeypatch.setattr(run, "save_shard", wrong)
+    with pytest.raises(RuntimeError, match=f"gate: .*({message})"):
+        quantize(str(llama), tmp_path / "out", **SHORT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_gate_compares_logits(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights outside the blocks are seen through the logits."""
+    plain = run.save_shard
+
+    def wrong(tensors: dict[str, Tensor], path: Path) -> None:
+        if "model.norm.weight" in tensors:
+            tensors = tensors | {"model.norm.weight": tensors["model.norm.weight"] * 1.02}
+        plain(tensors, path)
+
+    monkeypatch.setattr(run, "save_shard", wrong)
+    with pytest.raises(RuntimeError, match="gate: logits of the reloaded model differ by"):
+        quantize(str(llama), tmp_path / "out", **SHORT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_gate_refuses_logits_that_are_not_finite(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Stream.read
+
+    def broken(self: Stream, boundary: int, start: int, stop: int) -> Tensor:
+        hidden = plain(self, boundary, start, stop)
+        return hidden * float("nan") if boundary == tiny.LAYERS else hidden
+
+    monkeypatch.setattr(Stream, "read", broken)
+    with pytest.raises(RuntimeError, match="gate: the quantized model's logits are not finite"):
+        quantize(str(llama), tmp_path / "out", **SHORT)
+
+
+# ------------------------------------------------------------------------------------------------------------------ resume
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_resume_does_not_compute_again(
+    method: str, llama: Path, tmp_path: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = SHORT if method == "rtn" else GPTQ
+    partial = stopped_run(llama, tmp_path / "out", **what)
+    assert [path.name for path in (partial / ".work").glob("hidden-*")] == ["hidden-00002"]
+    finished = {path.name: path.stat().st_mtime_ns for path in shards_of(partial)}
+    recorded = {path.name: path.stat().st_mtime_ns for path in records_of(partial)}
+    assert len(finished) == len(recorded) == 2
+    solved: list[int] = []
+
+    class Counted(Unit):
+        def __init__(self, arch: Any, block: Any, *rest: Any) -> None:
+            solved.append(block.index)
+            super().__init__(arch, block, *rest)
+
+    monkeypatch.setattr(run, "Unit", Counted)
+    times: dict[str, int] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "checking the output":
+            times.update({path.name: path.stat().st_mtime_ns for path in records_of(partial)})
+
+    quantize(str(llama), tmp_path / "out", progress=progress, **what)
+    assert solved == [2]
+    assert finished.items() <= {path.name: path.stat().st_mtime_ns for path in shards_of(tmp_path / "out")}.items()
+    assert recorded.items() < times.items()
+    assert_same_result(tmp_path / "out", whole(method))
+
+
+def test_resume_after_the_last_block(llama: Path, tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    """Interrupted between the blocks and the end: nothing is solved again."""
+    partial = stopped_run(llama, tmp_path / "out", block=3)
+    before = [path.stat().st_mtime_ns for path in shards_of(partial)]
+    quantize(str(llama), tmp_path / "out", **SHORT)
+    assert [path.stat().st_mtime_ns for path in shards_of(tmp_path / "out")[:3]] == before
+    assert_same_result(tmp_path / "out", whole("rtn"))
+
+
+def test_leftovers_are_cleaned(llama: Path, tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    """Half-written files of a killed process are not in the result."""
+    partial = stopped_run(llama, tmp_path / "out")
+    for path in (partial / "model-00003-of-00004.safetensors.tmp", partial / ".work" / "hidden-00003.tmp"):
+        path.write_bytes(b"half")
+    quantize(str(llama), tmp_path / "out", **SHORT)
+    assert_same_result(tmp_path / "out", whole("rtn"))
+
+
+def test_hidden_states_that_are_gone_are_made_again(llama: Path, tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    partial = stopped_run(llama, tmp_path / "out")
+    for path in (partial / ".work").glob("hidden-*"):
+        path.unlink()
+    quantize(str(llama), tmp_path / "out", **SHORT)
+    assert_same_result(tmp_path / "out", whole("rtn"))
+
+
+def test_records_of_an_unknown_run_are_not_used(llama: Path, tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    """Without the description of the job, its records could be those of any other."""
+    partial = stopped_run(llama, tmp_path / "out", **(SHORT | {"scheme": "w8a16"}))
+    (partial / ".work" / "job.json").unlink()
+    quantize(str(llama), tmp_path / "out", **SHORT)
+    assert_same_result(tmp_path / "out", whole("rtn"))
+
+
+def test_foreign_folder_is_left_alone(llama: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("years of work")
+    refused(llama, tmp_path / "out", "out.partial is needed for unfinished work, but holds something else", **SHORT)
+    refused(llama, tmp_path / "out", "holds something else", overwrite=True, **SHORT)
+    assert [path.name for path in partial.iterdir()] == ["thesis.txt"]
+
+
+def _other_weights(model: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.norm.weight"][3] += 1
+
+    spoil(model, "model.norm.weight", change)
+
+
+def _other_config(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "change_model", "difference"),
+    [
+        ({"scheme": "w8a16"}, None, 'recipe.rules[1].scheme was "w4a16-g32", is "w8a16"'),
+        ({"method": "gptq"}, None, 'recipe.steps[0].method was "rtn", is "gptq"'),
+        ({"options": {"shrink_steps": 20}}, None, "recipe.steps[0].options.shrink_steps was null, is 20"),
+        ({"ignore": ["down_proj"]}, None, 'recipe.rules[0].match was "lm_head", is "down_proj"'),
+        ({"format": "lowbit"}, None, 'recipe.format was "compressed-tensors", is "lowbit"'),
+        ({"data": DataSpec(source="random", rows=8, length=16, seed=1)}, None, "recipe.data.seed was 0, is 1"),
+        ({}, _other_weights, ".safetensors was "),
+        ({}, _other_config, "model.config.json was "),
+    ],
+    ids=["scheme", "method", "option", "ignore", "format", "data", "weights", "config"],
+)
+def test_unfinished_run_of_something_else(
+    changes: dict[str, Any], change_model: Callable[[Path], None] | None, difference: str, own_llama: Path, tmp_path: Path
+) -> None:
+    """It is refused with the difference, and kept."""
+    out = tmp_path / "out"
+    partial = stopped_run(own_llama, out)
+    before = files_of(partial)
+    if change_model is not None:
+        change_model(own_llama)
+    what = SHORT | changes
+    message = refused(own_llama, out, "holds an unfinished run of something else", difference, "--overwrite", **what)
+    assert len(message) < 1000
+    assert files_of(partial) == before
+
+
+@pytest.mark.parametrize("what", ["format", "weights"])
+def test_overwrite_starts_anew(what: str, own_llama: Path, tmp_path: Path) -> None:
+    """With the result of a fresh run, and no shard of the old one beside it."""
+    stopped_run(own_llama, tmp_path / "out")
+    if what == "weights":
+        _other_weights(own_llama)
+    options = SHORT | ({"format": "lowbit"} if what == "format" else {})
+    quantize(str(own_llama), tmp_path / "out", overwrite=True, **options)
+    quantize(str(own_llama), tmp_path / "fresh", **options)
+    assert_same_result(tmp_path / "out", tmp_path / "fresh")
+
+
+def test_changed_text_is_something_else(own_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(tiny.TEXT * 20))
+    what = SHORT | {"data": DataSpec(source=str(text), rows=2, length=16)}
+    stopped_run(own_llama, tmp_path / "out", **what)
+    text.write_text("\n".join(tiny.TEXT[::-1] * 20))
+    refused(own_llama, tmp_path / "out", "recipe.data.source_sha256 was ", "recipe.data.tokens_sha256 was ", **what)
+
+
+def test_run_without_a_finished_block_does_not_stand_in_the_way(
+    llama: Path, tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
+    """A mistake that was found after the first look at the model can be mended without --overwrite."""
+    refused(llama, tmp_path / "out", "groups of 48 do not divide", scheme="w4a16-g48", data=DATA)
+    quantize(str(llama), tmp_path / "out", **SHORT)
+    assert_same_result(tmp_path / "out", whole("rtn"))
+
+
+# ----------------------------------------------------------------------------------------------------- where it is written
+
+
+def test_existing_output_is_refused_or_replaced(llama: Path, tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "something.txt").write_text("old")
+    refused(llama, out, "exists and is not empty", "--overwrite", **SHORT)
+    assert not out.with_name("out.partial").exists()
+    with pytest.raises(Stopped):  # a run that does not come to its end leaves the old one
+        quantize(str(llama), out, overwrite=True, progress=stop_at(2), **SHORT)
+    assert [path.name for path in out.iterdir()] == ["something.txt"]
+    quantize(str(llama), out, overwrite=True, **SHORT)
+    assert_same_result(out, whole("rtn"))
+
+
+def test_empty_folder_is_used(llama: Path, tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    (tmp_path / "out").mkdir()
+    quantize(str(llama), tmp_path / "out", **SHORT)
+    assert_same_result(tmp_path / "out", whole("rtn"))
+
+
+def test_output_that_is_a_file(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    refused(llama, tmp_path / "out", "out is a file; choose another folder", **SHORT)
+    refused(llama, tmp_path / "out" / "below", "cannot write to", "choose another --out", **SHORT)
+    assert (tmp_path / "out").read_text() == "x"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_without_permission(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    refused(llama, tmp_path / "locked" / "out", "cannot write to", "Permission denied", **SHORT)
+
+
+@pytest.mark.parametrize("out", [".", "out", "..", "../own-llama.old/../own-llama"])
+def test_model_and_output_lie_apart(out: str, own_llama: Path) -> None:
+    """Even --overwrite never replaces the model, nor puts the result inside it."""
+    before = files_of(own_llama)
+    refused(own_llama, own_llama / out, "overlap; choose another --out", overwrite=True, **SHORT)
+    assert files_of(own_llama) == before
+
+
+@pytest.mark.parametrize("suffix", [".old", ".partial"])
+def test_model_has_no_name_that_a_run_uses(suffix: str, own_llama: Path, tmp_path: Path) -> None:
+    model = own_llama.rename(tmp_path / f"out{suffix}")
+    before = files_of(model)
+    refused(model, tmp_path / "out", "overlap; choose another --out", overwrite=True, **SHORT)
+    assert files_of(model) == before
+
+
+def test_two_processes_at_once(llama: Path, tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    """The second is refused while the first goes on."""
+    tried: list[str] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "quantizing" and done == 1:
+            tried.append(refused(llama, tmp_path / "out", "another process is writing", "out.partial", **SHORT))
+
+    quantize(str(llama), tmp_path / "out", progress=progress, **SHORT)
+    assert len(tried) == 1
+    assert_same_result(tmp_path / "out", whole("rtn"))
+
+
+def no_space(*args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["shard", "hidden states", "record"])
+def test_full_disk(
+    where: str, llama: Path, tmp_path: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says what is kept and what to do; with space again, the run goes on."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "quantizing" and done == 2:
+            if where == "shard":
+                full.setattr("lowbit.export.save_file", no_space)
+            elif where == "hidden states":
+                full.setattr(Stream, "_bytes", no_space)
+            else:
+                full.setattr(run, "write_json", no_space)
+
+    with monkeypatch.context() as full:
+        parts = ("No space left on device", "2 finished blocks are kept", "run the same command again")
+        refused(llama, tmp_path / "out", *parts, progress=progress, **SHORT)
+    partial = tmp_path / "out.partial"
+    before = {path.name: path.stat().st_mtime_ns for path in shards_of(partial)[:2]}
+    assert len(records_of(partial)) == 2
+    quantize(str(llama), tmp_path / "out", **SHORT)
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in shards_of(tmp_path / "out")}.items()
+    assert_same_result(tmp_path / "out", whole("rtn"))
+
+
+def test_disk_that_is_too_small(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known before anything is computed."""
+    needed = Source(llama).nbytes()
+    asked: list[Path] = []
+
+    def usage(path: Path) -> Any:
+        asked.append(path)
+        return SimpleNamespace(free=needed // 2)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    seen: list[str] = []
+    parts = ("are free, but up to", "are needed while quantizing", "choose another --out")
+    refused(llama, tmp_path / "out", *parts, progress=lambda stage, done, total: seen.append(stage), **SHORT)
+    assert asked == [tmp_path / "out.partial"] and not seen
+    # The hidden states of two boundaries are counted too.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed + 100))
+    refused(llama, tmp_path / "out", "are free, but up to", **SHORT)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed + 2 * 8 * 16 * 64 * 4))
+    quantize(str(llama), tmp_path / "out", **SHORT)
+
+
+def test_what_is_written_already_needs_no_more_space(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = stopped_run(llama, tmp_path / "out")
+    present = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    free = Source(llama).nbytes() + 2 * 8 * 16 * 64 * 4 - present
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    quantize(str(llama), tmp_path / "out", **SHORT)
+
+
+def test_too_little_memory(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_available_memory", lambda: 10_000)
+    refused(llama, tmp_path / "out", "of memory are available, but the largest block", "more memory", **SHORT)
+    assert not shards_of(tmp_path / "out.partial") and not records_of(tmp_path / "out.partial")
+    monkeypatch.setattr(run, "_available_memory", lambda: None)  # unknown
+    quantize(str(llama), tmp_path / "out", **SHORT)
+
+
+def test_available_memory() -> None:
+    found = run._available_memory()
+    assert found is None or 2**20 < found < 2**50
+
+
+# ---------------------------------------------------------------------------------------------------------- damaged models
+
+
+def spoil(folder: Path, tensor: str, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """Apply `change` to the tensors of the shard that holds `tensor`; returns the shard."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = folder / index["weight_map"][tensor]
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard, metadata={"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(tensors, shard.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return shard
+
+
+def _truncate(shard: Path) -> None:
+    os.truncate(shard, shard.stat().st_size - 10)
+
+
+def _corrupt_header(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[8:40] = b"\xff" * 32
+    shard.write_bytes(data)
+
+
+def _empty_file(shard: Path) -> None:
+    shard.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncate, "is truncated or not a safetensors file"),
+        (_corrupt_header, "is truncated or not a safetensors file"),
+        (_empty_file, "is truncated or not a safetensors file"),
+        (Path.unlink, "1 of 9 shards are missing"),
+    ],
+    ids=["truncated", "corrupt", "empty", "missing"],
+)
+def test_damaged_shard(damage: Callable[[Path], None], message: str, own_llama: Path, tmp_path: Path) -> None:
+    """Found before a folder is made, with the name of the shard."""
+    shards = shards_of(own_llama)
+    damage(shards[2])
+    message = message.replace("9", str(len(shards)))
+    refused(own_llama, tmp_path / "out", message, shards[2].name, **SHORT)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_shard_that_changes_during_the_run(own_llama: Path, tmp_path: Path) -> None:
+    """It is an error of the model, not of the disk that is written to; what is finished stays."""
+    shard = own_llama / Source(own_llama).tensors["model.layers.2.mlp.down_proj.weight"].shard
+    whole = shard.read_bytes()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "quantizing" and done == 2:
+            _truncate(shard)
+
+    refused(own_llama, tmp_path / "out", f"{shard.name} cannot be read", "fetch this file again", progress=progress, **SHORT)
+    shard.write_bytes(whole)
+    assert len(records_of(tmp_path / "out.partial")) == 2
+    quantize(str(own_llama), tmp_path / "out", **SHORT)
+
+
+def test_values_that_are_not_finite(own_llama: Path, tmp_path: Path) -> None:
+    """Found before the first block is solved, even in the last one."""
+    name = "model.layers.2.mlp.down_proj.weight"
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name][1, 1] = float("nan")
+
+    shard = spoil(own_llama, name, change)
+    refused(own_llama, tmp_path / "out", f"{shard.name}: tensor {name} has NaN or infinite values", **SHORT)
+    assert not shards_of(tmp_path / "out.partial") and not records_of(tmp_path / "out.partial")
+
+
+def test_quantized_model_is_refused(tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    refused(whole("rtn"), tmp_path / "out", "is quantized already (compressed-tensors)", "the original checkpoint", **SHORT)
+
+
+def test_model_that_is_nowhere(tmp_path: Path) -> None:
+    refused(tmp_path / "nothing", tmp_path / "out", "nothing", **SHORT)
+    assert not (tmp_path / "out.partial").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- what cannot be done
+
+
+@pytest.mark.parametrize(
+    ("what", "parts"),
+    [
+        ({"scheme": "w4b16"}, ("unknown scheme 'w4b16'", "w4a16-g64-asym")),
+        ({"scheme": "w9a16"}, ("9-bit integers are not supported",)),
+        ({"scheme": "w4a16-g32", "method": "magic"}, ("unknown method 'magic'", "rtn, gptq")),
+        ({"scheme": "w4a16-g32", "options": {"damping": 0.1}}, ("rtn has no option 'damping'",)),
+        ({"scheme": "w4a16-g32", "method": "gptq"}, ("gptq needs calibration data",)),
+        (
+            {"scheme": "w4a16-g32", "ignore": ["no_such"]},
+            ("rule 'no_such' -> float is never used", "no linear has such a name"),
+        ),
+        ({"scheme": "w4a16-g32", "ignore": [""]}, ("an earlier rule takes every linear it matches",)),
+        ({"scheme": "w4a16-g32", "data": "nowhere.txt"}, ("'nowhere.txt' is not a file",)),
+        ({"scheme": "w4a16-g32", "data": DataSpec(source="random"), "device": "cuda:77"}, ("device 'cuda:77' cannot be used",)),
+        ({"scheme": "w4a16-g32", "revision": "main"}, ("is a local folder, which has no revisions",)),
+    ],
+    ids=lambda value: None if isinstance(value, tuple) else "-".join(map(str, value)),
+)
+def test_refused_before_anything_is_written(what: dict[str, Any], parts: tuple[str, ...], llama: Path, tmp_path: Path) -> None:
+    refused(llama, tmp_path / "out", *parts, **what)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", " \n \n"])
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
+def test_empty_calibration_file(name: str, content: str, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    refused(llama, tmp_path / "out", f"{name} holds no", scheme="w4a16-g32", data=str(tmp_path / name))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_too_little_text(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(tiny.TEXT[0])
+    what = {"scheme": "w4a16-g32", "method": "gptq", "data": DataSpec(source=str(tmp_path / "short.txt"), rows=4, length=32)}
+    refused(llama, tmp_path / "out", "4 rows of 32 need 128", "more text", **what)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_missing_tokenizer(own_llama: Path, tmp_path: Path) -> None:
+    """Text needs one; random tokens do not."""
+    (tmp_path / "text.txt").write_text("\n".join(tiny.TEXT * 20))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (own_llama / name).unlink()
+    data = DataSpec(source=str(tmp_path / "text.txt"), rows=4, length=32)
+    refused(own_llama, tmp_path / "out", "has no tokenizer", "--data random", scheme="w4a16-g32", method="gptq", data=data)
+    assert not (tmp_path / "out.partial").exists()
+    quantize(str(own_llama), tmp_path / "out", **GPTQ)
+
+
+def test_group_that_does_not_divide(llama: Path, tmp_path: Path) -> None:
+    """The message names the linear, its columns, and groups that would do."""
+    parts = ("groups of 48 do not divide its", "input columns", "use a group of 16, 32, 64", "--ignore")
+    refused(llama, tmp_path / "out", *parts, scheme="w4a16-g48", data=DATA)
+    message = refused(llama, tmp_path / "out", scheme="w4a16", data=DATA)  # 128 divides the inputs of down_proj alone
+    assert "groups of 128 do not divide its 64 input columns" in message
+    assert not shards_of(tmp_path / "out.partial") and not records_of(tmp_path / "out.partial")
+
+
+def test_schemes_that_the_engine_does_not_load(llama: Path, tmp_path: Path) -> None:
+    refused(llama, tmp_path / "out", "cannot be exported for vllm", "--engine transformers", scheme="w3a16-g32", data=DATA)
+    assert not shards_of(tmp_path / "out.partial") and not records_of(tmp_path / "out.partial")
+    quantize(str(llama), tmp_path / "out", scheme="w3a16-g32", data=DATA, engine="transformers")
+
+
+def test_experts_of_one_matrix_have_one_input(tmp_path: Path) -> None:
+    """Gate and up of an expert are one matrix in memory; one quantized input cannot serve a float one."""
+    tiny.save("mixtral", tmp_path / "model", dtype=torch.bfloat16)
+    rules = (Rule(match="w3$", scheme="w8a16"), Rule(match="", scheme="w8a8"))
+    recipe = Recipe(rules=rules, steps=(Step(method="rtn"),), data=DATA, engine="transformers")
+    message = refused(tmp_path / "model", tmp_path / "out", "are one matrix in the model", recipe=recipe)
+    assert "give them one scheme" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------- being killed
+
+# Runs a command in forked children. A child counts its steps (files opened for writing, renamed, removed, copied; batches read;
+# shards written) and kills itself at a given one, a shard half written if the step is one. Prints what happened as JSON.
+KILLER = """
+import json, os, random, shutil, signal, sys, traceback
+from pathlib import Path
+import lowbit.export, lowbit.unit
+from lowbit.cli import main
+
+job = json.load(sys.stdin)
+root = Path(job["root"])
+command = ["quantize", job["model"], *job["arguments"], "--out"]
+TOUCHING = ("os.rename", "os.mkdir", "os.chmod", "os.remove", "os.rmdir", "shutil.copyfile", "shutil.rmtree")
+
+
+def child(out, extra, kill_at, pipe):
+    steps = 0
+
+    def step(before_death=lambda: None):
+        nonlocal steps
+        steps += 1
+        if steps == kill_at:
+            before_death()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event, details):
+        path, *rest = details
+        if event == "open":
+            mode, flags = rest
+            touches = bool(set(mode) & set("wa+")) if isinstance(mode, str) else bool(flags & (os.O_WRONLY | os.O_RDWR))
+        else:
+            touches = event in TOUCHING
+        if touches and (str(path).startswith(str(out)) or event in ("os.remove", "os.rmdir")):
+            step()
+
+    save, read = lowbit.export.save_file, lowbit.unit.Stream.read
+
+    def save_file(tensors, path, metadata=None):
+        save(tensors, path, metadata=metadata)
+        step(lambda: os.truncate(path, Path(path).stat().st_size // 2))
+
+    def reading(self, *which):
+        step()
+        return read(self, *which)
+
+    lowbit.export.save_file, lowbit.unit.Stream.read = save_file, reading
+    sys.addaudithook(hook)
+    code = main([*command, str(out), *extra])
+    os.write(pipe, str(steps).encode())
+    return code
+
+
+def attempt(out, extra, kill_at):
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            code = child(out, extra, kill_at, writer)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        steps = pipe.read()
+    status = os.waitpid(pid, 0)[1]
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    return {"kill_at": kill_at, "killed": killed, "code": None if killed else os.WEXITSTATUS(status), "steps": int(steps or 0)}
+
+
+assert main([*command, str(root / "whole")]) == 0  # in this process: imports are paid for once
+first = attempt(root / "fresh", [], 0)
+last = first["steps"]
+rng = random.Random(job["seed"])
+plans = [[step] for step in range(last - job["at_the_end"] + 1, last + 1)]
+plans += [sorted(rng.sample(range(1, last), 3), reverse=True) for _ in range(job["samples"])]
+told = [{"name": "fresh", "attempts": [first]}]
+for number, plan in enumerate(plans):
+    out = root / f"out-{number}"
+    extra = []
+    if job["replace"]:
+        shutil.copytree(job["replace"], out)
+        extra = ["--overwrite"]
+    attempts = []
+    for kill_at in [*plan, 0]:
+        attempts.append(attempt(out, extra, kill_at))
+        if out.is_dir() and not job["replace"]:
+            break
+    told.append({"name": out.name, "attempts": attempts})
+json.dump(told, sys.stdout)
+"""
+
+
+def run_killer(tmp_path: Path, model: Path, method: str, **job: Any) -> list[dict[str, Any]]:
+    """Run the script above; returns what it tells, the folders lie in tmp_path."""
+    arguments = ["--scheme", "w4a16-g32", "--method", method, "--data", "random", "--rows", "8", "--length", "16"]
+    description = {"root": str(tmp_path), "model": str(model), "arguments": arguments, "seed": 7, "replace": None, **job}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = tmp_path / "killer.py"
+    script.write_text(KILLER)
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=ROOT, env=environment, input=json.dumps(description), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    for plan in told:
+        assert all(attempt["killed"] or attempt["code"] == 0 for attempt in plan["attempts"]), (plan, done.stderr[-3000:])
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "at_the_end", "samples"), [("rtn", 25, 15), ("gptq", 0, 15)])
+def test_killed_at_any_step(method: str, at_the_end: int, samples: int, llama: Path, tmp_path: Path) -> None:
+    """Killed up to three times wherever it may be, then run to the end: the same bytes as without."""
+    told = run_killer(tmp_path, llama, method, at_the_end=at_the_end, samples=samples)
+    killed = [sum(attempt["killed"] for attempt in plan["attempts"]) for plan in told]
+    assert killed[0] == 0 and told[0]["attempts"][0]["steps"] > 80
+    assert all(count >= 1 for count in killed[1:]) and sum(killed) > at_the_end + 1.5 * samples
+    for plan in told:
+        out = tmp_path / plan["name"]
+        shutil.rmtree(out / ".work", ignore_errors=True)  # is left when the kill comes after the result has its name
+        assert_same_result(out, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_killed_while_replacing(llama: Path, tmp_path: Path) -> None:
+    """At no moment of the exchange is there neither the old checkpoint nor the whole new one."""
+    old = tmp_path / "old"
+    quantize(str(llama), old, scheme="w8a16", data=DATA)
+    told = run_killer(tmp_path, llama, "rtn", at_the_end=40, samples=0, replace=str(old))
+    assert sum(plan["attempts"][0]["killed"] for plan in told) >= 40
+    for plan in told:
+        assert_same_result(tmp_path / plan["name"], tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_command_killed_at_random_moments(llama: Path, tmp_path: Path) -> None:
+    """The real command, several times, after random times."""
+    arguments = ["--scheme", "w4a16-g32", "--method", "gptq", "--data", "random", "--rows", "64", "--length", "64"]
+    command = [sys.executable, "-m", "lowbit", "quantize", str(llama), *arguments, "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    rng = random.Random(11)
+    out, job = tmp_path / "out", tmp_path / "out.partial" / ".work" / "job.json"
+    killed = 0
+    for _ in range(4):
+        with subprocess.Popen([*command, str(out)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
+            while not job.exists() and process.poll() is None:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.6))
+            process.kill()
+        killed += process.returncode == -signal.SIGKILL
+    assert killed >= 1
+    for folder in (out, tmp_path / "whole"):
+        if not folder.exists():
+            subprocess.run([*command, str(folder)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    shutil.rmtree(out / ".work", ignore_errors=True)
+    assert_same_result(out, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_interrupt_is_told(llama: Path, tmp_path: Path) -> None:
+    """Ctrl-C says that the run can go on."""
+    arguments = ["--scheme", "w4a16-g32", "--method", "gptq", "--data", "random", "--rows", "512", "--length", "64"]
+    command = [sys.executable, "-m", "lowbit", "quantize", str(llama), *arguments, "--out", str(tmp_path / "out")]
+    job = tmp_path / "out.partial" / ".work" / "job.json"
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not job.exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert told.splitlines()[-1] == "lowbit: interrupted; the same command run again goes on from there"
+
+
+@pytest.mark.slow
+def test_file_size_limit(tmp_path: Path) -> None:
+    """A write that the system itself refuses, inside the library that writes shards: the finished block is kept."""
+    model = save_model("qwen3_moe", tmp_path / "model")  # its first block is dense and small
+    quantize(str(model), tmp_path / "whole", **SHORT)
+    sizes = [path.stat().st_size for path in shards_of(tmp_path / "whole")]
+    assert sizes[0] < sizes[1]
+    program = (
+        "import resource, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({(sizes[0] + sizes[1]) // 2},) * 2)\n"
+        "from lowbit.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["--scheme", "w4a16-g32", "--data", "random", "--rows", "8", "--length", "16", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, "quantize", str(model), *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "1 finished blocks are kept" in done.stderr
+    assert len(records_of(tmp_path / "out.partial")) == 1
+    quantize(str(model), tmp_path / "out", **SHORT)
+    assert_same_result(tmp_path / "out", tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------- one assigned, one not
+
+
+def test_method_that_forgets_a_linear(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(unit: Unit) -> None:
+        for linear in unit.linears[1:]:
+            unit.assign_nearest(linear, method="rtn")
+
+    monkeypatch.setitem(run.METHODS, "rtn", SimpleNamespace(apply=forgetful, calibrated=False))
+    with pytest.raises(AssertionError, match="not every linear was assigned"):
+        quantize(str(llama), tmp_path / "out", **SHORT)
+
+
+def test_result_is_what_the_solver_had(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of the result are the dequantized ones that were assigned, rounded to the checkpoint's dtype."""
+    assigned: dict[str, QTensor] = {}
+    plain = Unit.finish
+
+    def finish(self: Unit) -> None:
+        assigned.update(self.assigned)
+        plain(self)
+
+    monkeypatch.setattr(Unit, "finish", finish)
+    quantize(str(llama), tmp_path / "out", **GPTQ)
+    source = QuantizedSource(tmp_path / "out")
+    assert len(assigned) == 7 * tiny.LAYERS
+    for name, q in assigned.items():
+        values = q.codes.float().unflatten(1, (-1, 32)) * q.scale.float().unsqueeze(-1)
+        assert torch.equal(source.read([f"{name}.weight"])[f"{name}.weight"], values.flatten(1).bfloat16())
