@@ -105,7 +105,7 @@ PREFIX = {
 TIED = {
     "llama", "qwen2", "gemma2", "gemma3", "opt", "gpt2", "bloom", "falcon_new", "falcon_old", "bert", "roberta", "mamba",
 }  # fmt: skip
-FAST = ("llama", "llama_untied", "gemma2", "gpt2", "mixtral", "bert", "mamba")
+FAST = ("llama", "gemma2", "gpt2", "gptj", "mixtral", "bert", "mamba")
 each_model = pytest.mark.parametrize("name", tiny.NAMES)
 some_fast = pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in tiny.NAMES]

@@ -349,6 +349,9 @@ def test_ignore_list(model: Callable[[str], Arch], tmp_path: Path) -> None:
     assert ignored(tmp_path / "llama") == {"lm_head"} | {f"model.layers.{i}.self_attn.k_proj" for i in layers}
     write(model("mixtral"), tmp_path / "mixtral", "w4a16-g32", "compressed-tensors")
     assert ignored(tmp_path / "mixtral") == {"lm_head"} | {f"model.layers.{i}.block_sparse_moe.gate" for i in layers}
+    write(model("mixtral"), tmp_path / "experts", {"experts": "float", "": "w4a16-g32"}, "compressed-tensors")
+    experts = {f"model.layers.{i}.block_sparse_moe.experts.{e}.w{w}" for i in layers for e in range(4) for w in (1, 2, 3)}
+    assert ignored(tmp_path / "experts") == ignored(tmp_path / "mixtral") | experts
     write(model("qwen2_moe"), tmp_path / "qwen2_moe", "w4a16-g32", "compressed-tensors")
     gates = {f"model.layers.{i}.mlp.{gate}" for i in layers for gate in ("gate", "shared_expert_gate")}
     assert ignored(tmp_path / "qwen2_moe") == {"lm_head"} | gates

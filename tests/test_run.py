@@ -256,8 +256,14 @@ def test_short_form_and_recipe_are_one(llama: Path, tmp_path: Path, whole: Calla
 
 def test_without_data_the_gate_has_random_rows(llama: Path, tmp_path: Path) -> None:
     report = quantize(str(llama), tmp_path / "out", scheme="w4a16-g32")
-    assert report["data"]["source"] == "random" and report["gate"]["rows"] == 2
+    assert report["data"]["source"] == "random" and report["data"]["rows"] == report["gate"]["rows"] == 2
     assert {row["error_kind"] for row in report["linears"]} == {"weight"}
+
+
+def test_rounding_reads_the_rows_of_the_gate_alone(whole: Callable[[str], Path]) -> None:
+    """More of the calibration data would cost time and change nothing."""
+    rows = {method: json.loads((whole(method) / "report.json").read_text())["data"]["rows"] for method in ("rtn", "gptq")}
+    assert rows == {"rtn": 2, "gptq": 8}
 
 
 def test_text_data(llama: Path, tmp_path: Path) -> None:
@@ -802,10 +808,10 @@ def test_experts_of_one_matrix_have_one_input(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- being killed
 
-# Runs a command in forked children. A child counts its steps (files opened for writing, renamed, removed, copied; batches read;
-# shards written) and kills itself at a given one, a shard half written if the step is one. Prints what happened as JSON.
+# Runs a command in forked children. A child counts its steps (files opened for writing, half written, renamed, removed, copied;
+# batches read) and kills itself at a given one. Prints what happened as JSON, with a hash of what lies at --out after each.
 KILLER = """
-import json, os, random, shutil, signal, sys, traceback
+import hashlib, json, os, random, shutil, signal, sys, traceback
 from pathlib import Path
 import lowbit.export, lowbit.unit
 from lowbit.cli import main
@@ -836,7 +842,7 @@ def child(out, extra, kill_at, pipe):
         if touches and (str(path).startswith(str(out)) or event in ("os.remove", "os.rmdir")):
             step()
 
-    save, read = lowbit.export.save_file, lowbit.unit.Stream.read
+    save, read, write = lowbit.export.save_file, lowbit.unit.Stream.read, Path.write_text
 
     def save_file(tensors, path, metadata=None):
         save(tensors, path, metadata=metadata)
@@ -846,7 +852,12 @@ def child(out, extra, kill_at, pipe):
         step()
         return read(self, *which)
 
-    lowbit.export.save_file, lowbit.unit.Stream.read = save_file, reading
+    def write_text(self, text, *rest, **options):
+        write(self, text[: len(text) // 2], *rest, **options)
+        step()
+        return write(self, text, *rest, **options)
+
+    lowbit.export.save_file, lowbit.unit.Stream.read, Path.write_text = save_file, reading, write_text
     sys.addaudithook(hook)
     code = main([*command, str(out), *extra])
     os.write(pipe, str(steps).encode())
@@ -869,7 +880,16 @@ def attempt(out, extra, kill_at):
         steps = pipe.read()
     status = os.waitpid(pid, 0)[1]
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    return {"kill_at": kill_at, "killed": killed, "code": None if killed else os.WEXITSTATUS(status), "steps": int(steps or 0)}
+    code = None if killed else os.WEXITSTATUS(status)
+    return {"kill_at": kill_at, "killed": killed, "code": code, "steps": int(steps or 0), "hash": content(out)}
+
+
+def content(out):
+    digest = hashlib.sha256()
+    for path in sorted(path for path in out.rglob("*") if path.is_file() and ".work" not in path.parts):
+        if not path.name.startswith("report."):
+            digest.update(path.relative_to(out).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest() if out.exists() else None
 
 
 assert main([*command, str(root / "whole")]) == 0  # in this process: imports are paid for once
@@ -878,7 +898,7 @@ last = first["steps"]
 rng = random.Random(job["seed"])
 plans = [[step] for step in range(last - job["at_the_end"] + 1, last + 1)]
 plans += [sorted(rng.sample(range(1, last), 3), reverse=True) for _ in range(job["samples"])]
-told = [{"name": "fresh", "attempts": [first]}]
+told = [{"name": "fresh", "attempts": [first], "old": content(Path(job["replace"])) if job["replace"] else None}]
 for number, plan in enumerate(plans):
     out = root / f"out-{number}"
     extra = []
@@ -928,11 +948,14 @@ def test_killed_at_any_step(method: str, at_the_end: int, samples: int, llama: P
 
 @pytest.mark.slow
 def test_killed_while_replacing(llama: Path, tmp_path: Path) -> None:
-    """At no moment of the exchange is there neither the old checkpoint nor the whole new one."""
+    """What lies at --out is always the whole old checkpoint or the whole new one, or nothing between two renames."""
     old = tmp_path / "old"
     quantize(str(llama), old, scheme="w8a16", data=DATA)
     told = run_killer(tmp_path, llama, "rtn", at_the_end=40, samples=0, replace=str(old))
     assert sum(plan["attempts"][0]["killed"] for plan in told) >= 40
+    before, after = told[0]["old"], told[0]["attempts"][0]["hash"]
+    hashes = [plan["attempts"][0]["hash"] for plan in told[1:]]
+    assert {before, after} <= set(hashes) <= {before, after, None} and hashes.count(None) <= 1
     for plan in told:
         assert_same_result(tmp_path / plan["name"], tmp_path / "whole")
 

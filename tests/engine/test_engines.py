@@ -1,0 +1,326 @@
+"""Other engines compute what lowbit measured: checkpoints of the demo model in vLLM (CPU build) and in transformers.
+
+lowbit.load in float32 is the reference, because evaluation and the gate use it. Where weights alone are quantized,
+transformers must give its logits; vLLM computes in bfloat16, so it gets a bound on KL(lowbit || vLLM). Quantized inputs are
+chaotic: noise of 1e-6 that crosses one rounding boundary moves others, and two right implementations of W8A8 differ by nearly
+as much as either differs from the float model. The bounds are three to five times what was measured, and a test shows that
+they would not let another model pass.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+import lowbit
+from lowbit.data import DataSpec
+from lowbit.recipe import Recipe, read_recipe, short_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("vllm_worker.py")
+CALIBRATION = DataSpec(source=str(ROOT / "demo" / "public_domain_calibration.txt"), rows=8, length=256)
+LAYERS = 6
+PROMPTS, LENGTH, NEW = 3, 64, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a checkpoint is made and what vLLM must use for it: (scheme, kernel) of attention and of the MLP."""
+
+    recipe: Recipe
+    attention: tuple[str, str]
+    mlp: tuple[str, str]
+    kl: float  # most mean KL(lowbit || vLLM), nats
+    gap: float  # most a token that vLLM chose may be less likely than the likeliest, nats
+    float_inputs: bool = False  # vLLM's kernel leaves inputs float, whatever the scheme says
+
+
+def case(scheme: str, method: str, used: tuple[str, str], kl: float, gap: float, float_inputs: bool = False) -> Case:
+    """One scheme for every linear."""
+    data = CALIBRATION if method == "gptq" else None
+    return Case(short_recipe(scheme=scheme, method=method, data=data), used, used, kl, gap, float_inputs)
+
+
+INT4 = ("CompressedTensorsWNA16", "CPUWNA16LinearKernel")
+INT8 = ("CompressedTensorsW8A8Int8", "CPUInt8ScaledMMLinearKernel")
+FP8 = ("CompressedTensorsW8A8Fp8", "ChannelWiseTorchFP8ScaledMMLinearKernel")
+MIXED = replace(read_recipe(ROOT / "recipes" / "mixed-w8a8-w4a16.toml"), data=CALIBRATION)
+CASES = {
+    "w4a16": case("w4a16", "gptq", INT4, 8e-4, 0.25),
+    "w4a16-g64-asym": case("w4a16-g64-asym", "rtn", INT4, 8e-4, 0.25),
+    "w4a16-channel": case("w4a16-channel", "rtn", INT4, 8e-4, 0.25),
+    "w4a8": case("w4a8", "rtn", ("CompressedTensorsWNA8Int", "CPUWNA16LinearKernel"), 8e-4, 0.25, float_inputs=True),
+    "w8a8": case("w8a8", "gptq", INT8, 1.2e-2, 0.5),
+    "fp8": case("fp8", "rtn", FP8, 2e-2, 0.5),
+    "mixed": Case(MIXED, INT8, INT4, 4e-3, 0.5),
+}
+# These differ from one another by less than quantized inputs scatter.
+EIGHT_BIT = ("w8a8", "fp8", "float")
+# Of 3 bits there is no kernel in vLLM; transformers loads it all the same.
+TRANSFORMERS_ONLY = {"w3a16": short_recipe(scheme="w3a16", engine="transformers")}
+each_case = pytest.mark.parametrize("name", CASES)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What vLLM computed: log-probabilities [tokens - 1, vocabulary] and new tokens of every prompt, and its record."""
+
+    logprobs: list[Tensor]
+    generated: list[list[int]]
+    record: dict[str, Any]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_and_quiet() -> Iterator[None]:
+    """Products this small are faster in one thread than in several that wait for one another; no bars of libraries."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def prompts(demo_model: Path) -> list[list[int]]:
+    """The first tokens of three paragraphs far apart in the evaluation text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model)
+    text = (ROOT / "demo" / "public_domain_eval.txt").read_text(encoding="utf-8")
+    paragraphs = [line for line in text.splitlines() if len(line) > 6 * LENGTH]
+    chosen = paragraphs[:: len(paragraphs) // PROMPTS][:PROMPTS]
+    rows = [tokenizer(line, add_special_tokens=False)["input_ids"][: LENGTH - 1] for line in chosen]
+    assert [len(row) for row in rows] == [LENGTH - 1] * PROMPTS
+    return [[tokenizer.bos_token_id, *row] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of the cases by name, each made once; "float" is the model itself."""
+    known = {"float": demo_model}
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def get(name: str) -> Path:
+        if name not in known:
+            recipe = CASES[name].recipe if name in CASES else TRANSFORMERS_ONLY[name]
+            lowbit.quantize(str(demo_model), folder / name, recipe=recipe)
+            known[name] = folder / name
+        return known[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
+    """The models of the cases as lowbit loads them, in float32."""
+    known: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in known:
+            known[name] = lowbit.load(str(checkpoint(name)), dtype=torch.float32)
+        return known[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def in_vllm(
+    vllm_python: Path, checkpoint: Callable[[str], Path], prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Result]:
+    """What vLLM computes from the checkpoints, each run once."""
+    known: dict[str, Result] = {}
+    folder = tmp_path_factory.mktemp("vllm")
+    asked = folder / "prompts.json"
+    asked.write_text(json.dumps(prompts))
+
+    def get(name: str) -> Result:
+        if name not in known:
+            out = folder / f"{name}.safetensors"
+            command = [vllm_python, WORKER, checkpoint(name), asked, out, "--generate", str(NEW)]
+            environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+            assert done.returncode == 0, done.stderr[-6000:]
+            tensors = load_file(out)
+            known[name] = Result(
+                [tensors[f"logprobs.{i}"] for i in range(len(prompts))],
+                [tensors[f"generated.{i}"].tolist() for i in range(len(prompts))],
+                json.loads(out.with_suffix(".json").read_text()),
+            )
+        return known[name]
+
+    return get
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: list[int]) -> Tensor:
+    """[tokens, vocabulary] float32."""
+    return model(torch.tensor([tokens])).logits[0].float()
+
+
+def logprobs(model: Any, prompts: list[list[int]]) -> list[Tensor]:
+    """As `Result.logprobs`."""
+    return [logits(model, row)[:-1].log_softmax(-1) for row in prompts]
+
+
+def divergence(p: list[Tensor], q: list[Tensor]) -> float:
+    """Mean KL(p || q) of log-probabilities, nats a position."""
+    return float(torch.cat([(a.exp() * (a - b)).sum(-1) for a, b in zip(p, q, strict=True)]).mean())
+
+
+# -------------------------------------------------------------------------------------------------------------------- vLLM
+
+
+@pytest.mark.engine
+@each_case
+def test_vllm_computes_what_lowbit_measured(
+    name: str,
+    in_vllm: Callable[[str], Result],
+    reference: Callable[[str], Any],
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Log-probabilities of the prompts, and greedy new tokens, which are nearly the likeliest ones for lowbit too."""
+    result, model, expected = in_vllm(name), reference(name), CASES[name]
+    if expected.float_inputs:
+        monkeypatch.setattr("lowbit.unit.fake_quantize_input", lambda x, spec: x)
+    kl = divergence(logprobs(model, prompts), result.logprobs)
+    gaps = []
+    for prompt, new in zip(prompts, result.generated, strict=True):
+        assert len(new) == NEW
+        rows = logits(model, prompt + new[:-1])[-NEW:].log_softmax(-1)
+        gaps.append(float((rows.max(-1).values - rows.gather(1, torch.tensor(new)[:, None])[:, 0]).max()))
+    print(f"{name}: KL {kl:.2e}, largest gap of a chosen token {max(gaps):.3f}, seconds {result.record['seconds']}")
+    assert kl < expected.kl
+    assert max(gaps) < expected.gap
+    assert result.record["quantization"] == "compressed-tensors" and result.record["dtype"] == "bfloat16"
+
+
+@pytest.mark.engine
+@each_case
+def test_vllm_uses_quantized_kernels(name: str, in_vllm: Callable[[str], Result]) -> None:
+    """Every linear of every block runs in the kernel of its scheme, and nothing else is taken for quantized."""
+    layers = in_vllm(name).record["layers"]
+    expected = CASES[name]
+    found = {path: (entry["scheme"], entry.get("kernel")) for path, entry in layers.items() if "scheme" in entry}
+    assert found == {
+        f"model.layers.{i}.{leaf}": expected.attention if leaf.startswith("self_attn") else expected.mlp
+        for i in range(LAYERS)
+        for leaf in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    }
+
+
+@pytest.mark.engine
+def test_the_bounds_tell_models_apart(
+    in_vllm: Callable[[str], Result], reference: Callable[[str], Any], prompts: list[list[int]]
+) -> None:
+    """No result would pass for that of another checkpoint, nor for the float model's, the 8-bit ones among themselves apart."""
+    references = {other: logprobs(reference(other), prompts) for other in (*CASES, "float")}
+    table = {name: {other: divergence(references[other], in_vllm(name).logprobs) for other in references} for name in CASES}
+    print(json.dumps(table, indent=1))
+    for name, row in table.items():
+        others = [other for other in row if other != name and not {name, other} <= set(EIGHT_BIT)]
+        assert min(row[other] for other in others) > 2 * CASES[name].kl, (name, row)
+
+
+# ------------------------------------------------------------------------------------------------------------ transformers
+
+
+def in_transformers(folder: Path) -> Any:
+    """The model from transformers' own from_pretrained, with its weights then in float32.
+
+    The first forward unpacks the weights in the checkpoint's dtype, as it does for every user; only then are they widened,
+    which changes no weight. transformers forbids `.float()` on quantized models, torch does not.
+    """
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.dtype == torch.bfloat16
+    logits(model.eval(), [0, 1])
+    return torch.nn.Module.float(model)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", [*CASES, *TRANSFORMERS_ONLY])
+def test_transformers_computes_what_lowbit_measured(
+    name: str,
+    checkpoint: Callable[[str], Path],
+    reference: Callable[[str], Any],
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every weight is the same. Logits too: with int8 inputs, once lowbit takes the library's scales for them.
+
+    compressed-tensors divides absmax by 127.5, vLLM (and so lowbit) by 127.
+    """
+    model, twin = reference(name), in_transformers(checkpoint(name))
+    weights = dict(twin.named_parameters())
+    for path, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[path]), path
+    kl = divergence(logprobs(model, prompts), logprobs(twin, prompts))
+    int8_inputs = any("a8" in rule.scheme for rule in recipe_of(name).rules)
+    assert kl < (1.2e-2 if int8_inputs else 1e-6)
+    if int8_inputs:
+        assert kl > 1e-5
+        monkeypatch.setattr("lowbit.unit.fake_quantize_input", with_library_scale)
+    difference = max(float((logits(model, row) - logits(twin, row)).abs().max()) for row in prompts)
+    print(f"{name}: KL {kl:.2e}, largest difference of logits {difference:.2e}")
+    assert difference <= 1e-3
+
+
+def recipe_of(name: str) -> Recipe:
+    """Of a case, whichever table it is in."""
+    return CASES[name].recipe if name in CASES else TRANSFORMERS_ONLY[name]
+
+
+def with_library_scale(x: Tensor, spec: Any) -> Tensor:
+    """`qtensor.fake_quantize_input` for int8, with the scale of the compressed-tensors library."""
+    assert spec.format.name == "int8"
+    scale = x.abs().amax(-1, keepdim=True) / 127.5
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
+# ------------------------------------------------------------------------------------------------------------- the fixture
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "outcome", "message"),
+    [
+        ({}, "1 skipped", "LOWBIT_VLLM_PYTHON is not set to the python of an environment with vLLM"),
+        ({"LOWBIT_VLLM_PYTHON": ""}, "1 skipped", "LOWBIT_VLLM_PYTHON is not set"),
+        ({"CI": "true"}, "1 error", "LOWBIT_VLLM_PYTHON is not set to the python of an environment with vLLM"),
+        ({"LOWBIT_VLLM_PYTHON": "no/such/python"}, "1 error", "'no/such/python' is not an executable file"),
+        ({"LOWBIT_VLLM_PYTHON": sys.executable, "CI": "true"}, "1 passed", ""),
+    ],
+)
+def test_without_an_environment(variables: dict[str, str], outcome: str, message: str, tmp_path: Path) -> None:
+    """Tests that need vLLM are skipped, saying why, where nobody promised it, and fail in CI."""
+    (tmp_path / "test_it.py").write_text("def test_it(vllm_python):\n    assert vllm_python.is_file()\n")
+    environment = {key: value for key, value in os.environ.items() if key not in ("CI", "LOWBIT_VLLM_PYTHON")}
+    environment |= variables | {"PYTHONPATH": str(ROOT / "tests")}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "conftest",
+        "-p",
+        "no:cacheprovider",
+        "-rsE",
+        "-c",
+        os.devnull,
+        "test_it.py",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert outcome in done.stdout.splitlines()[-1], done.stdout + done.stderr
+    assert message in done.stdout
