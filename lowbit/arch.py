@@ -13,6 +13,7 @@ checkpoint names.
 
 import contextlib
 import ctypes
+import gc
 import inspect
 import json
 import re
@@ -507,7 +508,8 @@ def _block_list(model: nn.Module) -> str:
 
 
 def _return_freed_memory() -> None:
-    """Let glibc give freed memory back to the system: fragments of one block's tensors would add up over blocks."""
+    """Collect cycles, and let glibc give freed memory back to the system: what one block leaves would add up over blocks."""
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -11,8 +11,9 @@ at a time. That file is also what a killed run resumes from.
 """
 
 import os
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -265,8 +266,11 @@ class Unit:
 
         for hidden, call in self.stream.batches(self.block.index):
             pending = set(wanted)
-            with fast_products(), suppress(_Captured):
-                self.arch.call(self.block, hidden, call, observe)
+            try:
+                with fast_products():
+                    self.arch.call(self.block, hidden, call, observe)
+            except _Captured as stop:
+                traceback.clear_frames(stop.__traceback__)  # they hold every activation of the batch
         for gram in grams.values():
             _mirror(gram)
         return grams

@@ -1,5 +1,6 @@
 """What the documents say is run."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,38 +8,99 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 
 import lowbit
 from lowbit.data import DataSpec
-from lowbit.recipe import read_recipe
+from lowbit.export import QuantizedSource, open_checkpoint, reason_against
+from lowbit.qtensor import fake_quantize_input, parse_scheme
+from lowbit.recipe import Recipe, Rule, Step, read_recipe
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("scheme", ["w3a16-g32-asym", "w2a16-g32", "w8a16-channel", "w5a16-channel-asym"])
-def test_reader_of_the_format_page(scheme: str, tmp_path: Path) -> None:
-    """The reader printed in docs/format.md gives the weights that lowbit.load gives."""
-    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
-    assert code is not None
+@pytest.fixture(scope="module")
+def page() -> dict[str, Any]:
+    """The names that the code printed in docs/format.md defines; the example in it asserts its own numbers."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "format.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2 and "def read(" in blocks[0] and "assert dequantize(" in blocks[1]
     names: dict[str, Any] = {}
-    exec(compile(code[1], "docs/format.md", "exec"), names)
-    tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
-    data = DataSpec(source="random", rows=2, length=16)
-    lowbit.quantize(str(tmp_path / "model"), tmp_path / "out", scheme=scheme, data=data, format="lowbit")
-    loaded = lowbit.load(str(tmp_path / "out")).state_dict()
-    original = lowbit.load(str(tmp_path / "model")).state_dict()
-    for name in ("model.layers.0.mlp.up_proj", "model.layers.2.self_attn.o_proj"):
-        weight = names["read_linear"](tmp_path / "out", name)
-        assert torch.equal(weight, loaded[f"{name}.weight"])
-        assert not torch.equal(weight, original[f"{name}.weight"])
+    for block in blocks:
+        exec(compile(block, "docs/format.md", "exec"), names)
+    return names
+
+
+RULES = {
+    "ints": ("llama", {"q_proj": "w3a16-g32-asym", "k_proj": "w2a16-g32", "v_proj": "w5a16-channel-asym", "": "w8a8"}),
+    "others": ("llama", {"self_attn": "fp8", "up_proj": "w7a16-tensor-asym", "down_proj": "float", "": "w4a16-tensor"}),
+    "transposed": ("gpt2", {"": "w6a16-g16-asym"}),
+    "experts": ("gpt_oss", {"experts": "w4a16-g32-asym", "": "fp8a16-g32"}),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_reader_of_the_format_page(case: str, page: dict[str, Any], tmp_path: Path) -> None:
+    """The reader printed in docs/format.md gives the tensors that lowbit gives, and takes no other version."""
+    name, schemes = RULES[case]
+    if name == "gpt_oss":
+        settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "num_key_value_heads": 2}
+        config = transformers.AutoConfig.for_model(
+            name, vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, **settings
+        )
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    else:
+        tiny.save(name, tmp_path / "model", dtype=torch.bfloat16)
+    recipe = Recipe(
+        rules=tuple(Rule(match=match, scheme=scheme) for match, scheme in schemes.items()),
+        steps=(Step(method="rtn"),),
+        data=DataSpec(source="random", rows=2, length=16),
+        format="lowbit",
+    )
+    lowbit.quantize(str(tmp_path / "model"), tmp_path / "out", recipe=recipe)
+    source, original = open_checkpoint(str(tmp_path / "out")), open_checkpoint(str(tmp_path / "model"))
+    found, expected = page["read"](tmp_path / "out"), source.read(list(source.tensors))
+    assert found.keys() == expected.keys() == original.tensors.keys()
+    plain = original.read(list(original.tensors))
+    changed = 0
+    for tensor, value in expected.items():
+        assert found[tensor].dtype == value.dtype and torch.equal(found[tensor], value), tensor
+        changed += not torch.equal(value, plain[tensor])
+    assert isinstance(source, QuantizedSource)
+    assert changed == len({module.tensor for module in source.modules.values()}) > 0
+
+    described = json.loads((tmp_path / "out" / "lowbit.json").read_text())
+    (tmp_path / "out" / "lowbit.json").write_text(json.dumps(described | {"version": 2}))
+    with pytest.raises(ValueError, match="is not in version 1"):
+        page["read"](tmp_path / "out")
+
+
+def test_inputs_of_the_format_page() -> None:
+    """The page's words about inputs are what `fake_quantize_input` does, zeros included."""
+    x = torch.randn(5, 16) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [1e4]])
+    for name, largest in (("w8a8", 127), ("fp8", 448)):
+        spec = parse_scheme(name).input
+        assert spec is not None
+        assert spec.to_dict() == {"format": spec.format.name, "group": -1, "symmetric": True, "dynamic": True}
+        s = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / largest
+        rounded = (x / s).round() if name == "w8a8" else (x / s).to(torch.float8_e4m3fn).float()
+        assert torch.equal(fake_quantize_input(x, spec), rounded * s)
+        assert torch.equal(fake_quantize_input(x.bfloat16(), spec), fake_quantize_input(x.bfloat16().float(), spec).bfloat16())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
 def test_recipes_are_valid(path: Path) -> None:
-    """Every recipe in recipes/ reads, and opens with a comment that says what it is for."""
-    read_recipe(path)
+    """Every recipe in recipes/ reads, says what it is for, fits a Llama, can be exported for its engine, and is named after
+    its method and schemes; calibration text is named where it is needed, as a file that --data replaces."""
+    recipe = read_recipe(path)
     assert path.read_text(encoding="utf-8").startswith("# ")
+    names = [f"model.layers.{i}.{leaf}" for i in range(2) for leaf in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")]
+    schemes = recipe.schemes(names)
+    assert set(schemes) == set(names)
+    assert {reason_against(scheme, recipe.engine) for scheme in schemes.values()} == {None}
+    assert {scheme.name.split("-")[0] for scheme in schemes.values()} <= set(path.stem.split("-"))
+    (step,) = recipe.steps
+    assert step.method in path.stem or path.stem.startswith(("mixed", "fp8"))
+    assert (recipe.data.source if recipe.data else None) == ("calibration.jsonl" if step.method == "gptq" else None)
 
 
 def test_there_are_recipes() -> None:
