@@ -130,9 +130,11 @@ def _quantize(arguments: argparse.Namespace) -> None:
                 raise ValueError(f"--{name} and --recipe exclude each other; change the recipe")
         recipe = read_recipe(arguments.recipe)
         if arguments.data:
-            recipe = replace(recipe, data=DataSpec(source=arguments.data, **given))
-        elif given and recipe.data is not None:
+            given["source"] = arguments.data
+        if recipe.data is not None:
             recipe = replace(recipe, data=replace(recipe.data, **given))
+        elif arguments.data:
+            recipe = replace(recipe, data=DataSpec(**given))
         elif given:
             raise ValueError(f"--{next(iter(given))} describes calibration data, but the recipe has no [data]; give --data")
     else:
