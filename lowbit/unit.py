@@ -191,6 +191,7 @@ class Unit:
         w, spec = self.weight(linear), self.spec(linear)
         gram = self._grams.get(self._gram_key(linear))
         nearest = quantize(w, *find_params(w, spec, scale_dtype=self.scale_dtype), spec)
+        total = energy(w, gram) or 1.0  # where it is 0, so are the errors
         self.assigned[linear.name] = QTensor(q.codes.cpu(), q.scale.cpu(), None if q.zero is None else q.zero.cpu(), q.spec)
         self.records[linear.name] = LinearRecord(
             name=linear.name,
@@ -198,8 +199,8 @@ class Unit:
             method=method,
             shape=(linear.out_features, linear.in_features),
             bits_per_weight=q.bits_per_weight,
-            error=relative_error(w, dequantize(q), gram),
-            error_rtn=relative_error(w, dequantize(nearest), gram),
+            error=energy(w - dequantize(q), gram) / total,
+            error_rtn=energy(w - dequantize(nearest), gram) / total,
             error_kind="weight" if gram is None else "output",
             damping=damping,
             warnings=self._warnings.pop(linear.name, []),
@@ -302,26 +303,33 @@ def quantized_inputs(sites: dict[int, str], inputs: dict[Site, Spec]) -> Observe
     return observe
 
 
-def relative_error(w: Tensor, q: Tensor, gram: Tensor | None) -> float:
-    """trace(D G D^T) / trace(W G W^T) with D = w - q, both [out, in] float32; G [in, in], or the identity if None."""
-    delta = w - q
+def energy(w: Tensor, gram: Tensor | None) -> float:
+    """trace(W G W^T) of w [out, in] float32, with the upper triangle of stripes of G alone; G [in, in], or the identity."""
     if gram is None:
-        error, total = delta.square().sum(dtype=torch.float64), w.square().sum(dtype=torch.float64)
-    else:
-        error = (delta @ gram).mul_(delta).sum(dtype=torch.float64)
-        total = (w @ gram).mul_(w).sum(dtype=torch.float64)
-    return float(error / total) if float(total) > 0 else 0.0
+        return float(w.square().sum(dtype=torch.float64))
+    total = torch.zeros((), dtype=torch.float64, device=w.device)
+    with fast_products():
+        for start, stop in _stripes(len(gram)):
+            x = w[:, start:stop]
+            product = x @ gram[start:stop, start:]
+            product[:, stop - start :] *= 2  # what stands left of the diagonal is the same
+            total += product.mul_(w[:, start:]).sum(dtype=torch.float64)
+    return float(total)
 
 
-_STRIPES = 4  # a Gram matrix is symmetric: computed in stripes from the diagonal on, 5/8 of the work
+_STRIPES = 4  # a Gram matrix is symmetric: used in stripes from the diagonal on, 5/8 of the work
+
+
+def _stripes(width: int) -> list[tuple[int, int]]:
+    """Rows start..stop of each stripe of a matrix [width, width]."""
+    step = width if width < 256 else -(-width // _STRIPES)
+    return [(start, min(start + step, width)) for start in range(0, width, step)]
 
 
 def add_gram(gram: Tensor, x: Tensor) -> None:
     """gram [in, in] += x^T x for x [tokens, in] float32, in the upper triangle of stripes only; `_mirror` completes it."""
-    width = gram.shape[0]
-    step = width if width < 256 else -(-width // _STRIPES)
-    for start in range(0, width, step):
-        gram[start : start + step, start:].addmm_(x[:, start : start + step].T, x[:, start:])
+    for start, stop in _stripes(len(gram)):
+        gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
 
 def _mirror(gram: Tensor) -> None:

@@ -5,8 +5,8 @@ a fixed grid (Frantar et al., GPTQ, ICLR 2023, section 3, algorithm 1).
 
 With U upper triangular and inv(H) = U^T U, columns are visited left to right: e = (w_j - Q(w_j)) / U_jj, and every later
 column k changes by -e U_jk. The changes are exact minimisers for the columns that remain, and the sum of e^2 is the objective.
-U comes from one Cholesky factorisation of the reversed H and one triangular inverse (H = R R^T with R upper triangular,
-U = inv(R)), which needs half the memory and loses fewer digits than factor, invert, factor again.
+U comes from one Cholesky factorisation of the reversed H and one triangular inverse, both in place (H = R R^T with R upper
+triangular, U = inv(R)), which needs a third of the memory and loses fewer digits than factor, invert, factor again.
 
 Choices, where the paper leaves them open:
 - Order "activation": columns with the largest diag(H) first, while they can still be compensated. Groups are static: their
@@ -15,7 +15,8 @@ Choices, where the paper leaves them open:
   `_ESCALATIONS` times, and the value used is recorded; then it is an error. It never falls back to rounding.
 - A column whose input is always zero (H_jj = 0) cannot matter to the data: damping alone keeps it, so it is rounded to nearest.
 
-Cost: O(in^2 out + in^3) time; memory of two [in, in] matrices (float64 up to 4096 columns, float32 above) and two [out, in].
+Cost: O(in^2 out + in^3) time; memory of one [in, in] matrix (float64 up to 4096 columns, float32 above) beside H and three
+[out, in].
 """
 
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def gptq_weight(
         permutation = torch.argsort(diagonal, descending=True, stable=True)
     else:
         permutation = torch.arange(columns, device=w.device)
-    u, used = _inverse_factor(hessian, permutation, damping, name)
+    inverse, used = _inverse_factor(hessian, permutation, damping, name)
 
     # Row j of `rest` is the j-th visited column of w: contiguous, and updated in place.
     rest = w.T[permutation].contiguous()
@@ -122,9 +123,10 @@ def gptq_weight(
     errors = torch.empty(min(_BLOCK, columns), w.shape[0], dtype=w.dtype, device=w.device)
     objective = 0.0
     group_list = group_of.tolist()
-    diagonal_u = u.diagonal().tolist()
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
+        u = inverse[columns - stop : columns - start, : columns - start].flip(0, 1).float()  # U[start:stop, start:]
+        diagonal_u = u.diagonal().tolist()
         for j in range(start, stop):
             s = scales[group_list[j]]
             column = rest[j]
@@ -136,13 +138,14 @@ def gptq_weight(
                 value = spec.format.round(column / s + z)
                 error = torch.addcmul(column, value - z, s, value=-1)
             values[j] = value
-            error /= diagonal_u[j]
-            errors[j - start] = error
+            i = j - start
+            error /= diagonal_u[i]
+            errors[i] = error
             if j + 1 < stop:
-                rest[j + 1 : stop].addr_(u[j, j + 1 : stop], error, alpha=-1)
+                rest[j + 1 : stop].addr_(u[i, i + 1 : stop - start], error, alpha=-1)
         objective += float(errors[: stop - start].double().square().sum())
         if stop < columns:
-            rest[stop:].addmm_(u[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+            rest[stop:].addmm_(u[:, stop - start :].T, errors[: stop - start], alpha=-1)
     ordered = torch.empty_like(values)
     ordered[permutation] = values
     codes = spec.format.encode(ordered.T.contiguous())
@@ -150,20 +153,34 @@ def gptq_weight(
 
 
 def _inverse_factor(hessian: Tensor, permutation: Tensor, damping: float, name: str) -> tuple[Tensor, float]:
-    """U [in, in] float32, upper triangular, with inv(H + damping mean(diag H) I) = U^T U in permuted order."""
+    """inv(L) [in, in], lower triangular: the U of the module's text with rows and columns reversed; and the damping used.
+
+    L L^T = the permuted, reversed H + damping mean(diag H) I.
+    """
     dtype = torch.float64 if len(permutation) <= _FLOAT64_COLUMNS else torch.float32
     reverse = permutation.flip(0)
     mean = float(hessian.diagonal().double().mean())
     for attempt in range(_ESCALATIONS + 1):
         used = damping * 10**attempt
-        damped = hessian[reverse.unsqueeze(1), reverse].to(dtype)
-        damped.diagonal().add_(used * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        del damped
+        lower = hessian[reverse.unsqueeze(1), reverse].to(dtype).mT  # symmetric; the factorisation works in place by columns
+        lower.diagonal().add_(used * mean)
+        info = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:
-            identity = torch.eye(len(reverse), dtype=dtype, device=hessian.device)
-            return torch.linalg.solve_triangular(lower, identity, upper=False).to(torch.float32).flip(0, 1), used
+            _invert_lower(lower)
+            return lower, used
     raise ValueError(
         f"{name}: the Hessian is not positive definite even with damping {used}; use more or longer calibration rows, "
         "a larger damping, or rtn for this layer"
     )
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """Invert a lower triangular matrix [n, n] in place, stripe by stripe: row k of the inverse needs those above it only."""
+    for start in range(0, len(lower), _BLOCK):
+        rows = lower[start : start + _BLOCK]
+        corner = rows[:, start : start + _BLOCK]
+        identity = torch.eye(len(rows), dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(corner, identity, upper=False)
+        rows[:, :start] = -inverse @ (rows[:, :start] @ lower[:start, :start])
+        corner.copy_(inverse)

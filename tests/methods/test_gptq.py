@@ -354,9 +354,9 @@ def test_float32_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of("w4a16-g64")
     factor, dtypes = torch.linalg.cholesky_ex, []
 
-    def watched(matrix: Tensor) -> Any:
+    def watched(matrix: Tensor, **keywords: Any) -> Any:
         dtypes.append(matrix.dtype)
-        return factor(matrix)
+        return factor(matrix, **keywords)
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", watched)
     monkeypatch.setattr(module, "_FLOAT64_COLUMNS", 256)
