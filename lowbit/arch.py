@@ -18,7 +18,7 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -180,8 +180,9 @@ class Arch:
         return values
 
     def load_outside(self) -> None:
-        """Fill everything that is in no block, and tie what is tied."""
-        self.load(self.outside)
+        """Fill everything that is in no block, one tensor after the other, and tie what is tied."""
+        for names in self._places.sets(self.outside):
+            self.load(names)
         for tied, original in self._places.tied.items():
             _set_tensor(self.model, tied, self.model.get_parameter(original))
 
@@ -190,7 +191,7 @@ class Arch:
         for name, param in list(self.model.named_parameters(remove_duplicate=False)):
             if (not prefix or name.startswith(prefix + ".")) and not param.is_meta:
                 _set_tensor(self.model, name, torch.empty_like(param, device="meta"))
-        _return_freed_memory()
+        return_freed_memory()
 
     def free_outside(self) -> None:
         """Free everything that is in no block."""
@@ -198,7 +199,7 @@ class Arch:
         for name, param in list(self.model.named_parameters(remove_duplicate=False)):
             if not name.startswith(inside) and not param.is_meta:
                 _set_tensor(self.model, name, torch.empty_like(param, device="meta"))
-        _return_freed_memory()
+        return_freed_memory()
 
     def fill(self) -> "PreTrainedModel":
         """Fill the whole model, for use rather than for streaming, and return it."""
@@ -507,7 +508,7 @@ def _block_list(model: nn.Module) -> str:
     return max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0]
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Collect cycles, and let glibc give freed memory back to the system: what one block leaves would add up over blocks."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -584,6 +585,12 @@ class _Places:
     def param_of(self, tensor: str) -> str:
         """The parameter a checkpoint tensor fills, or fills together with others."""
         return self._plain[tensor] if tensor in self._plain else self._converted[tensor][0]
+
+    def sets(self, names: Iterable[str]) -> list[tuple[str, ...]]:
+        """The named checkpoint tensors, those that make one parameter together."""
+        return list(
+            dict.fromkeys((name,) if name in self._plain else tuple(self._members[self.param_of(name)]) for name in names)
+        )
 
     def assemble(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Model parameters from whole sets of checkpoint tensors, in the dtypes these have."""

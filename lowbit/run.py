@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lowbit import __version__
-from lowbit.arch import Arch, Linear
+from lowbit.arch import Arch, Block, Linear, return_freed_memory
 from lowbit.data import Calibration, DataSpec, calibration_tokens
 from lowbit.export import NATIVE, QuantizedSource, check_export, encode, save_shard, write_config
 from lowbit.files import TEMPORARY, write_json
@@ -143,36 +143,41 @@ def _solve(
     """Quantize every block that is not finished yet; returns the records of all."""
     work = folder / ".work"
     done = _finished(arch, stream, work)
-    dtype = arch.source.dtype()
     for block in arch.blocks[done:]:
         say("quantizing", block.index, len(arch.blocks))
-        started = time.monotonic()
-        values = arch.load(block.tensors)
-        mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
-        unit = Unit(arch, block, mine, stream, dtype)
-        for step in recipe.steps:
-            METHODS[step.method].apply(unit, **step.options)
-        assert set(unit.assigned) == set(mine), f"{block.name}: not every linear was assigned"
-        unit.finish()
-        arch.free(block.name)
-        replaced = {linear.tensor for linear in unit.linears}
-        tensors = {name: value for name, value in values.items() if name not in replaced}
-        for name, q in unit.assigned.items():
-            tensors |= encode(name, q, mine[name], recipe.format)
-        save_shard(tensors, folder / _shard(arch, recipe, block.index))
-        write_json(
-            _record(work, block.index),
-            {
-                "block": block.name,
-                "seconds": time.monotonic() - started,
-                "peak_rss": _peak_rss(),
-                "linears": [asdict(record) for record in unit.records.values()],
-                "sha256": {name: _sha256(dequantize(q, dtype)) for name, q in unit.assigned.items()},
-            },
-        )
-        stream.drop(block.index)
+        _solve_block(arch, block, recipe, schemes, stream, folder)
+        return_freed_memory()
     say("quantizing", len(arch.blocks), len(arch.blocks))
     return [json.loads(_record(work, block.index).read_text(encoding="utf-8")) for block in arch.blocks]
+
+
+def _solve_block(arch: Arch, block: Block, recipe: Recipe, schemes: dict[str, Scheme], stream: Stream, folder: Path) -> None:
+    """Quantize one block; its shard, the next hidden states and, last, its record are on disk afterwards."""
+    started, dtype = time.monotonic(), arch.source.dtype()
+    values = arch.load(block.tensors)
+    mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
+    unit = Unit(arch, block, mine, stream, dtype)
+    for step in recipe.steps:
+        METHODS[step.method].apply(unit, **step.options)
+    assert set(unit.assigned) == set(mine), f"{block.name}: not every linear was assigned"
+    unit.finish()
+    arch.free(block.name)
+    replaced = {linear.tensor for linear in unit.linears}
+    tensors = {name: value for name, value in values.items() if name not in replaced}
+    for name, q in unit.assigned.items():
+        tensors |= encode(name, q, mine[name], recipe.format)
+    save_shard(tensors, folder / _shard(arch, recipe, block.index))
+    write_json(
+        _record(folder / ".work", block.index),
+        {
+            "block": block.name,
+            "seconds": time.monotonic() - started,
+            "peak_rss": _peak_rss(),
+            "linears": [asdict(record) for record in unit.records.values()],
+            "sha256": {name: _sha256(dequantize(q, dtype)) for name, q in unit.assigned.items()},
+        },
+    )
+    stream.drop(block.index)
 
 
 def _finished(arch: Arch, stream: Stream, work: Path) -> int:
@@ -198,6 +203,7 @@ def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[s
     """Write everything beside the blocks: the last shard, index, configuration, and the side files as they were."""
     outside = [*arch.outside, *sorted(arch.unused)]
     save_shard(arch.source.read(outside), folder / _shard(arch, recipe, len(arch.blocks)))
+    return_freed_memory()
     stem = NATIVE if recipe.format == NATIVE else STEM
     write_config(folder, arch, linears, schemes, recipe.format)
     weight_map, total = {}, 0
