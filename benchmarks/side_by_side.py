@@ -145,10 +145,11 @@ def markdown(result: dict[str, Any]) -> str:
                     f"{own['memory'] / theirs['memory']:.3f}",
                     f"{own['perplexity']:.4f}",
                     f"{own['ratio']:.4f}",
+                    f"{own['kl']:.4f}",
                     met if who == "lowbit" else "",
                 ]
             )
-    head = ["scheme", "who", "seconds", "ratio", "peak memory", "ratio", "ppl", "ppl ratio to float", "bars"]
+    head = ["scheme", "who", "seconds", "ratio", "peak memory", "ratio", "ppl", "ppl ratio to float", "KL to float", "bars"]
     return "\n".join([*lines, table(head, rows)])
 
 
