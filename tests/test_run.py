@@ -988,11 +988,14 @@ def test_command_killed_at_random_moments(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_interrupt_is_told(llama: Path, tmp_path: Path) -> None:
-    """Ctrl-C says that the run can go on."""
+    """Ctrl-C says that the run can go on; also in a job whose shell ignores Ctrl-C, which children inherit."""
     arguments = ["--scheme", "w4a16-g32", "--method", "gptq", "--data", "random", "--rows", "512", "--length", "64"]
     command = [sys.executable, "-m", "lowbit", "quantize", str(llama), *arguments, "--out", str(tmp_path / "out")]
     job = tmp_path / "out.partial" / ".work" / "job.json"
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    with process:
         while not job.exists() and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
