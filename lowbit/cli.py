@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--format", choices=("compressed-tensors", "lowbit"), help="default: compressed-tensors")
     what.add_argument("--engine", choices=("vllm", "transformers"), help="who must load it (default: vllm)")
     data = sub.add_argument_group("calibration data (also replaces that of a recipe)")
-    data.add_argument("--data", metavar="SOURCE", help="FILE.txt, FILE.jsonl, hf:DATASET[:CONFIG] or random")
+    data.add_argument(
+        "--data", metavar="SOURCE", help="FILE.txt, FILE.jsonl, hf:DATASET[:CONFIG], self (text the model writes) or random"
+    )
     data.add_argument("--rows", type=int, metavar="N", help="sequences (default 128)")
     data.add_argument("--length", type=int, metavar="N", help="tokens of each (default 1024)")
     data.add_argument("--seed", type=int, metavar="N", help="which sequences (default 0)")

@@ -7,7 +7,7 @@ calibration data and the output format. It is written as TOML or built in Python
     engine = "vllm"                       # or "transformers": who must load a compressed-tensors checkpoint
 
     [data]
-    source = "calibration.jsonl"          # text file, jsonl, "hf:dataset", or "random"
+    source = "calibration.jsonl"          # text file, jsonl, "hf:dataset", "self" (the model writes it), or "random"
     rows = 128
     length = 1024
 

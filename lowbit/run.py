@@ -29,12 +29,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lowbit import __version__
 from lowbit.arch import Arch, Block, Linear, return_freed_memory
-from lowbit.data import Calibration, DataSpec, calibration_tokens
-from lowbit.export import NATIVE, QuantizedSource, check_export, encode, save_shard, write_config
+from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
+from lowbit.export import NATIVE, QuantizedSource, check_export, encode, load, save_shard, write_config
 from lowbit.files import TEMPORARY, write_json
 from lowbit.qtensor import Scheme, check_shape, dequantize
 from lowbit.recipe import METHODS, Recipe, short_recipe
@@ -42,6 +43,7 @@ from lowbit.report import write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
 from lowbit.unit import Stream, Unit, fast_products, quantized_inputs
 
+_WRITTEN = "written-"  # name of the files with tokens that the model wrote
 GATE_ROWS = 2
 GATE_POSITIONS = 256  # of each row, whose logits are compared
 GATE_TOKENS = 128  # length of random rows, where a recipe has no calibration data
@@ -104,7 +106,7 @@ def quantize(
     arch = Arch(source, device=device)
     candidates = _candidates(arch)
     recipe.schemes(candidates)
-    data_used, solver_tokens = _calibration(recipe, source)
+    data_used, solver_tokens = _calibration(recipe, source, out, device, say)
     with (
         _journal(out, _job(source, recipe, data_used, device), overwrite) as folder,
         _saying_what_is_kept(folder),
@@ -325,7 +327,7 @@ def _candidates(arch: Arch) -> list[str]:
     return [name.removesuffix(".weight") for name in names]
 
 
-def _calibration(recipe: Recipe, source: Source) -> tuple[Calibration, Tensor]:
+def _calibration(recipe: Recipe, source: Source, out: Path, device: str, say: Progress) -> tuple[Calibration, Tensor]:
     """The calibration data, and the rows of it that stream through the model [rows, length] int64."""
     vocabulary = source.config.get("vocab_size") or source.config.get("text_config", {}).get("vocab_size")
     if not isinstance(vocabulary, int):
@@ -338,8 +340,32 @@ def _calibration(recipe: Recipe, source: Source) -> tuple[Calibration, Tensor]:
     if not calibrated:
         spec = replace(spec, rows=min(spec.rows, GATE_ROWS))
     tokenizer = _tokenizer(source.folder) if spec.source != "random" else None
-    calibration = calibration_tokens(spec, tokenizer, vocab_size=vocabulary)
+    if spec.kind == "self":
+        say("writing calibration text", 0, 1)
+        calibration = _written(spec, source, tokenizer, vocabulary, out, device)
+    else:
+        calibration = calibration_tokens(spec, tokenizer, vocab_size=vocabulary)
     return calibration, calibration.tokens
+
+
+def _written(spec: DataSpec, source: Source, tokenizer: Any, vocabulary: int, out: Path, device: str) -> Calibration:
+    """Calibration text by the model itself, kept in the journal: it is costly, and a resumed run must have the same.
+
+    The float model is whole in memory meanwhile, in its own dtype.
+    """
+    asked = json.dumps([asdict(spec), source.fingerprint(), device, torch.get_num_threads()], sort_keys=True)
+    path = out.with_name(out.name + ".partial") / ".work" / f"{_WRITTEN}{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+    if path.exists():
+        return without_documents(load_file(path)["tokens"], spec)
+    model = load(str(source.folder), device=device)
+    if not model.can_generate():
+        raise ValueError(f"{type(model).__name__} writes no text; calibrate it on a text file, or on random tokens")
+    tokens = written_tokens(spec, model, tokenizer, vocab_size=vocabulary)
+    del model
+    return_freed_memory()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_shard({"tokens": tokens}, path)
+    return without_documents(tokens, spec)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -464,7 +490,7 @@ def _journal(out: Path, job: dict[str, Any], overwrite: bool) -> Iterator[Path]:
             described.unlink()  # from here on, whatever else is left counts for nothing
             known = None
         if known is None:
-            _empty(folder, keep=work / "lock")
+            _empty(folder, keep={work / "lock", *work.glob(f"{_WRITTEN}*")})
             write_json(described, current)
         yield folder
 
@@ -486,12 +512,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _empty(folder: Path, keep: Path) -> None:
+def _empty(folder: Path, keep: set[Path]) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir():
             if not any(path.iterdir()):
                 path.rmdir()
-        elif path != keep:
+        elif path not in keep:
             path.unlink()
 
 
