@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: the window)")
     sub.add_argument("--bos", choices=("none", "window"), default="none", help="put bos before every window (default none)")
     sub.add_argument("--limit", type=int, metavar="N", help="windows to evaluate (default: all)")
+    sub.add_argument("--kv-cache", metavar="SPEC", help="simulate a quantized cache: fp8, int4-g64, int3-g32-kchannel-w128 ...")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default float32")
     sub.add_argument("--device", default="cpu", help="default cpu")
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
@@ -181,14 +182,18 @@ def _eval(arguments: argparse.Namespace) -> None:
     from lowbit.data import evaluation_tokens
     from lowbit.evaluate import evaluate_model, run_tasks
     from lowbit.export import load
+    from lowbit.kv import parse_cache, simulate_cache
     from lowbit.report import add_evaluation
 
+    cache = parse_cache(arguments.kv_cache) if arguments.kv_cache else None
     if not arguments.data and not arguments.tasks:
         raise ValueError("say what to evaluate on: --data FILE, or --tasks")
     _quiet_libraries()
     dtype = getattr(torch, arguments.dtype)
     tokenizer = _tokenizer(arguments.model, arguments.revision)
     model = load(arguments.model, revision=arguments.revision, dtype=dtype, device=arguments.device)
+    if cache is not None:
+        simulate_cache(model, cache)
     results: dict[str, Any] = {}
     if arguments.data:
         tokens = evaluation_tokens(arguments.data, tokenizer)
@@ -207,7 +212,7 @@ def _eval(arguments: argparse.Namespace) -> None:
                 source=Path(arguments.data).name,
                 progress=lambda done, total: progress("evaluating", done, total),
             )
-        results = measured.to_dict()
+        results = measured.to_dict() | ({"kv_cache": cache.name} if cache is not None else {})
         add_evaluation(Path(arguments.model), results)
     if arguments.tasks:
         results["tasks"] = run_tasks(model, arguments.tasks.split(","), tokenizer=tokenizer)
