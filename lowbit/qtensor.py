@@ -309,7 +309,7 @@ def check_shape(name: str, out_features: int, in_features: int, scheme: Scheme) 
             )
     if out_features % scheme.weight.rows:
         raise ValueError(
-            f"{name}: blocks of {scheme.weight.rows} rows do not divide its {out_features} output rows; use -rN with a divisor, "
+            f"{name}: blocks of {scheme.weight.rows} rows do not divide its {out_features} output rows; use another -rN, "
             f"{leave}"
         )
 
