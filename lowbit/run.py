@@ -166,8 +166,9 @@ def _solve_block(arch: Arch, block: Block, recipe: Recipe, schemes: dict[str, Sc
     arch.free(block.name)
     replaced = {linear.tensor for linear in unit.linears}
     tensors = {name: value for name, value in values.items() if name not in replaced}
+    inputs = unit.inputs()
     for name, q in unit.assigned.items():
-        tensors |= encode(name, q, mine[name], recipe.format)
+        tensors |= encode(name, q, mine[name], recipe.format, inputs.get(name))
     save_shard(tensors, folder / _shard(arch, recipe, block.index))
     write_json(
         _record(folder / ".work", block.index),
@@ -239,7 +240,7 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
     expected = {name: digest for record in records for name, digest in record["sha256"].items()}
     dtype = arch.source.dtype()
     tokens = stream.tokens[:GATE_ROWS]
-    schemes = reloaded.schemes()
+    quantized = reloaded.inputs()
     twin.load_outside()
     with fast_products():
         hidden, calls = twin.embed(tokens)
@@ -256,9 +257,8 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
             if _sha256(linear.view(twin.param(linear)).to(dtype).cpu()) != expected[linear.name]:
                 raise RuntimeError(f"gate: {linear.name} reads back with other weights than were solved")
             compared += 1
-            spec = schemes[linear.name].input
-            if spec is not None:
-                inputs[linear.site] = spec
+            if linear.name in quantized:
+                inputs[linear.site] = quantized[linear.name]
         observe = quantized_inputs(twin.sites(block), inputs)
         with fast_products():
             hidden = stream.rounded(twin.call(block, hidden, calls[block.index], observe))

@@ -38,6 +38,23 @@ class Between:
     high: float
 
 
+@dataclass(frozen=True)
+class Input:
+    """How the input of a linear is quantized: its spec and, where that needs it, the largest magnitude seen in calibration."""
+
+    spec: Spec
+    largest: float | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the spec needs `largest`."""
+        return not self.spec.dynamic or self.spec.scale == "e4m3"
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """See `qtensor.fake_quantize_input`."""
+        return fake_quantize_input(x, self.spec, self.largest)
+
+
 @dataclass
 class LinearRecord:
     """What happened to one linear; one row of the report.
@@ -152,6 +169,7 @@ class Unit:
         self.linears = tuple(sorted(chosen, key=lambda linear: (order[linear.shares], order[linear.name])))
         self._warnings: dict[str, list[str]] = {}
         self._grams: dict[Any, Tensor] = {}
+        self._inputs: dict[str, Input] | None = None
 
     def scheme(self, linear: Linear) -> Scheme:
         """The scheme the rules chose for a linear."""
@@ -164,6 +182,45 @@ class Unit:
     def weight(self, linear: Linear) -> Tensor:
         """The float weight [out, in] float32."""
         return linear.view(self.arch.param(linear)).float()
+
+    def largest(self, linear: Linear) -> float | None:
+        """The largest weight of all linears with the same input, where they must share one outer scale (E4M3), else None."""
+        if self.spec(linear).scale != "e4m3":
+            return None
+        return max(float(self.weight(other).abs().max()) for other in self.linears if other.shares == linear.shares)
+
+    @torch.no_grad()
+    def inputs(self) -> dict[str, Input]:
+        """How the input of each linear is quantized; absent where it stays float. May take a pass over the data."""
+        if self._inputs is None:
+            self._inputs = {
+                linear.name: Input(spec) for linear in self.linears if (spec := self.scheme(linear).input) is not None
+            }
+            wanted = {linear.site: 0.0 for linear in self.linears if linear.name in self._inputs}
+            if any(each.calibrated for each in self._inputs.values()):
+                sites = self.arch.sites(self.block)
+
+                def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
+                    site = site_of(weight, sites)
+                    if site in wanted and x.numel():
+                        wanted[site] = max(wanted[site], float(x.abs().max()))
+                    return x
+
+                for hidden, call in self.stream.batches(self.block.index):
+                    with fast_products():
+                        self.arch.call(self.block, hidden, call, observe)
+            for linear in self.linears:
+                known = self._inputs.get(linear.name)
+                if known is not None and known.calibrated:
+                    self._inputs[linear.name] = self._storable(known.spec, wanted[linear.site] or 1.0)
+        return self._inputs
+
+    def _storable(self, spec: Spec, largest: float) -> Input:
+        """An input whose static scale is what the checkpoint will hold."""
+        if spec.dynamic:
+            return Input(spec, largest)
+        scale = torch.tensor(largest / spec.format.max).to(self.scale_dtype)
+        return Input(spec, float(scale) * spec.format.max)
 
     def gram(self, linear: Linear, *, sequential: bool = False) -> Tensor:
         """X^T X [in, in] float32, summed over all calibration tokens that reach the linear, with inputs as the quantized
@@ -190,9 +247,10 @@ class Unit:
         validate(q, linear.name)
         w, spec = self.weight(linear), self.spec(linear)
         gram = self._grams.get(self._gram_key(linear))
-        nearest = quantize(w, *find_params(w, spec, scale_dtype=self.scale_dtype), spec)
+        grid = find_params(w, spec, scale_dtype=self.scale_dtype, largest=self.largest(linear))
+        nearest = quantize(w, grid, spec)
         total = energy(w, gram) or 1.0  # where it is 0, so are the errors
-        self.assigned[linear.name] = QTensor(q.codes.cpu(), q.scale.cpu(), None if q.zero is None else q.zero.cpu(), q.spec)
+        self.assigned[linear.name] = q.to("cpu")
         self.records[linear.name] = LinearRecord(
             name=linear.name,
             scheme=self.scheme(linear).name,
@@ -209,15 +267,17 @@ class Unit:
     def assign_nearest(self, linear: Linear, *, method: str, shrink_steps: int = 0) -> None:
         """Round a linear to nearest; see `qtensor.find_params` for `shrink_steps`."""
         w, spec = self.weight(linear), self.spec(linear)
-        scale, zero = find_params(w, spec, scale_dtype=self.scale_dtype, shrink_steps=shrink_steps)
-        self.assign(linear, quantize(w, scale, zero, spec), method=method)
+        largest = self.largest(linear)
+        grid = find_params(w, spec, scale_dtype=self.scale_dtype, shrink_steps=shrink_steps, largest=largest)
+        self.assign(linear, quantize(w, grid, spec), method=method)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Put the dequantized weights into the block and move the stream past it."""
         self._grams = {}
+        known = self.inputs()
         self._apply()
-        inputs = {linear.site: spec for linear in self.linears if (spec := self.scheme(linear).input) is not None}
+        inputs = {linear.site: known[linear.name] for linear in self.linears if linear.name in known}
         observe = quantized_inputs(self.arch.sites(self.block), inputs)
         self.stream.advance(self.block, lambda hidden, call: self.arch.call(self.block, hidden, call, observe))
 
@@ -247,7 +307,8 @@ class Unit:
                 break
             grams[key] = torch.zeros(linear.in_features, linear.in_features, device=self.arch.device)
             wanted[linear.site] = key
-        inputs = {linear.site: self.scheme(linear).input for linear in self.linears}
+        known = self.inputs()
+        inputs = {linear.site: known[linear.name] for linear in self.linears if linear.name in known}
         sites = self.arch.sites(self.block)
         pending: set[Site] = set()
 
@@ -255,9 +316,8 @@ class Unit:
             site = site_of(weight, sites)
             if site is None:
                 return x
-            spec = inputs.get(site)
-            if spec is not None:
-                x = fake_quantize_input(x, spec)
+            if site in inputs:
+                x = inputs[site].quantize(x)
             if site in wanted:
                 add_gram(grams[wanted[site]], x.reshape(-1, x.shape[-1]))
                 pending.discard(site)
@@ -292,13 +352,12 @@ def fast_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def quantized_inputs(sites: dict[int, str], inputs: dict[Site, Spec]) -> Observe:
-    """What a `Tap` must do for the inputs of the linears at the given sites to be quantized as their spec says."""
+def quantized_inputs(sites: dict[int, str], inputs: dict[Site, Input]) -> Observe:
+    """What a `Tap` must do for the inputs of the linears at the given sites to be quantized as said."""
 
     def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
         site = site_of(weight, sites)
-        spec = inputs.get(site) if site is not None else None
-        return x if spec is None else fake_quantize_input(x, spec)
+        return x if site is None or site not in inputs else inputs[site].quantize(x)
 
     return observe
 

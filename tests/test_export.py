@@ -92,7 +92,7 @@ def write(arch: Arch, folder: Path, rules: str | dict[str, str], format: str) ->
         if linear.name in schemes:
             stored = every[linear.tensor] if not linear.stacked else every[linear.tensor][linear.index]
             w, spec = (stored.T if linear.transposed else stored).float(), schemes[linear.name].weight
-            written[linear.name] = quantize(w, *find_params(w, spec, scale_dtype=torch.bfloat16), spec)
+            written[linear.name] = quantize(w, find_params(w, spec, scale_dtype=torch.bfloat16), spec)
     replaced = {linear.tensor for linear in linears_of(arch) if linear.name in schemes}
     tensors = {name: value for name, value in every.items() if name not in replaced}
     for name, q in written.items():

@@ -223,7 +223,7 @@ def test_find_params(fmt: Format, symmetric: bool, group: int, dtype: torch.dtyp
     spec = Spec(format=fmt, group=group, symmetric=symmetric)
     w = weights()
     before = w.clone()
-    scale, zero = find_params(w, spec, scale_dtype=dtype)
+    scale, zero, _ = find_params(w, spec, scale_dtype=dtype)
     assert torch.equal(w, before)
     assert scale.dtype == dtype
     assert scale.shape == {CHANNEL: (6, 1), TENSOR: (1, 1), 4: (6, 6), 12: (6, 2)}[group]
@@ -246,10 +246,10 @@ def test_groups_of_zeros(fmt: Format, symmetric: bool, dtype: torch.dtype) -> No
     """Their scale is a finite positive number and they come back as zeros; other groups are as if alone."""
     spec = Spec(format=fmt, group=4, symmetric=symmetric)
     w = weights()
-    scale, zero = find_params(w, spec, scale_dtype=dtype)
+    scale, zero, _ = find_params(w, spec, scale_dtype=dtype)
     w[3, 4:8] = 0
     w[0] = 0
-    found, found_zero = find_params(w, spec, scale_dtype=dtype)
+    found, found_zero, _ = find_params(w, spec, scale_dtype=dtype)
     q = quantize(w, found, found_zero, spec)
     validate(q, "w")
     assert (found[0] == 1).all() and found[3, 1] == 1
@@ -270,11 +270,11 @@ def test_tiny_weights_keep_finite_scales(fmt: Format, symmetric: bool, dtype: to
     spec = Spec(format=fmt, group=4, symmetric=symmetric)
     w = weights() * 1e-40
     assert w.any(dim=1).all()
-    scale, zero = find_params(w, spec, scale_dtype=dtype)
+    scale, zero, _ = find_params(w, spec, scale_dtype=dtype)
     smallest = torch.finfo(dtype).smallest_normal
     assert ((scale == smallest) | (scale == 1)).all()
     assert (scale == smallest).any()
-    q = quantize(w, scale, zero, spec)
+    q = quantize(w, Grid(scale, zero, None), spec)
     validate(q, "w")
     assert (dequantize(q) - w).abs().max() <= smallest / 2
 
@@ -290,8 +290,8 @@ def test_nearest_within_half_a_step(values: list[float], grid: tuple[Format, boo
     fmt, symmetric = grid
     spec = Spec(format=fmt, group=group, symmetric=symmetric)
     w = torch.tensor(values).view(1, 8)
-    scale, zero = find_params(w, spec, scale_dtype=dtype)
-    q = quantize(w, scale, zero, spec)
+    scale, zero, _ = find_params(w, spec, scale_dtype=dtype)
+    q = quantize(w, Grid(scale, zero, None), spec)
     back = dequantize(q).double()
     for row, column, cell in cells((1, 8), group):
         s = float(scale[row, column])
@@ -316,8 +316,8 @@ def test_quantize_is_nearest(fmt: Format, symmetric: bool, group: int) -> None:
     """Every code against a search through all values."""
     spec = Spec(format=fmt, group=group, symmetric=symmetric)
     w = weights(rows=4)
-    scale, zero = find_params(w, spec, scale_dtype=torch.bfloat16)
-    q = quantize(w, scale, zero, spec)
+    scale, zero, _ = find_params(w, spec, scale_dtype=torch.bfloat16)
+    q = quantize(w, Grid(scale, zero, None), spec)
     assert q.codes.shape == w.shape
     assert q.codes.dtype == fmt.code_dtype
     assert (q.scale is scale) and (q.zero is zero) and (q.spec is spec)
@@ -341,7 +341,7 @@ def test_shrink_search(fmt: Format, symmetric: bool, group: int, weighted: bool,
     importance = torch.linspace(0, 3, 24).square().flip(0) if weighted else None
 
     def error(scale: Tensor, zero: Tensor | None, cell: Cell) -> float:
-        back = dequantize(quantize(w, scale, zero, spec)).double()
+        back = dequantize(quantize(w, Grid(scale, zero, None), spec)).double()
         delta = (w.double() - back)[cell].abs()
         return float((delta**2.4).sum() if importance is None else (importance[cell[1]] * delta**2).sum())
 
@@ -392,8 +392,8 @@ def test_search_of_zeros() -> None:
     spec = Spec(format=integer(3), group=8)
     w = weights()
     w[:, 8:16] = 0
-    scale, zero = find_params(w, spec, scale_dtype=torch.bfloat16, shrink_steps=20)
-    q = quantize(w, scale, zero, spec)
+    scale, zero, _ = find_params(w, spec, scale_dtype=torch.bfloat16, shrink_steps=20)
+    q = quantize(w, Grid(scale, zero, None), spec)
     validate(q, "w")
     assert not dequantize(q)[:, 8:16].any()
 
@@ -434,7 +434,7 @@ def test_dequantize_as_compressed_tensors(fmt: Format, group: int, symmetric: bo
 
     spec = Spec(format=fmt, group=group, symmetric=symmetric)
     w = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)) * 0.03
-    q = quantize(w, *find_params(w, spec, scale_dtype=dtype), spec)
+    q = quantize(w, find_params(w, spec, scale_dtype=dtype), spec)
     stored: dict[str, Any] = {"weight_scale": q.scale.reshape(1) if group == TENSOR else q.scale}
     if layout == "pack-quantized":
         stored |= {"weight_packed": pack_to_int32(q.codes, fmt.bits), "weight_shape": torch.tensor(w.shape)}
@@ -467,9 +467,9 @@ def test_dequantize_as_compressed_tensors(fmt: Format, group: int, symmetric: bo
 )
 def test_bits_per_weight(spec: Spec, expected: float) -> None:
     w = torch.randn(8, 96)
-    q = quantize(w, *find_params(w, spec, scale_dtype=torch.bfloat16), spec)
+    q = quantize(w, find_params(w, spec, scale_dtype=torch.bfloat16), spec)
     assert q.bits_per_weight == pytest.approx(expected)
-    wide = quantize(w, *find_params(w, spec, scale_dtype=torch.float32), spec)
+    wide = quantize(w, find_params(w, spec, scale_dtype=torch.float32), spec)
     assert wide.bits_per_weight == pytest.approx(expected + 16 * wide.scale.numel() / w.numel())
 
 
