@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ignore", action="append", metavar="REGEX", help="linears to leave float (default: lm_head); repeatable"
     )
     what.add_argument("--format", choices=("compressed-tensors", "lowbit"), help="default: compressed-tensors")
+    what.add_argument("--kv-cache", choices=("fp8",), help="calibrate scales of an FP8 key-value cache for vLLM")
     what.add_argument("--engine", choices=("vllm", "transformers"), help="who must load it (default: vllm)")
     data = sub.add_argument_group("calibration data (also replaces that of a recipe)")
     data.add_argument(
@@ -128,7 +129,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in ("rows", "length", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
     if arguments.recipe:
-        for name in ("scheme", "method", "option", "ignore", "format", "engine"):
+        for name in ("scheme", "method", "option", "ignore", "format", "engine", "kv_cache"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name} and --recipe exclude each other; change the recipe")
         recipe = read_recipe(arguments.recipe)
@@ -153,6 +154,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
             data=DataSpec(source=arguments.data, **given) if arguments.data else None,
             format=arguments.format or "compressed-tensors",
             engine=arguments.engine or "vllm",
+            kv_cache=arguments.kv_cache,
         )
     _quiet_libraries()
     with _progress() as progress:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lowbit.arch import Arch, Linear, Site, Tap, addresses
 from lowbit.files import replacing
 from lowbit.formats import FP4_E2M1, FP6_E2M3, FP8_E4M3
+from lowbit.kv import CacheSpec, simulate_cache
 from lowbit.packing import pack, unpack
 from lowbit.qtensor import CHANNEL, TENSOR, QTensor, Scheme, Spec, dequantize, largest_of, outer_scale, spec_from_dict
 from lowbit.source import FLOAT_DTYPES, STEM, Source, TensorInfo, open_source, read_json
@@ -218,8 +219,13 @@ def _decode_native(name: str, tensors: dict[str, Tensor], spec: Spec, columns: i
     return dequantize(QTensor(codes, scale, tensors.get(f"{name}.zero"), spec, tensors.get(f"{name}.outer")), dtype)
 
 
-def write_config(folder: Path, arch: Arch, linears: Iterable[Linear], schemes: dict[str, Scheme], format: str) -> list[str]:
-    """Write config.json (and lowbit.json) of a quantized checkpoint into `folder`; returns the names written."""
+def write_config(
+    folder: Path, arch: Arch, linears: Iterable[Linear], schemes: dict[str, Scheme], format: str, *, kv_cache: bool = False
+) -> list[str]:
+    """Write config.json (and lowbit.json) of a quantized checkpoint into `folder`; returns the names written.
+
+    kv_cache: the checkpoint holds scales of an FP8 key-value cache.
+    """
     original = (arch.source.folder / "config.json").read_bytes()
     if format == NATIVE:
         table = {
@@ -241,12 +247,12 @@ def write_config(folder: Path, arch: Arch, linears: Iterable[Linear], schemes: d
         )
         return ["config.json", NATIVE_FILE]
     config = json.loads(original)
-    config["quantization_config"] = library_config(arch, schemes)
+    config["quantization_config"] = library_config(arch, schemes, kv_cache=kv_cache)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return ["config.json"]
 
 
-def library_config(arch: Arch, schemes: dict[str, Scheme]) -> dict[str, Any]:
+def library_config(arch: Arch, schemes: dict[str, Scheme], *, kv_cache: bool = False) -> dict[str, Any]:
     """The quantization_config of a compressed-tensors checkpoint."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
@@ -266,6 +272,7 @@ def library_config(arch: Arch, schemes: dict[str, Scheme]) -> dict[str, Any]:
         format=formats.pop() if len(formats) == 1 else "mixed-precision",
         quantization_status="compressed",
         ignore=_float_linears(arch, schemes),
+        kv_cache_scheme=_library_args(Spec(format=FP8_E4M3, group=TENSOR)) if kv_cache else None,
     )
     return json.loads(json.dumps(config.model_dump(mode="json", exclude_none=True)))
 
@@ -404,6 +411,12 @@ class QuantizedSource(Source):
                 largest = largest_of(1 / given, spec)
             found[name] = Input(spec, largest)
         return found
+
+    def cache_scales(self) -> dict[str, tuple[float, float]]:
+        """Scales of keys and values of an FP8 key-value cache, by attention module."""
+        modules = [name.removesuffix(".k_scale") for name in self.stored if name.endswith(".k_scale")]
+        read = self._read_stored([f"{module}.{part}" for module in modules for part in ("k_scale", "v_scale")])
+        return {module: (float(read[f"{module}.k_scale"]), float(read[f"{module}.v_scale"])) for module in modules}
 
     def bits_per_weight(self, name: str) -> float:
         """Stored bits for each weight of a quantized linear."""
@@ -558,7 +571,8 @@ def load(
     """Load a checkpoint, quantized or not, as a transformers model with float weights.
 
     Quantized weights are dequantized; where the scheme quantizes inputs, every forward does so too, exactly as the report's
-    figures were measured. This is the reference for accuracy, not for speed or memory: engines load the folder itself.
+    figures were measured, and where there are scales of a key-value cache, attention goes through one. This is the reference
+    for accuracy, not for speed or memory: engines load the folder itself.
 
     Args:
         model: a folder written by `quantize` (compressed-tensors or lowbit format), another compressed-tensors folder, a
@@ -581,6 +595,8 @@ def load(
         inputs = quantized_sites(arch, source)
         if inputs:
             _quantize_inputs(loaded, inputs)
+        for module, scales in source.cache_scales().items():
+            simulate_cache(loaded.get_submodule(module), CacheSpec(name="fp8", format=FP8_E4M3), scales)
     return loaded
 
 

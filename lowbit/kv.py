@@ -1,4 +1,6 @@
-"""A quantized key-value cache, simulated: what it would cost in accuracy to keep keys and values in few bits.
+"""A quantized key-value cache: its FP8 scales for engines, and what fewer bits would cost in accuracy, simulated.
+
+`CacheRanges` finds the largest keys and values of each attention module, from which come the scales of a checkpoint.
 
 While a `QuantizedCache` is active, every scaled_dot_product_attention sees keys and values as they come back from such a cache,
 that is after rotary embeddings. Integers have zero points. Values are quantized token by token; keys too, or channel by channel
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lowbit.formats import FP8_E4M3, Format, integer
@@ -65,15 +67,19 @@ def parse_cache(text: str) -> CacheSpec:
     )
 
 
-def through_cache(x: Tensor, spec: CacheSpec, *, keys: bool) -> Tensor:
+def through_cache(x: Tensor, spec: CacheSpec, *, keys: bool, scale: float | None = None) -> Tensor:
     """Keys or values [..., tokens, channels] as they come back from the cache; same shape and dtype.
+
+    Args:
+        scale: of an FP8 cache; by default the largest magnitude of x becomes the largest of the format.
 
     Raises:
         ValueError: the group does not divide the channels of a head.
     """
     if spec.format == FP8_E4M3:
         whole = Spec(format=spec.format, group=TENSOR)
-        return fake_quantize_input(x, whole, float(x.abs().max()) or 1.0)
+        largest = scale * spec.format.max if scale is not None else float(x.abs().max()) or 1.0
+        return fake_quantize_input(x, whole, largest)
     if keys and spec.channel_keys:
         run = spec.group or RUN
         full = x.shape[-2] // run * run
@@ -87,11 +93,15 @@ def through_cache(x: Tensor, spec: CacheSpec, *, keys: bool) -> Tensor:
 
 
 class QuantizedCache(TorchFunctionMode):
-    """While active, attention sees keys and values through the cache; `calls` counts how often it did."""
+    """While active, attention sees keys and values through the cache; `calls` counts how often it did.
 
-    def __init__(self, spec: CacheSpec) -> None:
+    scales: of keys and values, for FP8; see `through_cache`.
+    """
+
+    def __init__(self, spec: CacheSpec, scales: tuple[float, float] | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self.scales = scales or (None, None)
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -100,7 +110,10 @@ class QuantizedCache(TorchFunctionMode):
             return func(*args, **kwargs)
         self.calls += 1
         query, key, value = args[:3]
-        stored = (through_cache(key, self.spec, keys=True), through_cache(value, self.spec, keys=False))
+        stored = (
+            through_cache(key, self.spec, keys=True, scale=self.scales[0]),
+            through_cache(value, self.spec, keys=False, scale=self.scales[1]),
+        )
         if self.spec.window == 0:
             return func(query, *stored, *args[3:], **kwargs)
         names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -131,21 +144,66 @@ def _with_window(
     return (weights * near) @ near_value + (weights * ~near) @ far_value
 
 
-def simulate_cache(model: Any, spec: CacheSpec) -> None:
-    """Make every forward of a transformers model go through a quantized cache.
+def simulate_cache(module: Any, spec: CacheSpec, scales: tuple[float, float] | None = None) -> None:
+    """Make every forward of a module, the model or one attention module, go through a quantized cache.
 
     Raises (at the first forward):
-        ValueError: the model does not use scaled_dot_product_attention.
+        ValueError: the module does not use scaled_dot_product_attention.
     """
-    original = model.forward
+    original = module.forward
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with QuantizedCache(spec) as cache:
+        with QuantizedCache(spec, scales) as cache:
             out = original(*args, **kwargs)
         if not cache.calls:
-            name = type(model).__name__
+            name = type(module).__name__
             raise ValueError(f"{name} does not call scaled_dot_product_attention, so its cache cannot be simulated")
         return out
 
-    model.forward = forward
+    module.forward = forward
+
+
+class CacheRanges(TorchFunctionMode):
+    """Records the largest magnitudes of keys and values in the attention of a block while active.
+
+    Attributes:
+        largest: [key, value] by the path of the innermost module that called scaled_dot_product_attention.
+    """
+
+    def __init__(self, block: nn.Module, name: str) -> None:
+        """name: path of the block in the model."""
+        super().__init__()
+        self.largest: dict[str, list[float]] = {}
+        self._block = block
+        self._name = name
+        self._running: list[str] = []
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "CacheRanges":
+        for path, module in self._block.named_modules():
+            name = f"{self._name}.{path}" if path else self._name
+            self._hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)))
+            self._hooks.append(module.register_forward_hook(lambda *_: self._running.pop() and None))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            seen = self.largest.setdefault(self._running[-1], [0.0, 0.0])
+            for i, part in enumerate(args[1:3]):
+                seen[i] = max(seen[i], float(part.abs().max()))
+        return func(*args, **(kwargs or {}))
+
+    def scales(self) -> dict[str, Tensor]:
+        """FP8 scales, as vLLM reads them: float32 [1] PATH.k_scale and PATH.v_scale."""
+        found = {}
+        for path, largest in self.largest.items():
+            for name, value in zip(("k_scale", "v_scale"), largest, strict=True):
+                found[f"{path}.{name}"] = torch.tensor([(value or 1.0) / FP8_E4M3.max])
+        return found

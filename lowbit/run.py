@@ -63,6 +63,7 @@ def quantize(
     data: DataSpec | str | None = None,
     format: str = "compressed-tensors",
     engine: str = "vllm",
+    kv_cache: str | None = None,
     revision: str | None = None,
     device: str = "cpu",
     overwrite: bool = False,
@@ -74,7 +75,7 @@ def quantize(
         model: a folder or hub id.
         out: the folder to create.
         recipe: what to do; or, in its place, the short form: `scheme`, `method` with `options`, `ignore`, `data`, `format`,
-            `engine` (see `recipe.short_recipe`).
+            `engine`, `kv_cache` (see `recipe.short_recipe`).
         revision: branch, tag or commit of a hub model.
         device: where blocks run and are solved, such as "cpu" or "cuda"; memory there is that of one block.
         overwrite: replace `out`, and forget an unfinished run of another recipe or model.
@@ -92,7 +93,14 @@ def quantize(
             raise ValueError("say what to do: a recipe, or a scheme such as w4a16")
         spec = DataSpec(source=data) if isinstance(data, str) else data
         recipe = short_recipe(
-            scheme=scheme, method=method, options=options, ignore=ignore, data=spec, format=format, engine=engine
+            scheme=scheme,
+            method=method,
+            options=options,
+            ignore=ignore,
+            data=spec,
+            format=format,
+            engine=engine,
+            kv_cache=kv_cache,
         )
     elif scheme is not None:
         raise ValueError("give a recipe or a scheme, not both")
@@ -162,10 +170,11 @@ def _solve_block(arch: Arch, block: Block, recipe: Recipe, schemes: dict[str, Sc
     for step in recipe.steps:
         METHODS[step.method].apply(unit, **step.options)
     assert set(unit.assigned) == set(mine), f"{block.name}: not every linear was assigned"
-    unit.finish()
+    scales = unit.finish(cache=recipe.kv_cache is not None)
     arch.free(block.name)
     replaced = {linear.tensor for linear in unit.linears}
     tensors = {name: value for name, value in values.items() if name not in replaced}
+    tensors |= scales
     inputs = unit.inputs()
     for name, q in unit.assigned.items():
         tensors |= encode(name, q, mine[name], recipe.format, inputs.get(name))
@@ -208,7 +217,7 @@ def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[s
     save_shard(arch.source.read(outside), folder / _shard(arch, recipe, len(arch.blocks)))
     return_freed_memory()
     stem = NATIVE if recipe.format == NATIVE else STEM
-    write_config(folder, arch, linears, schemes, recipe.format)
+    write_config(folder, arch, linears, schemes, recipe.format, kv_cache=recipe.kv_cache is not None)
     weight_map, total = {}, 0
     for index in range(len(arch.blocks) + 1):
         name = _shard(arch, recipe, index)
@@ -336,8 +345,7 @@ def _calibration(recipe: Recipe, source: Source, out: Path, device: str, say: Pr
     if spec is None:
         limit = source.config.get("max_position_embeddings") or source.config.get("n_positions") or GATE_TOKENS
         spec = DataSpec(source="random", rows=GATE_ROWS, length=max(2, min(GATE_TOKENS, limit // 2)))
-    calibrated = any(METHODS[step.method].calibrated for step in recipe.steps)
-    if not calibrated:
+    if not recipe.calibrated:
         spec = replace(spec, rows=min(spec.rows, GATE_ROWS))
     tokenizer = _tokenizer(source.folder) if spec.source != "random" else None
     if spec.kind == "self":

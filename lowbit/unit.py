@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowbit.arch import Arch, Block, Linear, Observe, Site, site_of
 from lowbit.files import replacing
+from lowbit.kv import CacheRanges
 from lowbit.qtensor import QTensor, Scheme, Spec, dequantize, fake_quantize_input, find_params, quantize, validate
 
 GRAM_BYTES = 8 * 2**30  # statistics of more linears than fit here are gathered in several passes
@@ -272,14 +273,31 @@ class Unit:
         self.assign(linear, quantize(w, grid, spec), method=method)
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Put the dequantized weights into the block and move the stream past it."""
+    def finish(self, *, cache: bool = False) -> dict[str, Tensor]:
+        """Put the dequantized weights into the block and move the stream past it.
+
+        Args:
+            cache: also find the scales of an FP8 key-value cache.
+
+        Returns:
+            these scales, by tensor name; see `kv.CacheRanges`.
+
+        Raises:
+            ValueError: the block has no attention that could have a cache.
+        """
         self._grams = {}
         known = self.inputs()
         self._apply()
         inputs = {linear.site: known[linear.name] for linear in self.linears if linear.name in known}
         observe = quantized_inputs(self.arch.sites(self.block), inputs)
-        self.stream.advance(self.block, lambda hidden, call: self.arch.call(self.block, hidden, call, observe))
+        ranges = CacheRanges(self.arch.model.get_submodule(self.block.name), self.block.name) if cache else None
+        with ranges or nullcontext():
+            self.stream.advance(self.block, lambda hidden, call: self.arch.call(self.block, hidden, call, observe))
+        if ranges is None:
+            return {}
+        if not ranges.largest:
+            raise ValueError(f"{self.block.name} does not call scaled_dot_product_attention; remove kv_cache from the recipe")
+        return ranges.scales()
 
     @torch.no_grad()
     def _apply(self) -> None:

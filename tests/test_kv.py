@@ -1,7 +1,9 @@
 """The simulated key-value cache against loops that do one query at a time, and on tiny models."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -9,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import lowbit
 from lowbit.cli import main
+from lowbit.data import DataSpec, calibration_tokens
+from lowbit.export import QuantizedSource
 from lowbit.kv import QuantizedCache, parse_cache, simulate_cache, through_cache
+from lowbit.recipe import short_recipe
 
 
 @pytest.mark.parametrize("text", ["int9", "int4-w", "fp8-g64", "fp8-kchannel", "int4-g0", "int4-w8-g32", "", "fp4"])
@@ -132,3 +138,54 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert '"kv_cache": "int2"' in cached and "kv_cache" not in plain
     assert cached.split('"nll"')[1].split(",")[0] != plain.split('"nll"')[1].split(",")[0]
     assert main([*command, "--kv-cache", "int1"]) != 0
+
+
+def test_scales_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is the largest key or value of its attention module in the quantized model, over 448."""
+    tiny.save("llama", tmp_path / "model")
+    data = DataSpec(source="random", rows=4, length=16)
+    lowbit.quantize(str(tmp_path / "model"), tmp_path / "out", scheme="w8a16", kv_cache="fp8", data=data)
+    scheme = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert (scheme["num_bits"], scheme["type"], scheme["strategy"], scheme["dynamic"]) == (8, "float", "tensor", False)
+    source = QuantizedSource(tmp_path / "out")
+    known = source.cache_scales()
+    assert list(known) == [f"model.layers.{i}.self_attn" for i in range(tiny.LAYERS)]
+
+    seen: list[tuple[float, float]] = []
+    attend = F.scaled_dot_product_attention
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        seen.append((float(key.abs().max()), float(value.abs().max())))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(QuantizedSource, "cache_scales", lambda self: {})
+    model = lowbit.load(str(tmp_path / "out"), dtype=torch.float32)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    tokens = calibration_tokens(data, None, vocab_size=tiny.VOCAB).tokens
+    with torch.no_grad():
+        plain = model(tokens).logits
+    expected = [(k / 448, v / 448) for k, v in seen]
+    assert [pytest.approx(pair, rel=1e-4) for pair in expected] == list(known.values())
+    monkeypatch.undo()
+    with torch.no_grad():
+        cached = lowbit.load(str(tmp_path / "out"), dtype=torch.float32)(tokens).logits
+    assert 0 < float((cached - plain).square().mean()) < 0.01 * float(plain.square().mean())
+
+
+def test_recipes_with_a_cache() -> None:
+    data = DataSpec(source="random")
+    with pytest.raises(ValueError, match="engines load fp8 only"):
+        short_recipe(scheme="w8a16", kv_cache="int4", data=data)
+    with pytest.raises(ValueError, match="only vLLM reads its scales"):
+        short_recipe(scheme="w8a16", kv_cache="fp8", data=data, format="lowbit")
+    with pytest.raises(ValueError, match="kv_cache needs calibration data"):
+        short_recipe(scheme="w8a16", kv_cache="fp8")
+    assert short_recipe(scheme="w8a16", kv_cache="fp8", data=data).calibrated
+    assert not short_recipe(scheme="w8a16").calibrated
+
+
+def test_a_model_without_attention_has_no_cache(tmp_path: Path) -> None:
+    tiny.save("mamba", tmp_path / "model")
+    with pytest.raises(ValueError, match="does not call scaled_dot_product_attention; remove kv_cache"):
+        data = DataSpec(source="random", rows=2, length=8)
+        lowbit.quantize(str(tmp_path / "model"), tmp_path / "out", scheme="w8a16", kv_cache="fp8", data=data)
