@@ -265,7 +265,7 @@ class Arch:
         """
         args, kwargs = call
         with Tap(observe or (lambda weight, x, transposed: x)):
-            out = self.model.get_submodule(block.name)(hidden.to(self.device), *args, **kwargs)
+            out = self.model.get_submodule(block.name)(hidden.to(self.device, self.dtype), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -371,7 +371,7 @@ class Arch:
                 continue
             for linear in self._places.linears(tensor, values[tensor].shape, transposed):
                 reason = self._reason_to_skip(linear, transposed)
-                if reason is None and not torch.equal(linear.view(self.param(linear)).cpu(), _matrix(linear, values).float()):
+                if reason is None and not torch.equal(linear.view(self.param(linear)).cpu(), _matrix(linear, values).to(self.dtype)):
                     reason = "transformers stores it rearranged"
                 if reason is not None:
                     skipped.append((linear.name, reason))
