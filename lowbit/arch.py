@@ -212,6 +212,10 @@ class Arch:
         """The parameter that holds `linear`, in `matrix_dtype` while its block is loaded."""
         return self.model.get_parameter(linear.param)
 
+    def param_of(self, tensor: str) -> str:
+        """The parameter that a checkpoint tensor fills, or fills together with others."""
+        return self._places.param_of(tensor)
+
     def sites(self, block: Block) -> dict[int, str]:
         """The addresses of a loaded block; see `site_of`."""
         return addresses(self.model.get_submodule(block.name), block.name + ".")
@@ -371,7 +375,9 @@ class Arch:
                 continue
             for linear in self._places.linears(tensor, values[tensor].shape, transposed):
                 reason = self._reason_to_skip(linear, transposed)
-                if reason is None and not torch.equal(linear.view(self.param(linear)).cpu(), _matrix(linear, values).to(self.dtype)):
+                if reason is None and not torch.equal(
+                    linear.view(self.param(linear)).cpu(), _matrix(linear, values).to(self.dtype)
+                ):
                     reason = "transformers stores it rearranged"
                 if reason is not None:
                     skipped.append((linear.name, reason))
@@ -484,6 +490,8 @@ def _empty_model(source: Source) -> "PreTrainedModel":
         raise ValueError(f"{source.folder}: transformers cannot read this config: {str(error).splitlines()[0]}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder-decoder; lowbit quantizes decoders and encoders, not both in one")
+    for key, value in source.overrides.items():
+        setattr(config, key, value)
     config._experts_implementation = "eager"
     names = config.architectures or []
     kind = getattr(transformers, names[0], None) if names else None

@@ -227,6 +227,8 @@ def write_config(
     kv_cache: the checkpoint holds scales of an FP8 key-value cache.
     """
     original = (arch.source.folder / "config.json").read_bytes()
+    if arch.source.overrides:
+        original = (json.dumps(json.loads(original) | arch.source.overrides, indent=2) + "\n").encode()
     if format == NATIVE:
         table = {
             linear.name: {

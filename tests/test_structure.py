@@ -24,6 +24,7 @@ PACKAGE = ROOT / "lowbit"
 LEVELS = (
     ("files", "formats", "packing"),
     ("qtensor", "arch", "data", "source", "report", "kv"),
+    ("links",),
     ("unit", "kernels"),
     ("methods", "allocate", "export", "runtime"),
     ("recipe",),
