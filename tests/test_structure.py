@@ -23,7 +23,7 @@ PACKAGE = ROOT / "lowbit"
 # A module imports from its own level and the levels before it. A folder stands for all of its modules.
 LEVELS = (
     ("files", "formats", "packing"),
-    ("qtensor", "arch", "data", "source", "report"),
+    ("qtensor", "arch", "links", "data", "source", "report"),
     ("unit", "kernels"),
     ("methods", "allocate", "export", "runtime"),
     ("recipe",),
