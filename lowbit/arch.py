@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lowbit.source import Source
+from lowbit.source import FLOAT_DTYPES, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROBE_TOKENS = 16
+REARRANGED = "transformers stores it rearranged"  # a reason in `Block.skipped`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +227,25 @@ class Arch:
         every = {self._places.param_of(tensor): False}
         return next(x.site for x in self._places.linears(tensor, shape, every) if index in (None, x.index))
 
+    def place(self, tensor: str) -> str | None:
+        """The parameter of which a checkpoint tensor is the whole or a slice; None where the model holds it otherwise."""
+        place = self._places.place(tensor)
+        return None if place is None else place[0]
+
+    def held(self, tensor: str) -> Tensor:
+        """What the loaded model holds for a checkpoint tensor that has a `place`, in the checkpoint's layout and dtype."""
+        place = self._places.place(tensor)
+        assert place is not None, tensor
+        name, index, rows, transposed = place
+        value: Tensor = self.model.get_parameter(name)
+        value = value if index is None else value[index]
+        value = value.T if transposed else value
+        return value[slice(*rows) if rows else slice(None)].to("cpu", self.stored_dtype(tensor)).contiguous()
+
+    def stored_dtype(self, tensor: str) -> torch.dtype:
+        """The dtype of a float tensor in the checkpoint."""
+        return FLOAT_DTYPES[self.source.tensors[tensor].dtype]
+
     # ------------------------------------------------------------------------------------------------------ running
 
     def adopt(self, blocks: tuple[Block, ...]) -> None:
@@ -376,9 +396,9 @@ class Arch:
             for linear in self._places.linears(tensor, values[tensor].shape, transposed):
                 reason = self._reason_to_skip(linear, transposed)
                 if reason is None and not torch.equal(
-                    linear.view(self.param(linear)).cpu(), _matrix(linear, values).to(self.dtype)
+                    linear.view(self.param(linear)).cpu(), matrix_of(linear, values).to(self.dtype)
                 ):
-                    reason = "transformers stores it rearranged"
+                    reason = REARRANGED
                 if reason is not None:
                     skipped.append((linear.name, reason))
                 else:
@@ -470,7 +490,7 @@ def _equal(a: Any, b: Any) -> bool:
     return True
 
 
-def _matrix(linear: Linear, values: dict[str, Tensor]) -> Tensor:
+def matrix_of(linear: Linear, values: dict[str, Tensor]) -> Tensor:
     """The [out, in] matrix of a linear as the checkpoint holds it."""
     tensor = values[linear.tensor]
     if linear.stacked:
@@ -593,6 +613,12 @@ class _Places:
     def param_of(self, tensor: str) -> str:
         """The parameter a checkpoint tensor fills, or fills together with others."""
         return self._plain[tensor] if tensor in self._plain else self._converted[tensor][0]
+
+    def place(self, tensor: str) -> tuple[str, int | None, tuple[int, int] | None, bool] | None:
+        """The parameter that holds a checkpoint tensor, the slice of a 3-D one, the rows (None: all), whether transposed."""
+        if tensor in self._plain:
+            return self._plain[tensor], None, None, False
+        return self._located.get(tensor)
 
     def sets(self, names: Iterable[str]) -> list[tuple[str, ...]]:
         """The named checkpoint tensors, those that make one parameter together."""

@@ -216,7 +216,7 @@ class _Trial:
 def _codes(channels: int, device: torch.device) -> Tensor:
     """The digits of every channel's number in base 7, lowest first, as exponents -3..3: [places, channels] float32."""
     number = torch.arange(channels, device=device)
-    places = []
+    places: list[Tensor] = []
     while not places or bool((number > 0).any()):
         places.append((number % _DIGITS - _DIGITS // 2).float())
         number = number // _DIGITS
@@ -314,17 +314,18 @@ def _by_expert(link: Link, module: nn.Module) -> list[Link]:
 
 @contextmanager
 def _stand_ins(module: nn.Module) -> Iterator[None]:
-    """Replace the values of all parameters: matrices by random ones of even rows, vectors by numbers from 0.5 to 1.5."""
-    saved = [(param, param.detach().clone()) for param in module.parameters()]
-    generator = torch.Generator(saved[0][0].device).manual_seed(0)
-    for param, _ in saved:
+    """Replace the values of all parameters: matrices by random ones of even rows, vectors by numbers from 0.5 to 1.5, and
+    biases by numbers from -1/4 to 1/4, so that no neuron is off for every token."""
+    saved = [(name, param, param.detach().clone()) for name, param in module.named_parameters()]
+    generator = torch.Generator(saved[0][1].device).manual_seed(0)
+    for name, param, _ in saved:
         if param.dim() == 1:
-            values = torch.randint(_STEP // 2, _STEP * 3 // 2, param.shape, generator=generator, device=param.device)
-            param.copy_(values / _STEP)
+            low, high = (-_STEP // 4, _STEP // 4) if name.endswith("bias") else (_STEP // 2, _STEP * 3 // 2)
+            param.copy_(torch.randint(low, high, param.shape, generator=generator, device=param.device) / _STEP)
         elif param.is_floating_point():
             param.normal_(0, max(param.shape[-1], 16) ** -0.5, generator=generator)
     try:
         yield
     finally:
-        for param, value in saved:
+        for _, param, value in saved:
             param.copy_(value)

@@ -35,27 +35,42 @@ import typing
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lowbit.data import DataSpec
+from lowbit.methods.awq import awq
 from lowbit.methods.gptq import gptq
+from lowbit.methods.rotate import rotate
 from lowbit.methods.rtn import rtn
+from lowbit.methods.smooth import smooth
 from lowbit.qtensor import Scheme, parse_scheme
 from lowbit.unit import Between, Input
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A technique: `apply(unit, **options)`; `calibrated` if it needs calibration data."""
+    """A technique.
 
-    apply: Callable[..., None]
+    Attributes:
+        apply: apply(unit, **options) for every block; of kind "model", apply(arch, **options) once, which returns the
+            checkpoint to go on with.
+        calibrated: it needs calibration data.
+        kind: "model" and "transform" rewrite float weights and leave the function as it was, "solver" assigns every weight.
+    """
+
+    apply: Callable[..., Any]
     calibrated: bool
+    kind: Literal["model", "transform", "solver"]
 
 
 METHODS = {
-    "rtn": Method(apply=rtn, calibrated=False),
-    "gptq": Method(apply=gptq, calibrated=True),
+    "rotate": Method(apply=rotate, calibrated=False, kind="model"),
+    "smooth": Method(apply=smooth, calibrated=True, kind="transform"),
+    "awq": Method(apply=awq, calibrated=True, kind="transform"),
+    "rtn": Method(apply=rtn, calibrated=False, kind="solver"),
+    "gptq": Method(apply=gptq, calibrated=True, kind="solver"),
 }
+_ORDER = ("model", "transform", "solver")
 FORMATS = ("compressed-tensors", "lowbit")
 ENGINES = ("vllm", "transformers")
 FLOAT = "float"
@@ -119,9 +134,13 @@ class Recipe:
                 raise ValueError(f"unknown {what} {value!r}; allowed are {', '.join(allowed)}")
         if not self.rules or not self.steps:
             raise ValueError("a recipe needs at least one rule ([[rules]]) and one step ([[steps]])")
-        if len(self.steps) > 1:
+        kinds = [METHODS[step.method].kind for step in self.steps]
+        if kinds.count("solver") != 1 or kinds != sorted(kinds, key=_ORDER.index):
+            solvers = ", ".join(name for name, method in METHODS.items() if method.kind == "solver")
+            given = ", ".join(step.method for step in self.steps)
             raise ValueError(
-                f"steps {', '.join(step.method for step in self.steps)}: each assigns every weight, so one of them is enough"
+                f"steps {given}: first what rewrites the model (rotate), then what rewrites blocks (smooth, awq), last one "
+                f"that rounds every weight ({solvers})"
             )
         needs = self._needs_data()
         if needs and self.data is None:

@@ -44,6 +44,7 @@ from lowbit.source import STEM, Source, index_name, open_source, shard_name
 from lowbit.unit import Stream, Unit, fast_products, quantized_inputs
 
 _WRITTEN = "written-"  # name of the files with tokens that the model wrote
+_ROUNDINGS = 8  # of the checkpoint's dtype that a transform may add to a block's output, relative
 GATE_ROWS = 2
 GATE_POSITIONS = 256  # of each row, whose logits are compared
 GATE_TOKENS = 128  # length of random rows, where a recipe has no calibration data
@@ -123,11 +124,19 @@ def quantize(
         _check_disk(folder, source, solver_tokens)
         arch.probe(lambda done, total: say("reading the model", done, total))
         clock.lap("probe")
+        for step in recipe.steps:
+            if METHODS[step.method].kind == "model":
+                say(step.method, 0, 1)
+                source = METHODS[step.method].apply(arch, **step.options)
+                arch = Arch(source, device=device)
+                arch.probe(lambda done, total: say("reading the rewritten model", done, total))
+                clock.lap(step.method)
         linears = [linear for block in arch.blocks for linear in block.linears]
         schemes = recipe.schemes(linear.name for linear in linears)
         _check_linears(linears, schemes)
         check_export(recipe.format, recipe.engine, linears, schemes)
         _check_memory(arch)
+        source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
 
         stream = Stream(arch, solver_tokens, folder / ".work")
         stream.start()
@@ -166,15 +175,20 @@ def _solve_block(arch: Arch, block: Block, recipe: Recipe, schemes: dict[str, Sc
     started, dtype = time.monotonic(), arch.source.dtype()
     values = arch.load(block.tensors)
     mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
-    unit = Unit(arch, block, mine, stream, dtype)
+    unit = Unit(arch, block, mine, stream, dtype, values)
     for step in recipe.steps:
-        METHODS[step.method].apply(unit, **step.options)
+        if METHODS[step.method].kind == "transform":
+            with _unchanged(unit, step.method):
+                METHODS[step.method].apply(unit, **step.options)
+        elif METHODS[step.method].kind == "solver":
+            METHODS[step.method].apply(unit, **step.options)
     assert set(unit.assigned) == set(mine), f"{block.name}: not every linear was assigned"
+    changed = unit.changed()
     scales = unit.finish(cache=recipe.kv_cache is not None)
     arch.free(block.name)
     replaced = {linear.tensor for linear in unit.linears}
     tensors = {name: value for name, value in values.items() if name not in replaced}
-    tensors |= scales
+    tensors |= changed | scales
     inputs = unit.inputs()
     for name, q in unit.assigned.items():
         tensors |= encode(name, q, mine[name], recipe.format, inputs.get(name))
@@ -185,11 +199,30 @@ def _solve_block(arch: Arch, block: Block, recipe: Recipe, schemes: dict[str, Sc
             "block": block.name,
             "seconds": time.monotonic() - started,
             "peak_rss": _peak_rss(),
+            "transforms": unit.notes,
             "linears": [asdict(record) for record in unit.records.values()],
             "sha256": {name: _sha256(dequantize(q, dtype)) for name, q in unit.assigned.items()},
         },
     )
     stream.drop(block.index)
+
+
+@contextmanager
+def _unchanged(unit: Unit, method: str) -> Iterator[None]:
+    """Compare what the block adds to its input before and after a transform, on one batch.
+
+    Raises:
+        RuntimeError: it is not the same up to the rounding of the checkpoint's dtype, which would be an error in lowbit.
+    """
+    hidden, before = unit.outputs()
+    yield
+    after = unit.outputs()[1]
+    difference = float((after - before).norm() / (before - hidden.to(before)).norm().clamp(min=1e-30))
+    allowed = max(1e-4, _ROUNDINGS * torch.finfo(unit.scale_dtype).eps)
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"{method}: {unit.block.name} computes something else afterwards ({difference:.2g}, allowed {allowed:.2g})"
+        )
 
 
 def _finished(arch: Arch, stream: Stream, work: Path) -> int:
@@ -630,7 +663,7 @@ def _report(
         "data": data.describe(),
         "linears": rows,
         "float_matrices": [{"name": name, "reason": reason} for name, reason in _left_float(arch, rows)],
-        "blocks": [{key: record[key] for key in ("block", "seconds", "peak_rss")} for record in records],
+        "blocks": [{key: record[key] for key in ("block", "seconds", "peak_rss", "transforms")} for record in records],
         "stages": clock.stages,
         "sizes": {
             "source_bytes": source.nbytes(),

@@ -48,6 +48,7 @@ class Source:
         config: config.json as a dict.
         tensors: every tensor of every shard, by name.
         overrides: what the model's configuration must say instead of config.json.
+        unrounded: tensors that may be read in a wider dtype than is stored; of use where weights were rewritten.
     """
 
     def __init__(self, folder: Path, stem: str = STEM) -> None:
@@ -56,6 +57,7 @@ class Source:
         self._index = folder / index_name(stem)
         self.shards = _shards(folder, stem)
         self.overrides: dict[str, Any] = {}
+        self.unrounded: frozenset[str] = frozenset()
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
             for name, info in _headers(folder, shard).items():

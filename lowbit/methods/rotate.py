@@ -94,8 +94,7 @@ class Rotated(Source):
     """A checkpoint, shown rotated.
 
     Attributes:
-        unrounded: names of tensors that are read as float32; others are rounded to the dtype they have in the original.
-        exact: read all tensors that change as float32.
+        exact: read all tensors that change as float32; else only those in `unrounded`.
     """
 
     def __init__(self, source: Source, roles: dict[str, _Role], rotation: Rotation, head: tuple[str, str] | None) -> None:
@@ -105,7 +104,6 @@ class Rotated(Source):
         self.roles = roles
         self.rotation = rotation
         self.exact = False
-        self.unrounded: frozenset[str] = frozenset()
         self._copies: dict[str, str] = {}
         if head is not None:
             name, embedding = head
