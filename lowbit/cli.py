@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="cpu", help="where blocks are solved: cpu (default), cuda, cuda:1, ...")
     what = sub.add_argument_group("what to do: a recipe, or the short form")
     what.add_argument("--recipe", metavar="FILE.toml", help="rules, steps, data and format as TOML")
-    what.add_argument("--scheme", help="w4a16, w4a16-g64-asym, w3a16-g128, w8a8, w8a16, fp8, ...")
+    what.add_argument("--scheme", help="w4a16, w4a16-g64-asym, w8a8, fp8, fp8-block, mxfp4, nvfp4a16, nf4, ... (README)")
     what.add_argument("--method", help="rtn (default) or gptq")
     what.add_argument(
         "--option",

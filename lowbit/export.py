@@ -55,7 +55,7 @@ def reason_against(scheme: Scheme, engine: str) -> str | None:
     "vllm" is vLLM on a GPU. On a CPU it lacks kernels for weight-only 8 bits and for FP8 with one scale a tensor.
     """
     if _library_format(scheme) is None:
-        return "compressed-tensors has no layout for it"
+        return _reason_for_no_layout(scheme)
     if engine == "transformers":
         return None
     weight, inputs = scheme.weight, scheme.input
@@ -73,6 +73,16 @@ def reason_against(scheme: Scheme, engine: str) -> str | None:
     if weight.format == FP8_E4M3 and weight.scale == "float" and weight.rows == 1 and weight.group not in (CHANNEL, TENSOR):
         return "vLLM runs FP8 weights only with one scale a channel, a tensor, or a block of 128 x 128"
     return None
+
+
+def _reason_for_no_layout(scheme: Scheme) -> str:
+    """What of the scheme compressed-tensors cannot hold."""
+    weight, inputs = scheme.weight, scheme.input
+    if weight.format.kind == "int" and not weight.symmetric and (inputs is not None or weight.group == TENSOR):
+        return "zero points with quantized inputs, or with one scale a tensor, have no layout; use -sym"
+    if weight.format.kind == "int" and weight.group == TENSOR:
+        return "one integer scale for a whole tensor has no packed layout; use -channel or a group"
+    return "compressed-tensors has no layout for it"
 
 
 def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: dict[str, Scheme]) -> None:

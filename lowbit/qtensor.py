@@ -23,8 +23,7 @@ CHANNEL = -1  # Spec.group: one scale per output row
 TENSOR = 0  # Spec.group: one scale for the whole tensor
 ScaleFormat = Literal["float", "e8m0", "e4m3", "int8"]
 Rule = Literal["floor", "even", "ceil"]
-_E4M3 = torch.float8_e4m3fn
-_STORED = {"e8m0": torch.float8_e8m0fnu, "e4m3": _E4M3, "int8": torch.int8}
+_SCALE_DTYPES = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +126,7 @@ _SCHEME = re.compile(
     r"(?P<options>(?:-[a-z0-9]+)*)"
 )
 GROUP_DEFAULT = 128  # columns a group, for elements of 4 bits and fewer where the scheme names none
-_MX = {"mxfp4": FP4_E2M1, "mxfp6": FP6_E2M3, "mxfp8": FP8_E4M3}
+_MX_ELEMENTS = {"mxfp4": FP4_E2M1, "mxfp6": FP6_E2M3, "mxfp8": FP8_E4M3}
 _VARIANTS = {("mxfp6", "e3m2"): FP6_E3M2, ("mxfp8", "e5m2"): FP8_E5M2, ("fp8", "e5m2"): FP8_E5M2}
 
 
@@ -225,9 +224,9 @@ def _block_format(family: str, bits: int, variant: str | None) -> Format:
             raise ValueError(f"mxint has 2 to 8 bits, not {bits}")
         return block_integer(bits)
     name = f"{family}{bits}"
-    if name not in _MX:
+    if name not in _MX_ELEMENTS:
         raise ValueError(f"mxfp has 4, 6 or 8 bits, not {bits}")
-    return _VARIANTS[(name, variant)] if variant else _MX[name]
+    return _VARIANTS[(name, variant)] if variant else _MX_ELEMENTS[name]
 
 
 def _weight_options(weight: Spec, taken: dict[str, str]) -> Spec:
@@ -385,7 +384,7 @@ def find_params(
             best_error = torch.where(better, error, best_error)
             scale = torch.where(better, s, scale)
             zero = None if zero is None or z is None else torch.where(better, z, zero)
-    return Grid(scale.to(_STORED.get(spec.scale, scale_dtype)), zero, outer)
+    return Grid(scale.to(_SCALE_DTYPES.get(spec.scale, scale_dtype)), zero, outer)
 
 
 def _factors(spec: Spec, shrink_steps: int) -> list[float]:

@@ -16,7 +16,7 @@ from lowbit.methods.gptq import gptq
 from lowbit.methods.rtn import rtn
 from lowbit.qtensor import Grid, Scheme, dequantize, find_params, parse_scheme, quantize
 from lowbit.source import open_source
-from lowbit.unit import Stream, Unit, _mirror, add_gram, energy, quantized_inputs
+from lowbit.unit import Input, Stream, Unit, _mirror, add_gram, energy, quantized_inputs
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -461,7 +461,7 @@ def test_quantized_inputs_change_their_sites_alone(folder: Callable[[str], Path]
     q, k = _named(unit.block, "q_proj"), _named(unit.block, "k_proj")
     spec = unit.scheme(q).input
     assert spec is not None
-    observe: Observe = quantized_inputs(setting.arch.sites(unit.block), {q.site: spec})
+    observe: Observe = quantized_inputs(setting.arch.sites(unit.block), {q.site: Input(spec)})
     x = torch.randn(3, 64)
     assert observe(setting.arch.param(k), x, False) is x
     assert observe(torch.randn(64, 64), x, False) is x

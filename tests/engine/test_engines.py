@@ -193,7 +193,7 @@ def test_vllm_computes_what_lowbit_measured(
     """Log-probabilities of the prompts, and greedy new tokens, which are nearly the likeliest ones for lowbit too."""
     result, model, expected = in_vllm(name), reference(name), CASES[name]
     if expected.float_inputs:
-        monkeypatch.setattr("lowbit.unit.fake_quantize_input", lambda x, spec: x)
+        monkeypatch.setattr("lowbit.unit.fake_quantize_input", lambda x, spec, largest: x)
     kl = divergence(logprobs(model, prompts), result.logprobs)
     gaps = []
     for prompt, new in zip(prompts, result.generated, strict=True):
@@ -282,7 +282,7 @@ def recipe_of(name: str) -> Recipe:
     return CASES[name].recipe if name in CASES else TRANSFORMERS_ONLY[name]
 
 
-def with_library_scale(x: Tensor, spec: Any) -> Tensor:
+def with_library_scale(x: Tensor, spec: Any, largest: float | None) -> Tensor:
     """`qtensor.fake_quantize_input` for int8, with the scale of the compressed-tensors library."""
     assert spec.format.name == "int8"
     scale = x.abs().amax(-1, keepdim=True) / 127.5
