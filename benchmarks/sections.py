@@ -18,6 +18,7 @@ SHARED = ROOT.parent / "shared"  # larger models and texts; the default of argum
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 SECTIONS = {
     "accuracy": ("Accuracy", "results.py"),
+    "techniques": ("How techniques combine", "techniques.py"),
     "peer": ("Beside llm-compressor", "side_by_side.py"),
     "streaming": ("Memory on a model larger than its blocks", "streaming_memory.py"),
 }

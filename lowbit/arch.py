@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lowbit.source import Source
+from lowbit.source import FLOAT_DTYPES, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROBE_TOKENS = 16
+REARRANGED = "transformers stores it rearranged"  # a reason in `Block.skipped`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +213,10 @@ class Arch:
         """The parameter that holds `linear`, in `matrix_dtype` while its block is loaded."""
         return self.model.get_parameter(linear.param)
 
+    def param_of(self, tensor: str) -> str:
+        """The parameter that a checkpoint tensor fills, or fills together with others."""
+        return self._places.param_of(tensor)
+
     def sites(self, block: Block) -> dict[int, str]:
         """The addresses of a loaded block; see `site_of`."""
         return addresses(self.model.get_submodule(block.name), block.name + ".")
@@ -221,6 +226,25 @@ class Arch:
         shape = torch.Size(self.source.tensors[tensor].shape)
         every = {self._places.param_of(tensor): False}
         return next(x.site for x in self._places.linears(tensor, shape, every) if index in (None, x.index))
+
+    def place(self, tensor: str) -> str | None:
+        """The parameter of which a checkpoint tensor is the whole or a slice; None where the model holds it otherwise."""
+        place = self._places.place(tensor)
+        return None if place is None else place[0]
+
+    def held(self, tensor: str) -> Tensor:
+        """What the loaded model holds for a checkpoint tensor that has a `place`, in the checkpoint's layout and dtype."""
+        place = self._places.place(tensor)
+        assert place is not None, tensor
+        name, index, rows, transposed = place
+        value: Tensor = self.model.get_parameter(name)
+        value = value if index is None else value[index]
+        value = value.T if transposed else value
+        return value[slice(*rows) if rows else slice(None)].to("cpu", self.stored_dtype(tensor)).contiguous()
+
+    def stored_dtype(self, tensor: str) -> torch.dtype:
+        """The dtype of a float tensor in the checkpoint."""
+        return FLOAT_DTYPES[self.source.tensors[tensor].dtype]
 
     # ------------------------------------------------------------------------------------------------------ running
 
@@ -265,7 +289,7 @@ class Arch:
         """
         args, kwargs = call
         with Tap(observe or (lambda weight, x, transposed: x)):
-            out = self.model.get_submodule(block.name)(hidden.to(self.device), *args, **kwargs)
+            out = self.model.get_submodule(block.name)(hidden.to(self.device, self.dtype), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -371,8 +395,10 @@ class Arch:
                 continue
             for linear in self._places.linears(tensor, values[tensor].shape, transposed):
                 reason = self._reason_to_skip(linear, transposed)
-                if reason is None and not torch.equal(linear.view(self.param(linear)).cpu(), _matrix(linear, values).float()):
-                    reason = "transformers stores it rearranged"
+                if reason is None and not torch.equal(
+                    linear.view(self.param(linear)).cpu(), matrix_of(linear, values).to(self.dtype)
+                ):
+                    reason = REARRANGED
                 if reason is not None:
                     skipped.append((linear.name, reason))
                 else:
@@ -464,7 +490,7 @@ def _equal(a: Any, b: Any) -> bool:
     return True
 
 
-def _matrix(linear: Linear, values: dict[str, Tensor]) -> Tensor:
+def matrix_of(linear: Linear, values: dict[str, Tensor]) -> Tensor:
     """The [out, in] matrix of a linear as the checkpoint holds it."""
     tensor = values[linear.tensor]
     if linear.stacked:
@@ -484,6 +510,8 @@ def _empty_model(source: Source) -> "PreTrainedModel":
         raise ValueError(f"{source.folder}: transformers cannot read this config: {str(error).splitlines()[0]}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder-decoder; lowbit quantizes decoders and encoders, not both in one")
+    for key, value in source.overrides.items():
+        setattr(config, key, value)
     config._experts_implementation = "eager"
     names = config.architectures or []
     kind = getattr(transformers, names[0], None) if names else None
@@ -585,6 +613,12 @@ class _Places:
     def param_of(self, tensor: str) -> str:
         """The parameter a checkpoint tensor fills, or fills together with others."""
         return self._plain[tensor] if tensor in self._plain else self._converted[tensor][0]
+
+    def place(self, tensor: str) -> tuple[str, int | None, tuple[int, int] | None, bool] | None:
+        """The parameter that holds a checkpoint tensor, the slice of a 3-D one, the rows (None: all), whether transposed."""
+        if tensor in self._plain:
+            return self._plain[tensor], None, None, False
+        return self._located.get(tensor)
 
     def sets(self, names: Iterable[str]) -> list[tuple[str, ...]]:
         """The named checkpoint tensors, those that make one parameter together."""

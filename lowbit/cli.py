@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="cpu", help="where blocks are solved: cpu (default), cuda, cuda:1, ...")
     what = sub.add_argument_group("what to do: a recipe, or the short form")
     what.add_argument("--recipe", metavar="FILE.toml", help="rules, steps, data and format as TOML")
-    what.add_argument("--scheme", help="w4a16, w4a16-g64-asym, w3a16-g128, w8a8, w8a16, fp8, ...")
+    what.add_argument("--scheme", help="w4a16, w4a16-g64-asym, w8a8, fp8, fp8-block, mxfp4, nvfp4a16, nf4, ... (README)")
     what.add_argument("--method", help="rtn (default) or gptq")
     what.add_argument(
         "--option",
@@ -77,9 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         "--ignore", action="append", metavar="REGEX", help="linears to leave float (default: lm_head); repeatable"
     )
     what.add_argument("--format", choices=("compressed-tensors", "lowbit"), help="default: compressed-tensors")
+    what.add_argument("--kv-cache", choices=("fp8",), help="calibrate scales of an FP8 key-value cache for vLLM")
     what.add_argument("--engine", choices=("vllm", "transformers"), help="who must load it (default: vllm)")
     data = sub.add_argument_group("calibration data (also replaces that of a recipe)")
-    data.add_argument("--data", metavar="SOURCE", help="FILE.txt, FILE.jsonl, hf:DATASET[:CONFIG] or random")
+    data.add_argument(
+        "--data", metavar="SOURCE", help="FILE.txt, FILE.jsonl, hf:DATASET[:CONFIG], self (text the model writes) or random"
+    )
     data.add_argument("--rows", type=int, metavar="N", help="sequences (default 128)")
     data.add_argument("--length", type=int, metavar="N", help="tokens of each (default 1024)")
     data.add_argument("--seed", type=int, metavar="N", help="which sequences (default 0)")
@@ -92,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: the window)")
     sub.add_argument("--bos", choices=("none", "window"), default="none", help="put bos before every window (default none)")
     sub.add_argument("--limit", type=int, metavar="N", help="windows to evaluate (default: all)")
+    sub.add_argument("--kv-cache", metavar="SPEC", help="simulate a quantized cache: fp8, int4-g64, int3-g32-kchannel-w128 ...")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default float32")
     sub.add_argument("--device", default="cpu", help="default cpu")
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
@@ -125,7 +129,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in ("rows", "length", "seed")}
     given = {name: value for name, value in given.items() if value is not None}
     if arguments.recipe:
-        for name in ("scheme", "method", "option", "ignore", "format", "engine"):
+        for name in ("scheme", "method", "option", "ignore", "format", "engine", "kv_cache"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name} and --recipe exclude each other; change the recipe")
         recipe = read_recipe(arguments.recipe)
@@ -150,6 +154,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
             data=DataSpec(source=arguments.data, **given) if arguments.data else None,
             format=arguments.format or "compressed-tensors",
             engine=arguments.engine or "vllm",
+            kv_cache=arguments.kv_cache,
         )
     _quiet_libraries()
     with _progress() as progress:
@@ -179,14 +184,18 @@ def _eval(arguments: argparse.Namespace) -> None:
     from lowbit.data import evaluation_tokens
     from lowbit.evaluate import evaluate_model, run_tasks
     from lowbit.export import load
+    from lowbit.kv import parse_cache, simulate_cache
     from lowbit.report import add_evaluation
 
+    cache = parse_cache(arguments.kv_cache) if arguments.kv_cache else None
     if not arguments.data and not arguments.tasks:
         raise ValueError("say what to evaluate on: --data FILE, or --tasks")
     _quiet_libraries()
     dtype = getattr(torch, arguments.dtype)
     tokenizer = _tokenizer(arguments.model, arguments.revision)
     model = load(arguments.model, revision=arguments.revision, dtype=dtype, device=arguments.device)
+    if cache is not None:
+        simulate_cache(model, cache)
     results: dict[str, Any] = {}
     if arguments.data:
         tokens = evaluation_tokens(arguments.data, tokenizer)
@@ -205,7 +214,7 @@ def _eval(arguments: argparse.Namespace) -> None:
                 source=Path(arguments.data).name,
                 progress=lambda done, total: progress("evaluating", done, total),
             )
-        results = measured.to_dict()
+        results = measured.to_dict() | ({"kv_cache": cache.name} if cache is not None else {})
         add_evaluation(Path(arguments.model), results)
     if arguments.tasks:
         results["tasks"] = run_tasks(model, arguments.tasks.split(","), tokenizer=tokenizer)

@@ -5,6 +5,7 @@ Sources, named by one string:
     FILE.jsonl                one JSON object a line, its field `text_key` is one document
     hf:DATASET[:CONFIG]       a dataset of the Hugging Face hub, one row is one document, streamed (needs `datasets`)
     random                    uniform random token ids, no text
+    self                      text that the model itself writes
 
 A token stream is `bos text eos bos text eos ...`. The boundary ids are put in here and never by the tokenizer (it is
 called with add_special_tokens=False), each at most once: an id that the text itself already begins or ends with is not
@@ -26,11 +27,12 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Kind = Literal["random", "hub", "txt", "jsonl"]
+Kind = Literal["random", "self", "hub", "txt", "jsonl"]
 
 PASSAGE_CHARACTERS = 4096  # the least size of the passages into which calibration cuts long documents
+WRITTEN_AT_ONCE = 16  # rows that a model writes in one batch
 HUB_SHUFFLE_BUFFER = 4096  # documents held while a hub dataset is shuffled
 
 
@@ -118,8 +120,8 @@ def read_documents(spec: DataSpec) -> Iterator[str]:
             document without `text_key` or whose text is not a string (with its line), an unknown dataset or split.
         ImportError: a hub source without the library `datasets`.
     """
-    if spec.kind == "random":
-        raise ValueError("source 'random' has no text: give a .txt file, a .jsonl file or hf:DATASET[:CONFIG]")
+    if spec.kind in ("random", "self"):
+        raise ValueError(f"source {spec.source!r} has no text: give a .txt file, a .jsonl file or hf:DATASET[:CONFIG]")
     if spec.kind == "hub":
         return _hub_documents(spec, _open_hub(spec))
     path = Path(spec.source)
@@ -134,10 +136,11 @@ def calibration_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase | Non
     Documents are put in a seeded random order, encoded one by one until there are enough tokens, and packed end to end;
     the rest of the source is not encoded. A .txt file, being one document, is first cut into passages (`passages`) of
     about one row, which then count as documents. A hub dataset is shuffled within a buffer of HUB_SHUFFLE_BUFFER rows.
-    `random` draws from the ids below vocab_size; with a tokenizer, only from those it has and that are not special.
+    `random` draws from the ids below vocab_size; with a tokenizer, only from those it has and that are not special. For
+    `self` see `written_tokens`.
 
     Args:
-        spec: what to draw.
+        spec: what to draw; not self.
         tokenizer: of the model; None only for `random`.
         vocab_size: rows of the model's embedding; every id is below it.
 
@@ -147,16 +150,7 @@ def calibration_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase | Non
     if vocab_size < 1:
         raise ValueError(f"vocab_size = {vocab_size}: give the number of rows of the model's embedding, at least 1")
     if spec.kind == "random":
-        tokens = _random_tokens(spec, tokenizer, vocab_size)
-        return Calibration(
-            tokens=tokens,
-            sha256=_hash_tokens(tokens),
-            spec=spec,
-            documents=0,
-            source_sha256=None,
-            bos_id=None,
-            eos_id=None,
-        )
+        return without_documents(_random_tokens(spec, tokenizer, vocab_size), spec)
     if tokenizer is None:
         raise ValueError(
             f"source {spec.source!r} is text and there is no tokenizer: load the model's tokenizer "
@@ -190,6 +184,48 @@ def calibration_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase | Non
         bos_id=bos_id,
         eos_id=eos_id,
     )
+
+
+def without_documents(tokens: Tensor, spec: DataSpec) -> Calibration:
+    """The record of tokens [rows, length] int64 that come from no text."""
+    return Calibration(
+        tokens=tokens, sha256=_hash_tokens(tokens), spec=spec, documents=0, source_sha256=None, bos_id=None, eos_id=None
+    )
+
+
+@torch.no_grad()
+def written_tokens(
+    spec: DataSpec, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", *, vocab_size: int
+) -> Tensor:
+    """`rows` sequences of `length` tokens that a causal model writes, each from a random first token (after bos, if any).
+
+    Tokens are drawn from the model's own distribution, as that is what it was trained on: LLM-QAT (Liu et al., 2023, section
+    3.1) found this better than random tokens and than greedy text. eos does not end a row; what follows is a new text.
+
+    Args:
+        model: float, whole, on any device.
+        tokenizer: of the model, for bos and the ids that are special; without it none are.
+
+    Returns:
+        int64 [rows, length], the same for the same seed on the same machine.
+    """
+    first = _random_tokens(DataSpec(source="random", rows=spec.rows, length=2, seed=spec.seed), tokenizer, vocab_size)[:, :1]
+    bos = _boundary_ids(tokenizer)[0] if tokenizer is not None else None
+    start = first if bos is None else torch.cat([torch.full_like(first, bos), first], 1)
+    start = start[:, : spec.length]
+    written = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(spec.seed)
+        for part in start.split(WRITTEN_AT_ONCE):
+            part = part.to(model.device)
+            more = spec.length - part.shape[1]
+            options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": None}
+            mask = torch.ones_like(part)
+            write: Any = model.generate
+            rows = write(part, attention_mask=mask, max_new_tokens=more, pad_token_id=0, **options) if more else part
+            written.append(rows.cpu())
+    return torch.cat(written)
 
 
 def evaluation_tokens(
@@ -258,11 +294,13 @@ def passages(text: str, characters: int) -> list[str]:
 
 
 def _source_kind(source: str) -> Kind:
-    allowed = "give a .txt file, a .jsonl file, hf:DATASET[:CONFIG] or random"
+    allowed = "give a .txt file, a .jsonl file, hf:DATASET[:CONFIG], self or random"
     if not isinstance(source, str):
         raise ValueError(f"source = {source!r} is not a string: {allowed}")
     if source == "random":
         return "random"
+    if source == "self":
+        return "self"
     if source.startswith("hf:"):
         parts = source.split(":")[1:]
         if len(parts) > 2 or not all(parts):

@@ -24,18 +24,24 @@ from torch import Tensor, nn
 
 from lowbit.arch import Arch, Linear, Site, Tap, addresses
 from lowbit.files import replacing
+from lowbit.formats import FP4_E2M1, FP6_E2M3, FP8_E4M3
+from lowbit.kv import CacheSpec, simulate_cache
 from lowbit.packing import pack, unpack
-from lowbit.qtensor import CHANNEL, TENSOR, QTensor, Scheme, Spec, dequantize, spec_from_dict
-from lowbit.source import STEM, Source, TensorInfo, open_source, read_json
-from lowbit.unit import quantized_inputs
+from lowbit.qtensor import CHANNEL, TENSOR, QTensor, Scheme, Spec, dequantize, largest_of, outer_scale, spec_from_dict
+from lowbit.source import FLOAT_DTYPES, STEM, Source, TensorInfo, open_source, read_json
+from lowbit.unit import Input, quantized_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NATIVE = "lowbit"
 NATIVE_FILE = "lowbit.json"
-_NATIVE_VERSION = 1
-_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+_NATIVE_VERSION = 2
+_PARTS = (
+    *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale"),
+    *("input_scale", "input_global_scale"),
+)
+_E4M3 = torch.float8_e4m3fn
 # vLLM stacks these linears into one matrix, which has one scheme.
 _STACKED_IN_VLLM = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
 
@@ -44,22 +50,39 @@ _STACKED_IN_VLLM = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("
 
 
 def reason_against(scheme: Scheme, engine: str) -> str | None:
-    """Why `engine` cannot load a compressed-tensors checkpoint of this scheme; None if it can."""
-    weight = scheme.weight
-    integer = weight.format.kind == "int"
-    if weight.group == TENSOR and integer and scheme.input is None:
-        return "one integer scale for a whole tensor has no packed layout; use -channel or a group"
-    if not weight.symmetric and (weight.group == TENSOR or (integer and scheme.input is not None)):
-        return "zero points with quantized inputs, or with one scale a tensor, have no layout; use -sym"
+    """Why `engine` cannot load a compressed-tensors checkpoint of this scheme; None if it can.
+
+    "vllm" is vLLM on a GPU. On a CPU it lacks kernels for weight-only 8 bits and for FP8 with one scale a tensor.
+    """
+    if _library_format(scheme) is None:
+        return _reason_for_no_layout(scheme)
     if engine == "transformers":
         return None
+    weight, inputs = scheme.weight, scheme.input
+    integer = weight.format.kind == "int"
+    if _library_format(scheme) == "mxfp6-pack-quantized":
+        return "vLLM has no kernel for 6-bit floats"
     if integer and weight.format.bits not in (4, 8):
         return f"vLLM has no kernel for {weight.format.bits}-bit weights, only for 4 and 8 bits"
-    if integer and weight.format.bits == 8 and scheme.input is not None and weight.group not in (CHANNEL, TENSOR):
+    if integer and inputs is not None and (inputs.format.bits != 8 or inputs.group not in (CHANNEL, TENSOR)):
+        return "vLLM runs integer inputs only with 8 bits and one scale a token or a tensor"
+    if integer and weight.format.bits == 8 and inputs is not None and weight.group not in (CHANNEL, TENSOR):
         return "vLLM runs 8-bit weights with 8-bit inputs only with one scale a channel or a tensor"
-    if not integer and weight.group not in (CHANNEL, TENSOR):
-        return "vLLM runs FP8 weights only with one scale a channel or a tensor"
+    if integer and weight.format.bits == 4 and inputs is not None and not (inputs.dynamic and inputs.symmetric):
+        return "vLLM runs 4-bit weights with 8-bit inputs only with symmetric scales for each token"
+    if weight.format == FP8_E4M3 and weight.scale == "float" and weight.rows == 1 and weight.group not in (CHANNEL, TENSOR):
+        return "vLLM runs FP8 weights only with one scale a channel, a tensor, or a block of 128 x 128"
     return None
+
+
+def _reason_for_no_layout(scheme: Scheme) -> str:
+    """What of the scheme compressed-tensors cannot hold."""
+    weight, inputs = scheme.weight, scheme.input
+    if weight.format.kind == "int" and not weight.symmetric and (inputs is not None or weight.group == TENSOR):
+        return "zero points with quantized inputs, or with one scale a tensor, have no layout; use -sym"
+    if weight.format.kind == "int" and weight.group == TENSOR:
+        return "one integer scale for a whole tensor has no packed layout; use -channel or a group"
+    return "compressed-tensors has no layout for it"
 
 
 def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: dict[str, Scheme]) -> None:
@@ -108,55 +131,114 @@ def _kind(scheme: Scheme | None) -> tuple[Spec, Spec | None] | None:
 # ---------------------------------------------------------------------------------------------------------------- writing
 
 
-def encode(name: str, q: QTensor, scheme: Scheme, format: str) -> dict[str, Tensor]:
-    """The shard's tensors of one quantized linear, by full name."""
+def encode(name: str, q: QTensor, scheme: Scheme, format: str, inputs: Input | None = None) -> dict[str, Tensor]:
+    """The shard's tensors of one quantized linear, by full name; `inputs` where its input is quantized."""
     if format == NATIVE:
-        return _encode_native(name, q)
+        return _encode_native(name, q, inputs)
+    from compressed_tensors.compressors.mxfp6.helpers import pack_fp6_to_uint8
+    from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    bits = q.spec.format.bits
+    layout, fmt = _library_format(scheme), q.spec.format
     scale = q.scale.reshape(1) if q.spec.group == TENSOR else q.scale
-    if _library_format(scheme) != "pack-quantized":
-        codes = q.codes if q.spec.format.kind == "int" else q.codes.view(torch.float8_e4m3fn)
-        return {f"{name}.weight": codes, f"{name}.weight_scale": scale}
-    tensors = {
-        f"{name}.weight_packed": pack_to_int32(q.codes, bits),
-        f"{name}.weight_scale": scale,
-        f"{name}.weight_shape": torch.tensor(q.codes.shape),
-    }
-    if q.zero is not None:
-        tensors[f"{name}.weight_zero_point"] = pack_to_int32(q.zero, bits, packed_dim=0).contiguous()
+    tensors = {f"{name}.weight_scale": scale.view(torch.uint8) if q.spec.scale == "e8m0" else scale}
+    if layout == "pack-quantized":
+        tensors[f"{name}.weight_packed"] = pack_to_int32(q.codes, fmt.bits)
+        tensors[f"{name}.weight_shape"] = torch.tensor(q.codes.shape)
+        if q.zero is not None:
+            tensors[f"{name}.weight_zero_point"] = pack_to_int32(q.zero, fmt.bits, packed_dim=0).contiguous()
+    elif fmt == FP4_E2M1:
+        tensors[f"{name}.weight_packed"] = pack_fp4_to_uint8(fmt.decode(q.codes))
+        if q.outer is not None:
+            tensors[f"{name}.weight_global_scale"] = 1 / q.outer.reshape(1)
+    elif fmt == FP6_E2M3:
+        tensors[f"{name}.weight_packed"] = pack_fp6_to_uint8(fmt.decode(q.codes))
+    else:
+        tensors[f"{name}.weight"] = q.codes if fmt.kind == "int" else q.codes.view(torch.float8_e4m3fn)
+    if inputs is not None and inputs.largest is not None:
+        tensors |= _library_input(name, inputs, q)
     return tensors
 
 
-def _library_format(scheme: Scheme) -> str:
-    """The compressed-tensors layout of a scheme."""
-    if scheme.weight.format.kind == "float":
-        return "float-quantized"
-    return "int-quantized" if scheme.input is not None and scheme.weight.format.bits == 8 else "pack-quantized"
+def _library_input(name: str, inputs: Input, q: QTensor) -> dict[str, Tensor]:
+    """What a compressed-tensors checkpoint keeps of a calibrated input."""
+    assert inputs.largest is not None
+    if inputs.spec.scale == "e4m3":
+        return {f"{name}.input_global_scale": 1 / outer_scale(inputs.largest, inputs.spec).reshape(1)}
+    return {f"{name}.input_scale": torch.tensor([inputs.largest / inputs.spec.format.max], dtype=q.scale.dtype)}
 
 
-def _encode_native(name: str, q: QTensor) -> dict[str, Tensor]:
+def _library_format(scheme: Scheme) -> str | None:
+    """The compressed-tensors layout of a scheme, None if there is none."""
+    weight, inputs = scheme.weight, scheme.input
+    if inputs is not None and _kind_of_input(inputs) is None:
+        return None
+    fmt = weight.format
+    if weight.scale == "e8m0":
+        known = {FP4_E2M1: "mxfp4-pack-quantized", FP6_E2M3: "mxfp6-pack-quantized", FP8_E4M3: "mxfp8-quantized"}
+        return known.get(fmt) if weight.group == 32 and weight.rows == 1 else None
+    if weight.scale == "e4m3":
+        return "nvfp4-pack-quantized" if weight.group == 16 else None
+    if weight.scale != "float" or (weight.rows, weight.group) not in ((1, weight.group), (128, 128)):
+        return None
+    if fmt.kind == "float":
+        return "float-quantized" if fmt == FP8_E4M3 else None
+    if fmt.kind != "int" or weight.rows != 1:
+        return None
+    if inputs is None or fmt.bits < 8:
+        if weight.group == TENSOR or (inputs is not None and not weight.symmetric):
+            return None
+        return "pack-quantized"
+    return "int-quantized" if weight.symmetric else None
+
+
+def _kind_of_input(spec: Spec) -> str | None:
+    """How the compressed-tensors schema names this way to quantize inputs, None if it does not."""
+    if spec.scale == "e4m3":
+        return "nvfp4" if spec.group == 16 else None
+    if spec.scale == "e8m0":
+        known = (FP4_E2M1, FP6_E2M3, FP8_E4M3)
+        return "mx" if spec.group == 32 and spec.format in known and spec.rule == "floor" else None
+    if spec.format.kind == "float" and spec.format != FP8_E4M3:
+        return None
+    return "plain"
+
+
+def _encode_native(name: str, q: QTensor, inputs: Input | None) -> dict[str, Tensor]:
     bits = q.spec.format.bits
     offset = 2 ** (bits - 1) if q.spec.format.kind == "int" else 0
-    tensors = {f"{name}.codes": pack(q.codes.to(torch.int16) + offset, bits), f"{name}.scale": q.scale}
+    tensors = {f"{name}.codes": pack(q.codes.to(torch.int16) + offset, bits)}
+    tensors[f"{name}.scale"] = q.scale.view(torch.uint8) if q.spec.scale in ("e8m0", "e4m3") else q.scale
     if q.zero is not None:
         tensors[f"{name}.zero"] = q.zero
+    if q.outer is not None:
+        tensors[f"{name}.outer"] = q.outer
+    if inputs is not None and inputs.largest is not None:
+        tensors[f"{name}.input_largest"] = torch.tensor([inputs.largest], dtype=torch.float32)
     return tensors
 
 
-def _decode_native(name: str, tensors: dict[str, Tensor], spec: Spec, columns: int) -> Tensor:
+def _decode_native(name: str, tensors: dict[str, Tensor], spec: Spec, columns: int, dtype: torch.dtype) -> Tensor:
     bits = spec.format.bits
     codes = unpack(tensors[f"{name}.codes"], bits, columns)
     if spec.format.kind == "int":
         codes = (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
     scale = tensors[f"{name}.scale"]
-    return dequantize(QTensor(codes, scale, tensors.get(f"{name}.zero"), spec), scale.dtype)
+    if spec.scale in ("e8m0", "e4m3"):
+        scale = scale.view(torch.float8_e8m0fnu if spec.scale == "e8m0" else torch.float8_e4m3fn)
+    return dequantize(QTensor(codes, scale, tensors.get(f"{name}.zero"), spec, tensors.get(f"{name}.outer")), dtype)
 
 
-def write_config(folder: Path, arch: Arch, linears: Iterable[Linear], schemes: dict[str, Scheme], format: str) -> list[str]:
-    """Write config.json (and lowbit.json) of a quantized checkpoint into `folder`; returns the names written."""
+def write_config(
+    folder: Path, arch: Arch, linears: Iterable[Linear], schemes: dict[str, Scheme], format: str, *, kv_cache: bool = False
+) -> list[str]:
+    """Write config.json (and lowbit.json) of a quantized checkpoint into `folder`; returns the names written.
+
+    kv_cache: the checkpoint holds scales of an FP8 key-value cache.
+    """
     original = (arch.source.folder / "config.json").read_bytes()
+    if arch.source.overrides:
+        original = (json.dumps(json.loads(original) | arch.source.overrides, indent=2) + "\n").encode()
     if format == NATIVE:
         table = {
             linear.name: {
@@ -177,12 +259,12 @@ def write_config(folder: Path, arch: Arch, linears: Iterable[Linear], schemes: d
         )
         return ["config.json", NATIVE_FILE]
     config = json.loads(original)
-    config["quantization_config"] = library_config(arch, schemes)
+    config["quantization_config"] = library_config(arch, schemes, kv_cache=kv_cache)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return ["config.json"]
 
 
-def library_config(arch: Arch, schemes: dict[str, Scheme]) -> dict[str, Any]:
+def library_config(arch: Arch, schemes: dict[str, Scheme], *, kv_cache: bool = False) -> dict[str, Any]:
     """The quantization_config of a compressed-tensors checkpoint."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
@@ -202,6 +284,7 @@ def library_config(arch: Arch, schemes: dict[str, Scheme]) -> dict[str, Any]:
         format=formats.pop() if len(formats) == 1 else "mixed-precision",
         quantization_status="compressed",
         ignore=_float_linears(arch, schemes),
+        kv_cache_scheme=_library_args(Spec(format=FP8_E4M3, group=TENSOR)) if kv_cache else None,
     )
     return json.loads(json.dumps(config.model_dump(mode="json", exclude_none=True)))
 
@@ -209,21 +292,26 @@ def library_config(arch: Arch, schemes: dict[str, Scheme]) -> dict[str, Any]:
 def _library_args(spec: Spec) -> Any:
     from compressed_tensors.quantization import QuantizationArgs
 
-    if spec.group == TENSOR:
-        strategy, size = "tensor", None
+    chosen: dict[str, Any] = {"strategy": "group", "group_size": spec.group}
+    if spec.scale == "e4m3":
+        chosen = {"strategy": "tensor_group", "group_size": spec.group, "scale_dtype": _E4M3, "zp_dtype": _E4M3}
+        chosen["dynamic"] = "local" if spec.dynamic else False
+    elif spec.scale == "e8m0":
+        chosen |= {"scale_dtype": torch.uint8, "zp_dtype": torch.uint8}
+    elif spec.rows > 1:
+        chosen = {"strategy": "block", "block_structure": [spec.rows, spec.group]}
+    elif spec.group == TENSOR:
+        chosen = {"strategy": "tensor"}
     elif spec.group == CHANNEL:
-        strategy, size = ("token" if spec.dynamic else "channel"), None
-    else:
-        strategy, size = "group", spec.group
-    return QuantizationArgs(
-        num_bits=spec.format.bits,
-        type=spec.format.kind,
-        symmetric=spec.symmetric,
-        strategy=strategy,
-        group_size=size,
-        dynamic=spec.dynamic,
-        observer=None,
-    )
+        chosen = {"strategy": "token" if spec.dynamic else "channel"}
+    given = {
+        "num_bits": spec.format.bits,
+        "type": spec.format.kind,
+        "symmetric": spec.symmetric,
+        "dynamic": spec.dynamic,
+        "observer": None,
+    }
+    return QuantizationArgs(**given | chosen)
 
 
 def _patterns(names: list[str], schemes: dict[str, Scheme]) -> list[str]:
@@ -292,12 +380,15 @@ class QuantizedSource(Source):
             self._by_tensor.setdefault(module.tensor, []).append(module)
         parts = {part for module in self.modules.values() for part in self._parts(module)}
         self.tensors = {name: info for name, info in self.stored.items() if name not in parts}
+        floats = [info.dtype for info in self.tensors.values() if info.dtype in FLOAT_DTYPES]
+        rest = max(floats, key=floats.count, default="BF16")  # scales of 8 bits do not tell the dtype of the source
         for tensor, modules in self._by_tensor.items():
             scale = self.stored[modules[0].name + (".scale" if self.native else ".weight_scale")]
+            dtype = scale.dtype if scale.dtype in FLOAT_DTYPES else rest
             out, inner = modules[0].shape
             shape: tuple[int, ...] = (inner, out) if modules[0].transposed else (out, inner)
             shape = shape if modules[0].index is None else (len(modules), *shape)
-            self.tensors[tensor] = TensorInfo(scale.shard, shape, scale.dtype)
+            self.tensors[tensor] = TensorInfo(scale.shard, shape, dtype)
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named original tensors, dequantized where they are quantized."""
@@ -314,6 +405,31 @@ class QuantizedSource(Source):
         """The scheme of every quantized linear."""
         return {name: module.scheme for name, module in self.modules.items()}
 
+    def inputs(self) -> dict[str, Input]:
+        """How the input of each quantized linear is quantized; absent where it stays float."""
+        found = {}
+        for name, module in self.modules.items():
+            spec = module.scheme.input
+            if spec is None:
+                continue
+            largest = None
+            if self.native and f"{name}.input_largest" in self.stored:
+                largest = float(self._read_stored([f"{name}.input_largest"])[f"{name}.input_largest"])
+            elif f"{name}.input_scale" in self.stored:
+                largest = float(self._read_stored([f"{name}.input_scale"])[f"{name}.input_scale"]) * spec.format.max
+            elif f"{name}.input_global_scale" in self.stored:
+                # the largest magnitude for which `outer_scale` gives this scale
+                given = float(self._read_stored([f"{name}.input_global_scale"])[f"{name}.input_global_scale"])
+                largest = largest_of(1 / given, spec)
+            found[name] = Input(spec, largest)
+        return found
+
+    def cache_scales(self) -> dict[str, tuple[float, float]]:
+        """Scales of keys and values of an FP8 key-value cache, by attention module."""
+        modules = [name.removesuffix(".k_scale") for name in self.stored if name.endswith(".k_scale")]
+        read = self._read_stored([f"{module}.{part}" for module in modules for part in ("k_scale", "v_scale")])
+        return {module: (float(read[f"{module}.k_scale"]), float(read[f"{module}.v_scale"])) for module in modules}
+
     def bits_per_weight(self, name: str) -> float:
         """Stored bits for each weight of a quantized linear."""
         module = self.modules[name]
@@ -322,7 +438,7 @@ class QuantizedSource(Source):
 
     def _parts(self, module: _Module) -> list[str]:
         if self.native:
-            candidates = [f"{module.name}.{part}" for part in ("codes", "scale", "zero")]
+            candidates = [f"{module.name}.{part}" for part in ("codes", "scale", "zero", "outer", "input_largest")]
         else:
             candidates = [f"{module.name}.{part}" for part in ("weight", *_PARTS)]
         return [name for name in candidates if name in self.stored]
@@ -330,13 +446,14 @@ class QuantizedSource(Source):
     def _dequantized(self, module: _Module) -> Tensor:
         parts = self._parts(module)
         tensors = self._read_stored(parts)
+        dtype = FLOAT_DTYPES[self.tensors[module.tensor].dtype]
         if self.native:
-            return _decode_native(module.name, tensors, module.scheme.weight, module.shape[1])
+            return _decode_native(module.name, tensors, module.scheme.weight, module.shape[1], dtype)
         from compressed_tensors.compressors import BaseCompressor
 
         local = {name.removeprefix(module.name + "."): tensor for name, tensor in tensors.items()}
         compressor = BaseCompressor.get_value_from_registry(str(module.library.format))
-        return compressor.decompress(local, module.library)["weight"]
+        return compressor.decompress(local, module.library)["weight"].to(dtype)
 
     def _read_stored(self, names: list[str]) -> dict[str, Tensor]:
         shown, self.tensors = self.tensors, self.stored
@@ -385,8 +502,11 @@ class QuantizedSource(Source):
             name = scale.removesuffix(".weight_scale")
             library = _library_scheme(name, config)
             plain = self.stored.get(f"{name}.weight")
+            packed = self.stored.get(f"{name}.weight_packed")
             if plain is not None:
                 shape = (plain.shape[0], plain.shape[1])
+            elif packed is not None and packed.dtype == "U8":
+                shape = (packed.shape[0], packed.shape[1] * 8 // library.weights.num_bits)
             else:
                 stored = self._stored_shape(f"{name}.weight_shape")
                 shape = (stored[0], stored[1])
@@ -424,10 +544,20 @@ def _scheme_of(library: Any) -> Scheme:
 
 
 def _spec_of(args: Any) -> Spec:
-    group = {"tensor": TENSOR, "channel": CHANNEL, "token": CHANNEL}.get(str(args.strategy), args.group_size)
-    name = f"int{args.num_bits}" if args.type == "int" else "fp8_e4m3"
+    strategy, floats = str(args.strategy), {8: "fp8_e4m3", 6: "fp6_e2m3", 4: "fp4_e2m1"}
+    rows, group = 1, {"tensor": TENSOR, "channel": CHANNEL, "token": CHANNEL}.get(strategy, args.group_size)
+    if strategy == "block":
+        rows, group = args.block_structure
+    scale = "e4m3" if strategy == "tensor_group" else "e8m0" if args.scale_dtype == torch.uint8 else "float"
     return spec_from_dict(
-        {"format": name, "group": group, "symmetric": args.symmetric, "dynamic": bool(args.dynamic)},
+        {
+            "format": f"int{args.num_bits}" if args.type == "int" else floats[args.num_bits],
+            "group": group,
+            "rows": rows,
+            "symmetric": args.symmetric,
+            "dynamic": bool(args.dynamic),
+            "scale": scale,
+        }
     )
 
 
@@ -441,13 +571,10 @@ def open_checkpoint(model: str, revision: str | None = None) -> Source:
     return QuantizedSource(folder) if quantized else open_source(model, revision)
 
 
-def input_specs(arch: Arch, source: QuantizedSource) -> dict[Site, Spec]:
+def quantized_sites(arch: Arch, source: QuantizedSource) -> dict[Site, Input]:
     """Where the model quantizes inputs, and how."""
-    return {
-        arch.site(module.tensor, module.index): module.scheme.input
-        for module in source.modules.values()
-        if module.scheme.input is not None
-    }
+    modules = source.modules
+    return {arch.site(modules[name].tensor, modules[name].index): given for name, given in source.inputs().items()}
 
 
 def load(
@@ -456,7 +583,8 @@ def load(
     """Load a checkpoint, quantized or not, as a transformers model with float weights.
 
     Quantized weights are dequantized; where the scheme quantizes inputs, every forward does so too, exactly as the report's
-    figures were measured. This is the reference for accuracy, not for speed or memory: engines load the folder itself.
+    figures were measured, and where there are scales of a key-value cache, attention goes through one. This is the reference
+    for accuracy, not for speed or memory: engines load the folder itself.
 
     Args:
         model: a folder written by `quantize` (compressed-tensors or lowbit format), another compressed-tensors folder, a
@@ -476,13 +604,15 @@ def load(
 
         loaded.generation_config = GenerationConfig.from_pretrained(source.folder)
     if isinstance(source, QuantizedSource):
-        inputs = input_specs(arch, source)
+        inputs = quantized_sites(arch, source)
         if inputs:
             _quantize_inputs(loaded, inputs)
+        for module, scales in source.cache_scales().items():
+            simulate_cache(loaded.get_submodule(module), CacheSpec(name="fp8", format=FP8_E4M3), scales)
     return loaded
 
 
-def _quantize_inputs(model: Any, inputs: dict[Site, Spec]) -> None:
+def _quantize_inputs(model: Any, inputs: dict[Site, Input]) -> None:
     """Make every forward of the model quantize the inputs at the given sites."""
     original = model.forward
 

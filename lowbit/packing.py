@@ -19,8 +19,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes [rows, columns] (integers in 0 .. 2^bits-1) to uint8 [rows, packed_width(columns, bits)].
 
     Raises:
-        ValueError: a code does not fit into `bits`.
+        ValueError: `bits` is not in 1..8, or a code does not fit into it.
     """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"codes of {bits} bits cannot be packed; allowed are 1 to 8 bits")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         raise ValueError(f"codes lie in {int(codes.min())}..{int(codes.max())}, not in 0..{2**bits - 1}")
     rows, columns = codes.shape

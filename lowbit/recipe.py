@@ -5,9 +5,10 @@ calibration data and the output format. It is written as TOML or built in Python
 
     format = "compressed-tensors"         # or "lowbit"
     engine = "vllm"                       # or "transformers": who must load a compressed-tensors checkpoint
+    kv_cache = "fp8"                      # calibrate scales for it; none by default
 
     [data]
-    source = "calibration.jsonl"          # text file, jsonl, "hf:dataset", or "random"
+    source = "calibration.jsonl"          # text file, jsonl, "hf:dataset", "self" (the model writes it), or "random"
     rows = 128
     length = 1024
 
@@ -34,27 +35,42 @@ import typing
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lowbit.data import DataSpec
+from lowbit.methods.awq import awq
 from lowbit.methods.gptq import gptq
+from lowbit.methods.rotate import rotate
 from lowbit.methods.rtn import rtn
+from lowbit.methods.smooth import smooth
 from lowbit.qtensor import Scheme, parse_scheme
-from lowbit.unit import Between
+from lowbit.unit import Between, Input
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A technique: `apply(unit, **options)`; `calibrated` if it needs calibration data."""
+    """A technique.
 
-    apply: Callable[..., None]
+    Attributes:
+        apply: apply(unit, **options) for every block; of kind "model", apply(arch, **options) once, which returns the
+            checkpoint to go on with.
+        calibrated: it needs calibration data.
+        kind: "model" and "transform" rewrite float weights and leave the function as it was, "solver" assigns every weight.
+    """
+
+    apply: Callable[..., Any]
     calibrated: bool
+    kind: Literal["model", "transform", "solver"]
 
 
 METHODS = {
-    "rtn": Method(apply=rtn, calibrated=False),
-    "gptq": Method(apply=gptq, calibrated=True),
+    "rotate": Method(apply=rotate, calibrated=False, kind="model"),
+    "smooth": Method(apply=smooth, calibrated=True, kind="transform"),
+    "awq": Method(apply=awq, calibrated=True, kind="transform"),
+    "rtn": Method(apply=rtn, calibrated=False, kind="solver"),
+    "gptq": Method(apply=gptq, calibrated=True, kind="solver"),
 }
+_ORDER = ("model", "transform", "solver")
 FORMATS = ("compressed-tensors", "lowbit")
 ENGINES = ("vllm", "transformers")
 FLOAT = "float"
@@ -106,20 +122,40 @@ class Recipe:
     data: DataSpec | None = None
     format: str = "compressed-tensors"
     engine: str = "vllm"
+    kv_cache: str | None = None
 
     def __post_init__(self) -> None:
+        if self.kv_cache not in (None, "fp8"):
+            raise ValueError(f"kv_cache = {self.kv_cache!r}: engines load fp8 only; others can be simulated by lowbit eval")
+        if self.kv_cache is not None and (self.format, self.engine) != ("compressed-tensors", "vllm"):
+            raise ValueError("kv_cache: only vLLM reads its scales; use format compressed-tensors and engine vllm")
         for value, allowed, what in ((self.format, FORMATS, "format"), (self.engine, ENGINES, "engine")):
             if value not in allowed:
                 raise ValueError(f"unknown {what} {value!r}; allowed are {', '.join(allowed)}")
         if not self.rules or not self.steps:
             raise ValueError("a recipe needs at least one rule ([[rules]]) and one step ([[steps]])")
-        if len(self.steps) > 1:
+        kinds = [METHODS[step.method].kind for step in self.steps]
+        if kinds.count("solver") != 1 or kinds != sorted(kinds, key=_ORDER.index):
+            solvers = ", ".join(name for name, method in METHODS.items() if method.kind == "solver")
+            given = ", ".join(step.method for step in self.steps)
             raise ValueError(
-                f"steps {', '.join(step.method for step in self.steps)}: each assigns every weight, so one of them is enough"
+                f"steps {given}: first what rewrites the model (rotate), then what rewrites blocks (smooth, awq), last one "
+                f"that rounds every weight ({solvers})"
             )
-        calibrated = [step.method for step in self.steps if METHODS[step.method].calibrated]
-        if calibrated and self.data is None:
-            raise ValueError(f"{calibrated[0]} needs calibration data: --data FILE, or [data] in the recipe")
+        needs = self._needs_data()
+        if needs and self.data is None:
+            raise ValueError(f"{needs[0]} needs calibration data: --data FILE, or [data] in the recipe")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything in the recipe looks at calibration data."""
+        return bool(self._needs_data())
+
+    def _needs_data(self) -> list[str]:
+        steps = [step.method for step in self.steps if METHODS[step.method].calibrated]
+        inputs = {rule.scheme: parse_scheme(rule.scheme).input for rule in self.rules if rule.scheme != FLOAT}
+        schemes = [f"scheme {name}" for name, spec in inputs.items() if spec is not None and Input(spec).calibrated]
+        return [*steps, *schemes, *(["kv_cache"] if self.kv_cache else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -166,12 +202,14 @@ def short_recipe(
     data: DataSpec | None = None,
     format: str = "compressed-tensors",
     engine: str = "vllm",
+    kv_cache: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Recipe:
     """One scheme for every linear but the ignored ones, one method.
 
     Args:
         ignore: regular expressions of linears to leave float; None stands for "lm_head", which then may be absent.
+        kv_cache: "fp8" for scales of an FP8 key-value cache, which vLLM uses with kv_cache_dtype="fp8".
     """
     if ignore is None:
         left = [Rule(match="lm_head", scheme=FLOAT, optional=True)]
@@ -183,6 +221,7 @@ def short_recipe(
         data=data,
         format=format,
         engine=engine,
+        kv_cache=kv_cache,
     )
 
 
@@ -222,7 +261,7 @@ def recipe_from_dict(given: dict[str, Any], *, where: str = "recipe") -> Recipe:
     if given.get("data") is not None:
         _check_keys(given["data"], [f.name for f in fields(DataSpec)], f"{where}, [data]", required=("source",))
         data = DataSpec(**given["data"])
-    rest = {key: given[key] for key in ("format", "engine") if key in given}
+    rest = {key: given[key] for key in ("format", "engine", "kv_cache") if key in given}
     return Recipe(rules=tuple(rules), steps=tuple(steps), data=data, **rest)
 
 

@@ -29,12 +29,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lowbit import __version__
 from lowbit.arch import Arch, Block, Linear, return_freed_memory
-from lowbit.data import Calibration, DataSpec, calibration_tokens
-from lowbit.export import NATIVE, QuantizedSource, check_export, encode, save_shard, write_config
+from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
+from lowbit.export import NATIVE, QuantizedSource, check_export, encode, load, save_shard, write_config
 from lowbit.files import TEMPORARY, write_json
 from lowbit.qtensor import Scheme, check_shape, dequantize
 from lowbit.recipe import METHODS, Recipe, short_recipe
@@ -42,6 +43,8 @@ from lowbit.report import write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
 from lowbit.unit import Stream, Unit, fast_products, quantized_inputs
 
+_WRITTEN = "written-"  # name of the files with tokens that the model wrote
+_ROUNDINGS = 8  # of the checkpoint's dtype that a transform may add to a block's output, relative
 GATE_ROWS = 2
 GATE_POSITIONS = 256  # of each row, whose logits are compared
 GATE_TOKENS = 128  # length of random rows, where a recipe has no calibration data
@@ -61,6 +64,7 @@ def quantize(
     data: DataSpec | str | None = None,
     format: str = "compressed-tensors",
     engine: str = "vllm",
+    kv_cache: str | None = None,
     revision: str | None = None,
     device: str = "cpu",
     overwrite: bool = False,
@@ -72,7 +76,7 @@ def quantize(
         model: a folder or hub id.
         out: the folder to create.
         recipe: what to do; or, in its place, the short form: `scheme`, `method` with `options`, `ignore`, `data`, `format`,
-            `engine` (see `recipe.short_recipe`).
+            `engine`, `kv_cache` (see `recipe.short_recipe`).
         revision: branch, tag or commit of a hub model.
         device: where blocks run and are solved, such as "cpu" or "cuda"; memory there is that of one block.
         overwrite: replace `out`, and forget an unfinished run of another recipe or model.
@@ -90,7 +94,14 @@ def quantize(
             raise ValueError("say what to do: a recipe, or a scheme such as w4a16")
         spec = DataSpec(source=data) if isinstance(data, str) else data
         recipe = short_recipe(
-            scheme=scheme, method=method, options=options, ignore=ignore, data=spec, format=format, engine=engine
+            scheme=scheme,
+            method=method,
+            options=options,
+            ignore=ignore,
+            data=spec,
+            format=format,
+            engine=engine,
+            kv_cache=kv_cache,
         )
     elif scheme is not None:
         raise ValueError("give a recipe or a scheme, not both")
@@ -104,7 +115,7 @@ def quantize(
     arch = Arch(source, device=device)
     candidates = _candidates(arch)
     recipe.schemes(candidates)
-    data_used, solver_tokens = _calibration(recipe, source)
+    data_used, solver_tokens = _calibration(recipe, source, out, device, say)
     with (
         _journal(out, _job(source, recipe, data_used, device), overwrite) as folder,
         _saying_what_is_kept(folder),
@@ -113,11 +124,19 @@ def quantize(
         _check_disk(folder, source, solver_tokens)
         arch.probe(lambda done, total: say("reading the model", done, total))
         clock.lap("probe")
+        for step in recipe.steps:
+            if METHODS[step.method].kind == "model":
+                say(step.method, 0, 1)
+                source = METHODS[step.method].apply(arch, **step.options)
+                arch = Arch(source, device=device)
+                arch.probe(lambda done, total: say("reading the rewritten model", done, total))
+                clock.lap(step.method)
         linears = [linear for block in arch.blocks for linear in block.linears]
         schemes = recipe.schemes(linear.name for linear in linears)
         _check_linears(linears, schemes)
         check_export(recipe.format, recipe.engine, linears, schemes)
         _check_memory(arch)
+        source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
 
         stream = Stream(arch, solver_tokens, folder / ".work")
         stream.start()
@@ -156,16 +175,23 @@ def _solve_block(arch: Arch, block: Block, recipe: Recipe, schemes: dict[str, Sc
     started, dtype = time.monotonic(), arch.source.dtype()
     values = arch.load(block.tensors)
     mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
-    unit = Unit(arch, block, mine, stream, dtype)
+    unit = Unit(arch, block, mine, stream, dtype, values)
     for step in recipe.steps:
-        METHODS[step.method].apply(unit, **step.options)
+        if METHODS[step.method].kind == "transform":
+            with _unchanged(unit, step.method):
+                METHODS[step.method].apply(unit, **step.options)
+        elif METHODS[step.method].kind == "solver":
+            METHODS[step.method].apply(unit, **step.options)
     assert set(unit.assigned) == set(mine), f"{block.name}: not every linear was assigned"
-    unit.finish()
+    changed = unit.changed()
+    scales = unit.finish(cache=recipe.kv_cache is not None)
     arch.free(block.name)
     replaced = {linear.tensor for linear in unit.linears}
     tensors = {name: value for name, value in values.items() if name not in replaced}
+    tensors |= changed | scales
+    inputs = unit.inputs()
     for name, q in unit.assigned.items():
-        tensors |= encode(name, q, mine[name], recipe.format)
+        tensors |= encode(name, q, mine[name], recipe.format, inputs.get(name))
     save_shard(tensors, folder / _shard(arch, recipe, block.index))
     write_json(
         _record(folder / ".work", block.index),
@@ -173,11 +199,30 @@ def _solve_block(arch: Arch, block: Block, recipe: Recipe, schemes: dict[str, Sc
             "block": block.name,
             "seconds": time.monotonic() - started,
             "peak_rss": _peak_rss(),
+            "transforms": unit.notes,
             "linears": [asdict(record) for record in unit.records.values()],
             "sha256": {name: _sha256(dequantize(q, dtype)) for name, q in unit.assigned.items()},
         },
     )
     stream.drop(block.index)
+
+
+@contextmanager
+def _unchanged(unit: Unit, method: str) -> Iterator[None]:
+    """Compare what the block adds to its input before and after a transform, on one batch.
+
+    Raises:
+        RuntimeError: it is not the same up to the rounding of the checkpoint's dtype, which would be an error in lowbit.
+    """
+    hidden, before = unit.outputs()
+    yield
+    after = unit.outputs()[1]
+    difference = float((after - before).norm() / (before - hidden.to(before)).norm().clamp(min=1e-30))
+    allowed = max(1e-4, _ROUNDINGS * torch.finfo(unit.scale_dtype).eps)
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"{method}: {unit.block.name} computes something else afterwards ({difference:.2g}, allowed {allowed:.2g})"
+        )
 
 
 def _finished(arch: Arch, stream: Stream, work: Path) -> int:
@@ -205,7 +250,7 @@ def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[s
     save_shard(arch.source.read(outside), folder / _shard(arch, recipe, len(arch.blocks)))
     return_freed_memory()
     stem = NATIVE if recipe.format == NATIVE else STEM
-    write_config(folder, arch, linears, schemes, recipe.format)
+    write_config(folder, arch, linears, schemes, recipe.format, kv_cache=recipe.kv_cache is not None)
     weight_map, total = {}, 0
     for index in range(len(arch.blocks) + 1):
         name = _shard(arch, recipe, index)
@@ -237,7 +282,7 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
     expected = {name: digest for record in records for name, digest in record["sha256"].items()}
     dtype = arch.source.dtype()
     tokens = stream.tokens[:GATE_ROWS]
-    schemes = reloaded.schemes()
+    quantized = reloaded.inputs()
     twin.load_outside()
     with fast_products():
         hidden, calls = twin.embed(tokens)
@@ -254,9 +299,8 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
             if _sha256(linear.view(twin.param(linear)).to(dtype).cpu()) != expected[linear.name]:
                 raise RuntimeError(f"gate: {linear.name} reads back with other weights than were solved")
             compared += 1
-            spec = schemes[linear.name].input
-            if spec is not None:
-                inputs[linear.site] = spec
+            if linear.name in quantized:
+                inputs[linear.site] = quantized[linear.name]
         observe = quantized_inputs(twin.sites(block), inputs)
         with fast_products():
             hidden = stream.rounded(twin.call(block, hidden, calls[block.index], observe))
@@ -325,7 +369,7 @@ def _candidates(arch: Arch) -> list[str]:
     return [name.removesuffix(".weight") for name in names]
 
 
-def _calibration(recipe: Recipe, source: Source) -> tuple[Calibration, Tensor]:
+def _calibration(recipe: Recipe, source: Source, out: Path, device: str, say: Progress) -> tuple[Calibration, Tensor]:
     """The calibration data, and the rows of it that stream through the model [rows, length] int64."""
     vocabulary = source.config.get("vocab_size") or source.config.get("text_config", {}).get("vocab_size")
     if not isinstance(vocabulary, int):
@@ -334,12 +378,35 @@ def _calibration(recipe: Recipe, source: Source) -> tuple[Calibration, Tensor]:
     if spec is None:
         limit = source.config.get("max_position_embeddings") or source.config.get("n_positions") or GATE_TOKENS
         spec = DataSpec(source="random", rows=GATE_ROWS, length=max(2, min(GATE_TOKENS, limit // 2)))
-    calibrated = any(METHODS[step.method].calibrated for step in recipe.steps)
-    if not calibrated:
+    if not recipe.calibrated:
         spec = replace(spec, rows=min(spec.rows, GATE_ROWS))
     tokenizer = _tokenizer(source.folder) if spec.source != "random" else None
-    calibration = calibration_tokens(spec, tokenizer, vocab_size=vocabulary)
+    if spec.kind == "self":
+        say("writing calibration text", 0, 1)
+        calibration = _written(spec, source, tokenizer, vocabulary, out, device)
+    else:
+        calibration = calibration_tokens(spec, tokenizer, vocab_size=vocabulary)
     return calibration, calibration.tokens
+
+
+def _written(spec: DataSpec, source: Source, tokenizer: Any, vocabulary: int, out: Path, device: str) -> Calibration:
+    """Calibration text by the model itself, kept in the journal: it is costly, and a resumed run must have the same.
+
+    The float model is whole in memory meanwhile, in its own dtype.
+    """
+    asked = json.dumps([asdict(spec), source.fingerprint(), device, torch.get_num_threads()], sort_keys=True)
+    path = out.with_name(out.name + ".partial") / ".work" / f"{_WRITTEN}{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+    if path.exists():
+        return without_documents(load_file(path)["tokens"], spec)
+    model = load(str(source.folder), device=device)
+    if not model.can_generate():
+        raise ValueError(f"{type(model).__name__} writes no text; calibrate it on a text file, or on random tokens")
+    tokens = written_tokens(spec, model, tokenizer, vocab_size=vocabulary)
+    del model
+    return_freed_memory()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_shard({"tokens": tokens}, path)
+    return without_documents(tokens, spec)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -464,7 +531,7 @@ def _journal(out: Path, job: dict[str, Any], overwrite: bool) -> Iterator[Path]:
             described.unlink()  # from here on, whatever else is left counts for nothing
             known = None
         if known is None:
-            _empty(folder, keep=work / "lock")
+            _empty(folder, keep={work / "lock", *work.glob(f"{_WRITTEN}*")})
             write_json(described, current)
         yield folder
 
@@ -486,12 +553,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _empty(folder: Path, keep: Path) -> None:
+def _empty(folder: Path, keep: set[Path]) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir():
             if not any(path.iterdir()):
                 path.rmdir()
-        elif path != keep:
+        elif path not in keep:
             path.unlink()
 
 
@@ -596,7 +663,7 @@ def _report(
         "data": data.describe(),
         "linears": rows,
         "float_matrices": [{"name": name, "reason": reason} for name, reason in _left_float(arch, rows)],
-        "blocks": [{key: record[key] for key in ("block", "seconds", "peak_rss")} for record in records],
+        "blocks": [{key: record[key] for key in ("block", "seconds", "peak_rss", "transforms")} for record in records],
         "stages": clock.stages,
         "sizes": {
             "source_bytes": source.nbytes(),

@@ -47,6 +47,8 @@ class Source:
         folder: the local folder.
         config: config.json as a dict.
         tensors: every tensor of every shard, by name.
+        overrides: what the model's configuration must say instead of config.json.
+        unrounded: tensors that may be read in a wider dtype than is stored; of use where weights were rewritten.
     """
 
     def __init__(self, folder: Path, stem: str = STEM) -> None:
@@ -54,6 +56,8 @@ class Source:
         self.config: dict[str, Any] = read_json(folder / "config.json", "the model's configuration")
         self._index = folder / index_name(stem)
         self.shards = _shards(folder, stem)
+        self.overrides: dict[str, Any] = {}
+        self.unrounded: frozenset[str] = frozenset()
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
             for name, info in _headers(folder, shard).items():

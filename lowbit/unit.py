@@ -6,10 +6,16 @@ statistics, and assigns a quantized tensor to each:
     for linear in unit.linears:
         unit.assign(linear, solve(unit.weight(linear), unit.gram(linear), unit.spec(linear)), method="...")
 
+A transform rewrites the float weights before, so that they are easier to round and the block computes the same:
+
+    for link in unit.links:
+        unit.rescale(link, s)
+
 The statistics come from the block's real inputs in the partly quantized model (the student stream), read from a file one batch
 at a time. That file is also what a killed run resumes from.
 """
 
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,11 +28,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit.arch import Arch, Block, Linear, Observe, Site, site_of
+from lowbit.arch import REARRANGED, Arch, Block, Linear, Observe, Site, matrix_of, site_of
 from lowbit.files import replacing
+from lowbit.kv import CacheRanges
+from lowbit.links import Link, Side, find_links, structure
 from lowbit.qtensor import QTensor, Scheme, Spec, dequantize, fake_quantize_input, find_params, quantize, validate
 
 GRAM_BYTES = 8 * 2**30  # statistics of more linears than fit here are gathered in several passes
+STAND_IN_TOKENS = 64  # of the rows on which links are looked for
 TOKENS_PER_BATCH = 1024  # of 4096 tokens, activations no longer fit into a CPU's cache: a third slower
 
 
@@ -36,6 +45,23 @@ class Between:
 
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Input:
+    """How the input of a linear is quantized: its spec and, where that needs it, the largest magnitude seen in calibration."""
+
+    spec: Spec
+    largest: float | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the spec needs `largest`."""
+        return not self.spec.dynamic or self.spec.scale == "e4m3"
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """See `qtensor.fake_quantize_input`."""
+        return fake_quantize_input(x, self.spec, self.largest)
 
 
 @dataclass
@@ -74,6 +100,9 @@ class Stream:
         self._rows = min(len(tokens), max(1, TOKENS_PER_BATCH // tokens.shape[1]))
         self._width = 0
         self._calls: dict[int, list[Any]] = {}
+        self._short_calls: list[Any] = []
+        # Links by the structure of the blocks that have them; see `Unit.links`.
+        self.links: dict[Any, tuple[tuple[Link, ...], tuple[tuple[str, str], ...]]] = {}
 
     def file(self, boundary: int) -> Path:
         """Hidden states that enter block `boundary`: [rows, length, width] in `dtype`, no header."""
@@ -93,7 +122,14 @@ class Stream:
                 self._calls.setdefault(len(rows), calls)
                 self._width = hidden.shape[-1]
                 file.write(self._bytes(hidden))
+        self._short_calls = self.arch.embed(self.tokens[:1, :STAND_IN_TOKENS])[1]
         self.arch.free_outside()
+
+    def stand_in(self, boundary: int) -> tuple[Tensor, Any]:
+        """A short row of random hidden states [1, length, width] float32 and the other arguments of the block's call."""
+        generator = torch.Generator().manual_seed(0)
+        length = min(self.tokens.shape[1], STAND_IN_TOKENS)
+        return torch.randn(1, length, self._width, generator=generator), self._short_calls[boundary]
 
     def read(self, boundary: int, start: int, stop: int) -> Tensor:
         """Rows start..stop of a boundary: float32 [stop - start, length, width]."""
@@ -135,16 +171,29 @@ class Unit:
 
     Attributes:
         linears: the linears to quantize, those with a common input next to each other.
+        unlinked: (producer, reason) for what is no link, once `links` was asked for.
         scale_dtype: the dtype in which the checkpoint keeps scales.
         records: one row for each linear assigned so far.
+        notes: what transforms did, one row each, JSON types only.
     """
 
-    def __init__(self, arch: Arch, block: Block, schemes: dict[str, Scheme], stream: Stream, scale_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        arch: Arch,
+        block: Block,
+        schemes: dict[str, Scheme],
+        stream: Stream,
+        scale_dtype: torch.dtype,
+        values: dict[str, Tensor] | None = None,
+    ) -> None:
+        """values: tensors of the block as they were read; linears of which more is known there than the model holds, because
+        they were rotated, start from these."""
         self.arch = arch
         self.block = block
         self.stream = stream
         self.scale_dtype = scale_dtype
         self.records: dict[str, LinearRecord] = {}
+        self.notes: list[dict[str, Any]] = []
         self.assigned: dict[str, QTensor] = {}
         self._schemes = schemes
         order = {linear.name: i for i, linear in enumerate(block.linears)}
@@ -152,6 +201,16 @@ class Unit:
         self.linears = tuple(sorted(chosen, key=lambda linear: (order[linear.shares], order[linear.name])))
         self._warnings: dict[str, list[str]] = {}
         self._grams: dict[Any, Tensor] = {}
+        self._inputs: dict[str, Input] | None = None
+        self.unlinked: tuple[tuple[str, str], ...] = ()
+        self._links: tuple[Link, ...] | None = None
+        self._weights: dict[str, Tensor] = {}  # of rewritten linears, not rounded to the dtype of the parameters
+        for linear in self.linears:
+            if values is not None and values[linear.tensor].dtype != arch.stored_dtype(linear.tensor):
+                self._weights[linear.name] = matrix_of(linear, values).to(arch.device, torch.float32, copy=True)
+        self._touched: set[str] = set()  # parameters that were rescaled
+        self._sizes: dict[str, tuple[Tensor, Tensor]] = {}  # of each distinct input: largest and mean magnitude
+        self._samples: dict[tuple[str, int], Tensor] = {}
 
     def scheme(self, linear: Linear) -> Scheme:
         """The scheme the rules chose for a linear."""
@@ -162,8 +221,41 @@ class Unit:
         return self._schemes[linear.name].weight
 
     def weight(self, linear: Linear) -> Tensor:
-        """The float weight [out, in] float32."""
+        """The float weight [out, in] float32, exact also where it was rescaled."""
+        if linear.name in self._weights:
+            return self._weights[linear.name].float()
         return linear.view(self.arch.param(linear)).float()
+
+    def largest(self, linear: Linear) -> float | None:
+        """The largest weight of all linears with the same input, where they must share one outer scale (E4M3), else None."""
+        if self.spec(linear).scale != "e4m3":
+            return None
+        return max(float(self.weight(other).abs().max()) for other in self.linears if other.shares == linear.shares)
+
+    def nearest(self, linear: Linear, w: Tensor, *, shrink_steps: int = 0, largest: float | None = None) -> QTensor:
+        """w [out, in] float32 rounded to nearest as the scheme of a linear says; see `qtensor.find_params`."""
+        spec = self.spec(linear)
+        grid = find_params(w, spec, scale_dtype=self.scale_dtype, shrink_steps=shrink_steps, largest=largest)
+        return quantize(w, grid, spec)
+
+    def inputs(self) -> dict[str, Input]:
+        """How the input of each linear is quantized; absent where it stays float. May take a pass over the data."""
+        if self._inputs is None:
+            self._inputs = {}
+            for linear in self.linears:
+                spec = self.scheme(linear).input
+                if spec is not None:
+                    given = Input(spec)
+                    largest = (float(self.absmax(linear).max()) or 1.0) if given.calibrated else None
+                    self._inputs[linear.name] = given if largest is None else self._storable(spec, largest)
+        return self._inputs
+
+    def _storable(self, spec: Spec, largest: float) -> Input:
+        """An input whose static scale is what the checkpoint will hold."""
+        if spec.dynamic:
+            return Input(spec, largest)
+        scale = torch.tensor(largest / spec.format.max).to(self.scale_dtype)
+        return Input(spec, float(scale) * spec.format.max)
 
     def gram(self, linear: Linear, *, sequential: bool = False) -> Tensor:
         """X^T X [in, in] float32, summed over all calibration tokens that reach the linear, with inputs as the quantized
@@ -181,6 +273,178 @@ class Unit:
             self._grams = self._gather(linear, alone=sequential)
         return self._grams[key]
 
+    # ------------------------------------------------------------------------------------------------------- transforms
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """The links of the block with a linear to quantize among their consumers; see `lowbit.links`."""
+        if self._links is None:
+            module = self.arch.model.get_submodule(self.block.name)
+            key = structure(module)
+            if key not in self.stream.links:
+                hidden, call = self.stream.stand_in(self.block.index)
+                heads = getattr(self.arch.model.config.get_text_config(), "num_attention_heads", None)
+                self.stream.links[key] = find_links(
+                    module, lambda observe: self.arch.call(self.block, hidden, call, observe), heads
+                )
+            found, rejected = self.stream.links[key]
+            kept = []
+            for link in found:
+                if not self.consumers(link):
+                    rejected = (*rejected, (link.name, "none of the linears that read it is quantized"))
+                elif not all(self._whole(side) for side in (*link.producers, *link.consumers)):
+                    rejected = (*rejected, (link.name, "transformers stores a tensor of it rearranged"))
+                else:
+                    kept.append(link)
+            self._links, self.unlinked = tuple(kept), rejected
+        return self._links
+
+    def chosen_links(self, step: str, kinds: str = "all") -> list[Link]:
+        """The links of the wanted kind, "norm", "linear" or "all".
+
+        Raises:
+            ValueError: there is none, with what was tried and why it is none.
+        """
+        found = [link for link in self.links if kinds in ("all", link.kind)]
+        if not found:
+            tried = "; ".join(f"{name}: {reason}" for name, reason in self.unlinked[:6])
+            raise ValueError(f"{step}: {self.block.name} has no links of kind {kinds!r} to rescale ({tried}); leave {step} out")
+        return found
+
+    def consumers(self, link: Link) -> list[tuple[Linear, Tensor]]:
+        """The linears to quantize that a link's channels flow into, each with the channel of every input column [in]."""
+        return [(linear, side.channels) for side in link.consumers for linear in self._at(side)]
+
+    def absmax(self, linear: Linear) -> Tensor:
+        """The largest magnitude [in] float32 of every input over all calibration tokens that reach the linear, with earlier
+        blocks quantized and this block float; 0 where no token does. One pass serves all linears of the block."""
+        return self._size(linear)[0]
+
+    def absmean(self, linear: Linear) -> Tensor:
+        """The mean magnitude [in] float32 of every input; as `absmax`."""
+        return self._size(linear)[1]
+
+    def sample(self, linear: Linear, tokens: int) -> Tensor:
+        """Inputs [T, in] float32 of at most `tokens` tokens that reach the linear, at even distances among all of them; as
+        `absmax`. One pass serves all linears that are asked for the same number of tokens."""
+        if (linear.shares, tokens) not in self._samples:
+            samples = {other.shares: _Sample(tokens, other.in_features) for other in self.linears}
+            self._visit(self._distinct_inputs(), {}, lambda key, x: samples[key].add(x))
+            self._samples = {(key, tokens): sample.rows() for key, sample in samples.items()}
+        return self._samples[linear.shares, tokens]
+
+    @torch.no_grad()
+    def rescale(self, link: Link, s: Tensor) -> None:
+        """Divide the channels of a link's producer by s [channels] > 0 and multiply its consumers' columns by s.
+
+        A norm's new weight is rounded to the checkpoint's dtype first, and the consumers get what it really lost, so the
+        rounding costs nothing. Linears to quantize keep their product unrounded; other matrices and biases are rounded to the
+        checkpoint's dtype. Where a norm's weight is 0, or would become 0, the channel stays as it is.
+        """
+        assert not self.assigned, "rescaled after a linear was assigned"
+        assert s.shape == (link.channels,) and bool(torch.isfinite(s).all()) and bool((s > 0).all()), link.name
+        s = s.double().to(self.arch.device)
+        producers = link.producers
+        if link.kind == "norm":
+            s = self._rescale_norm(producers[0], s)
+            producers = producers[1:]
+        for side in producers:
+            self._scale(side, 1 / s, rows=True)
+        for side in link.consumers:
+            self._scale(side, s, rows=False)
+        for linear, _ in self.consumers(link):
+            self._sizes.pop(linear.shares, None)
+            self._samples = {key: x for key, x in self._samples.items() if key[0] != linear.shares}
+        self._grams = {}  # of all: where inputs are quantized, those of later linears change too
+        self._inputs = None
+
+    def changed(self) -> dict[str, Tensor]:
+        """The checkpoint's tensors that were rewritten by `rescale` and are not quantized, as the checkpoint holds them."""
+        quantized = {linear.tensor for linear in self.linears}
+        names = [name for name in self.block.tensors if self.arch.place(name) in self._touched and name not in quantized]
+        return {name: self.arch.held(name) for name in names}
+
+    @torch.no_grad()
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """The first batch of hidden states [rows, length, width] that enter the block, and what it makes of them as it is."""
+        hidden, call = next(self.stream.batches(self.block.index))
+        return hidden, self.arch.call(self.block, hidden, call).cpu()
+
+    def _at(self, side: Side) -> list[Linear]:
+        """The linears to quantize in a side's parameter."""
+        name = f"{self.block.name}.{side.param}"
+        return [linear for linear in self.linears if linear.param == name and side.index in (None, linear.index)]
+
+    def _whole(self, side: Side) -> bool:
+        """Whether the checkpoint's tensors, or slices of a side's parameter that correspond to them, cover it exactly."""
+        name = f"{self.block.name}.{side.param}"
+        rearranged = {matrix for matrix, reason in self.block.skipped if reason == REARRANGED}
+        tensors = [tensor for tensor in self.block.tensors if self.arch.place(tensor) == name]
+        if any(tensor.removesuffix(".weight") in rearranged for tensor in tensors):
+            return False
+        covered = sum(math.prod(self.arch.source.tensors[tensor].shape) for tensor in tensors)
+        return covered == self.arch.model.get_parameter(name).numel()
+
+    def _stored_dtype(self, param: str) -> torch.dtype:
+        """The checkpoint's dtype of a parameter."""
+        return next(self.arch.stored_dtype(name) for name in self.block.tensors if self.arch.place(name) == param)
+
+    def _rescale_norm(self, side: Side, s: Tensor) -> Tensor:
+        """Divide a norm's weight by s; returns what it was divided by after rounding, float64."""
+        name = f"{self.block.name}.{side.param}"
+        self._touched.add(name)
+        param = self.arch.model.get_parameter(name)
+        old = param.float() + side.plus  # as the model adds it, in float32
+        rounded = (old.double() / s - side.plus).to(self._stored_dtype(name))
+        new = rounded.float() + side.plus
+        kept = (old == 0) | (new == 0) | (new.sign() != old.sign()) | ~new.isfinite()
+        param.copy_(torch.where(kept, param, rounded.to(param.dtype)))
+        return torch.where(kept, 1.0, old.double() / new.double())
+
+    def _scale(self, side: Side, by_channel: Tensor, *, rows: bool) -> None:
+        """Multiply a parameter by the factors of its channels; see `rescale` for what is rounded."""
+        name = f"{self.block.name}.{side.param}"
+        self._touched.add(name)
+        param = self.arch.model.get_parameter(name)
+        weights = {linear.name: self._weights.get(linear.name) for linear in self._at(side)}
+        exact = torch.float64 if self.arch.dtype == torch.float64 else torch.float32
+        factors = side.factors(by_channel)
+        for linear in self._at(side):
+            w = weights[linear.name]
+            w = linear.view(param).to(exact, copy=True) if w is None else w
+            self._weights[linear.name] = w.mul_((factors[slice(*linear.rows)].unsqueeze(1) if rows else factors).to(exact))
+        value = param.to(exact, copy=True)
+        side.scale(value, by_channel)
+        param.copy_(value.to(self._stored_dtype(name)))
+        for linear in self._at(side):
+            linear.view(param).copy_(self._weights[linear.name])
+
+    def _distinct_inputs(self) -> dict[Site, str]:
+        """The sites of one linear for each distinct input, and the input's name."""
+        leaders: dict[str, Linear] = {}
+        for linear in self.linears:
+            leaders.setdefault(linear.shares, linear)
+        return {linear.site: shares for shares, linear in leaders.items()}
+
+    def _size(self, linear: Linear) -> tuple[Tensor, Tensor]:
+        if linear.shares not in self._sizes:
+            widths = {other.shares: other.in_features for other in self.linears}
+            largest = {key: torch.zeros(width, device=self.arch.device) for key, width in widths.items()}
+            total = {key: torch.zeros(width, dtype=torch.float64, device=self.arch.device) for key, width in widths.items()}
+            count = dict.fromkeys(widths, 0)
+
+            def visit(key: str, x: Tensor) -> None:
+                magnitude = x.abs()
+                largest[key] = torch.maximum(largest[key], magnitude.amax(0).float()) if len(x) else largest[key]
+                total[key] += magnitude.sum(0, dtype=torch.float64)
+                count[key] += len(x)
+
+            self._visit(self._distinct_inputs(), {}, visit)
+            self._sizes = {key: (largest[key], (total[key] / max(1, count[key])).float()) for key in widths}
+        return self._sizes[linear.shares]
+
+    # ----------------------------------------------------------------------------------------------------------- results
+
     def warn(self, linear: Linear, text: str) -> None:
         """Keep a warning for the linear's row of the report."""
         self._warnings.setdefault(linear.name, []).append(text)
@@ -188,11 +452,11 @@ class Unit:
     def assign(self, linear: Linear, q: QTensor, *, method: str, damping: float | None = None) -> None:
         """Set the result for a linear and record its error against that of rounding to nearest."""
         validate(q, linear.name)
-        w, spec = self.weight(linear), self.spec(linear)
+        w = self.weight(linear)
         gram = self._grams.get(self._gram_key(linear))
-        nearest = quantize(w, *find_params(w, spec, scale_dtype=self.scale_dtype), spec)
+        nearest = self.nearest(linear, w, largest=self.largest(linear))
         total = energy(w, gram) or 1.0  # where it is 0, so are the errors
-        self.assigned[linear.name] = QTensor(q.codes.cpu(), q.scale.cpu(), None if q.zero is None else q.zero.cpu(), q.spec)
+        self.assigned[linear.name] = q.to("cpu")
         self.records[linear.name] = LinearRecord(
             name=linear.name,
             scheme=self.scheme(linear).name,
@@ -208,18 +472,34 @@ class Unit:
 
     def assign_nearest(self, linear: Linear, *, method: str, shrink_steps: int = 0) -> None:
         """Round a linear to nearest; see `qtensor.find_params` for `shrink_steps`."""
-        w, spec = self.weight(linear), self.spec(linear)
-        scale, zero = find_params(w, spec, scale_dtype=self.scale_dtype, shrink_steps=shrink_steps)
-        self.assign(linear, quantize(w, scale, zero, spec), method=method)
+        w, largest = self.weight(linear), self.largest(linear)
+        self.assign(linear, self.nearest(linear, w, shrink_steps=shrink_steps, largest=largest), method=method)
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Put the dequantized weights into the block and move the stream past it."""
+    def finish(self, *, cache: bool = False) -> dict[str, Tensor]:
+        """Put the dequantized weights into the block and move the stream past it.
+
+        Args:
+            cache: also find the scales of an FP8 key-value cache.
+
+        Returns:
+            these scales, by tensor name; see `kv.CacheRanges`.
+
+        Raises:
+            ValueError: the block has no attention that could have a cache.
+        """
         self._grams = {}
+        inputs = self.inputs_by_site()
         self._apply()
-        inputs = {linear.site: spec for linear in self.linears if (spec := self.scheme(linear).input) is not None}
         observe = quantized_inputs(self.arch.sites(self.block), inputs)
-        self.stream.advance(self.block, lambda hidden, call: self.arch.call(self.block, hidden, call, observe))
+        ranges = CacheRanges(self.arch.model.get_submodule(self.block.name), self.block.name) if cache else None
+        with ranges or nullcontext():
+            self.stream.advance(self.block, lambda hidden, call: self.arch.call(self.block, hidden, call, observe))
+        if ranges is None:
+            return {}
+        if not ranges.largest:
+            raise ValueError(f"{self.block.name} does not call scaled_dot_product_attention; remove kv_cache from the recipe")
+        return ranges.scales()
 
     @torch.no_grad()
     def _apply(self) -> None:
@@ -247,7 +527,20 @@ class Unit:
                 break
             grams[key] = torch.zeros(linear.in_features, linear.in_features, device=self.arch.device)
             wanted[linear.site] = key
-        inputs = {linear.site: self.scheme(linear).input for linear in self.linears}
+        self._visit(wanted, self.inputs_by_site(), lambda key, x: add_gram(grams[key], x))
+        for gram in grams.values():
+            _mirror(gram)
+        return grams
+
+    def inputs_by_site(self) -> dict[Site, Input]:
+        """`inputs`, by where the model multiplies."""
+        known = self.inputs()
+        return {linear.site: known[linear.name] for linear in self.linears if linear.name in known}
+
+    @torch.no_grad()
+    def _visit(self, wanted: dict[Site, Any], inputs: dict[Site, Input], visit: Callable[[Any, Tensor], None]) -> None:
+        """One pass over the data: visit(key, x [tokens, in]) for the input at each wanted site, which stands for `key`.
+        `inputs` are quantized."""
         sites = self.arch.sites(self.block)
         pending: set[Site] = set()
 
@@ -255,11 +548,10 @@ class Unit:
             site = site_of(weight, sites)
             if site is None:
                 return x
-            spec = inputs.get(site)
-            if spec is not None:
-                x = fake_quantize_input(x, spec)
+            if site in inputs:
+                x = inputs[site].quantize(x)
             if site in wanted:
-                add_gram(grams[wanted[site]], x.reshape(-1, x.shape[-1]))
+                visit(wanted[site], x.reshape(-1, x.shape[-1]))
                 pending.discard(site)
                 if not pending:
                     raise _Captured
@@ -272,9 +564,33 @@ class Unit:
                     self.arch.call(self.block, hidden, call, observe)
             except _Captured as stop:
                 traceback.clear_frames(stop.__traceback__)  # they hold every activation of the batch
-        for gram in grams.values():
-            _mirror(gram)
-        return grams
+
+
+class _Sample:
+    """Rows at even distances out of many whose number is not known before: whenever there are too many, every second goes."""
+
+    def __init__(self, size: int, width: int) -> None:
+        self.size = size
+        self.kept = [torch.empty(0, width)]
+        self.step = 1
+        self.seen = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take the rows of x [tokens, in] that are due."""
+        first = -self.seen % self.step
+        self.kept = [part.to(x.device) for part in self.kept]
+        self.kept.append(x[first :: self.step].float().clone())
+        self.seen += len(x)
+        while sum(map(len, self.kept)) > 2 * self.size:
+            self.kept = [torch.cat(self.kept)[::2].clone()]
+            self.step *= 2
+
+    def rows(self) -> Tensor:
+        """[T, in], T <= size."""
+        rows = torch.cat(self.kept)
+        if len(rows) <= self.size:
+            return rows
+        return rows[torch.linspace(0, len(rows) - 1, self.size, device=rows.device).round().long()]
 
 
 @contextmanager
@@ -292,13 +608,12 @@ def fast_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def quantized_inputs(sites: dict[int, str], inputs: dict[Site, Spec]) -> Observe:
-    """What a `Tap` must do for the inputs of the linears at the given sites to be quantized as their spec says."""
+def quantized_inputs(sites: dict[int, str], inputs: dict[Site, Input]) -> Observe:
+    """What a `Tap` must do for the inputs of the linears at the given sites to be quantized as said."""
 
     def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
         site = site_of(weight, sites)
-        spec = inputs.get(site) if site is not None else None
-        return x if spec is None else fake_quantize_input(x, spec)
+        return x if site is None or site not in inputs else inputs[site].quantize(x)
 
     return observe
 

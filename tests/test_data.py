@@ -9,13 +9,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lowbit.data import Calibration, DataSpec, calibration_tokens, evaluation_tokens, passages, read_documents
+from lowbit.data import (
+    Calibration,
+    DataSpec,
+    calibration_tokens,
+    evaluation_tokens,
+    passages,
+    read_documents,
+    written_tokens,
+)
 
 BOS, EOS, PAD = 0, 1, 2
 BYTE = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=3)}
@@ -87,7 +96,14 @@ def test_spec_refuses(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("source", "kind"),
-    [("a.txt", "txt"), ("b/c.JSONL", "jsonl"), ("hf:org/name:config", "hub"), ("hf:name", "hub"), ("random", "random")],
+    [
+        ("a.txt", "txt"),
+        ("b/c.JSONL", "jsonl"),
+        ("hf:org/name:config", "hub"),
+        ("hf:name", "hub"),
+        ("random", "random"),
+        ("self", "self"),
+    ],
 )
 def test_spec_kind(source: str, kind: str) -> None:
     """The kind follows from the source alone; no file is looked for."""
@@ -403,3 +419,32 @@ def test_hub_refuses(hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'lowbit\[data\]'"):
         read_documents(DataSpec(source="hf:org/name"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- written
+def test_written_tokens_follow_the_model(tmp_path: Path) -> None:
+    """Drawn from the model's own distribution: frequent where it gives much probability, and the same for the same seed."""
+    model = tiny.save("llama", tmp_path, dtype=torch.float32, seed=1)
+    spec = DataSpec(source="self", rows=40, length=12, seed=3)
+    rows = written_tokens(spec, model, None, vocab_size=tiny.VOCAB)
+    assert rows.shape == (40, 12) and rows.dtype == torch.int64
+    state = torch.random.get_rng_state()
+    assert torch.equal(rows, written_tokens(spec, model, None, vocab_size=tiny.VOCAB))
+    assert torch.equal(state, torch.random.get_rng_state())
+    other = DataSpec(source="self", rows=40, length=12, seed=4)
+    assert not torch.equal(rows, written_tokens(other, model, None, vocab_size=tiny.VOCAB))
+    assert len(set(rows[:, 0].tolist())) > 20  # rows begin at random
+    with torch.no_grad():
+        logits = torch.log_softmax(model(rows).logits[:, :-1], -1)
+    mean = logits.gather(-1, rows[:, 1:, None]).mean()
+    entropy = -(logits.exp() * logits).sum(-1).mean()
+    assert abs(float(mean + entropy)) < 0.1 * float(entropy)  # the mean log-likelihood of a draw is minus the entropy
+
+
+def test_written_tokens_begin_with_bos(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path, dtype=torch.float32, seed=1)
+    tokenizer = tiny.save_tokenizer(tmp_path)
+    spec = DataSpec(source="self", rows=3, length=5)
+    rows = written_tokens(spec, model, tokenizer, vocab_size=tiny.VOCAB)
+    assert rows[:, 0].tolist() == [tokenizer.bos_token_id] * 3
+    assert not set(rows[:, 1].tolist()) & set(tokenizer.all_special_ids)

@@ -20,9 +20,9 @@ from lowbit.export import (
     QuantizedSource,
     check_export,
     encode,
-    input_specs,
     load,
     open_checkpoint,
+    quantized_sites,
     reason_against,
     save_shard,
     write_config,
@@ -92,7 +92,7 @@ def write(arch: Arch, folder: Path, rules: str | dict[str, str], format: str) ->
         if linear.name in schemes:
             stored = every[linear.tensor] if not linear.stacked else every[linear.tensor][linear.index]
             w, spec = (stored.T if linear.transposed else stored).float(), schemes[linear.name].weight
-            written[linear.name] = quantize(w, *find_params(w, spec, scale_dtype=torch.bfloat16), spec)
+            written[linear.name] = quantize(w, find_params(w, spec, scale_dtype=torch.bfloat16), spec)
     replaced = {linear.tensor for linear in linears_of(arch) if linear.name in schemes}
     tensors = {name: value for name, value in every.items() if name not in replaced}
     for name, q in written.items():
@@ -212,14 +212,22 @@ def test_native_checkpoint_has_the_original_config(model: Callable[[str], Arch],
     write(arch, tmp_path, "w4a16-g32", "lowbit")
     assert (tmp_path / "config.json").read_bytes() == (arch.source.folder / "config.json").read_bytes()
     described = json.loads((tmp_path / "lowbit.json").read_text())
-    assert described["format"] == "lowbit" and described["version"] == 1
+    assert described["format"] == "lowbit" and described["version"] == 2
     assert described["linears"]["transformer.h.0.attn.c_attn"] == {
         "tensor": "transformer.h.0.attn.c_attn.weight",
         "index": None,
         "transposed": True,
         "shape": [192, 64],
         "scheme": "w4a16-g32",
-        "weight": {"format": "int4", "group": 32, "symmetric": True, "dynamic": False},
+        "weight": {
+            "format": "int4",
+            "group": 32,
+            "rows": 1,
+            "symmetric": True,
+            "dynamic": False,
+            "scale": "float",
+            "rule": "floor",
+        },
         "input": None,
     }
 
@@ -393,7 +401,7 @@ def refusal(arch: Arch, rules: str | dict[str, str], engine: str = "vllm", forma
         ("w3a16-g32", "vLLM has no kernel for 3-bit weights, only for 4 and 8 bits", True),
         ("w2a16-g32", "vLLM has no kernel for 2-bit weights", True),
         ("w8a8-g32", "vLLM runs 8-bit weights with 8-bit inputs only with one scale a channel or a tensor", True),
-        ("fp8a16-g32", "vLLM runs FP8 weights only with one scale a channel or a tensor", True),
+        ("fp8a16-g32", "vLLM runs FP8 weights only with one scale a channel, a tensor, or a block of 128 x 128", True),
         ("w8a8-asym", "zero points with quantized inputs, or with one scale a tensor, have no layout; use -sym", False),
         ("w4a8-g32-asym", "zero points with quantized inputs", False),
         ("w4a16-tensor", "one integer scale for a whole tensor has no packed layout; use -channel or a group", False),
@@ -491,8 +499,8 @@ def test_other_quantization_methods_are_refused(model: Callable[[str], Arch], tm
 def test_later_version_of_the_native_format_is_refused(model: Callable[[str], Arch], tmp_path: Path) -> None:
     write(model("llama"), tmp_path, "w4a16-g32", "lowbit")
     described = json.loads((tmp_path / "lowbit.json").read_text())
-    (tmp_path / "lowbit.json").write_text(json.dumps(described | {"version": 2}))
-    with pytest.raises(ValueError, match=r"lowbit\.json has version 2; this lowbit reads version 1"):
+    (tmp_path / "lowbit.json").write_text(json.dumps(described | {"version": 3}))
+    with pytest.raises(ValueError, match=r"lowbit\.json has version 3; this lowbit reads version 2"):
         load(str(tmp_path))
 
 
@@ -552,7 +560,7 @@ def test_loaded_model_quantizes_inputs(
     rules = {"down_proj": scheme.replace("w8a8", "w8a16").replace("fp8", "fp8a16"), "": scheme}
     write(arch, tmp_path, rules, format)
     loaded = load(str(tmp_path), dtype=torch.float32)
-    specs = input_specs(arch, QuantizedSource(tmp_path))
+    specs = quantized_sites(arch, QuantizedSource(tmp_path))
     assert len(specs) == 6 * tiny.LAYERS and not any("down_proj" in site[0] for site in specs)
 
     def rounded(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

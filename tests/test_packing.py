@@ -94,6 +94,12 @@ def test_codes_that_do_not_fit(bits: int) -> None:
         pack(torch.tensor([[0], [-1]], dtype=torch.int8), bits)
 
 
+@pytest.mark.parametrize("bits", [-1, 0, 9, 16])
+def test_widths_that_are_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"^codes of {bits} bits cannot be packed; allowed are 1 to 8 bits$"):
+        pack(torch.zeros(2, 4, dtype=torch.uint8), bits)
+
+
 @pytest.mark.parametrize("width", [0, 4, 6])
 def test_width_that_does_not_fit(width: int) -> None:
     with pytest.raises(ValueError, match=f"^a packed row of 13 3-bit codes has 5 bytes, not {width}$"):

@@ -153,7 +153,7 @@ def test_read_what_is_not_toml(tmp_path: Path, content: bytes) -> None:
         ),
         ('match = ""', "", "recipe.toml, [[rules]]: match is missing"),
         ('scheme = "w8a8"', "", "recipe.toml, [[rules]]: scheme is missing"),
-        ('scheme = "w8a8"', 'scheme = "w8a7"', "scheme 'w8a7': activations have 8 or 16 bits, not 7"),
+        ('scheme = "w8a8"', 'scheme = "w8a9"', "scheme 'w8a9': activations have 3 to 8 bits, or 16 (left float), not 9"),
         ('scheme = "w8a8"', 'scheme = "Float"', "unknown scheme 'Float'"),
         ('match = ""', 'match = "("', "rule '(' is not a regular expression: "),
         ('method = "gptq"', "", "recipe.toml, [[steps]]: method is missing; allowed are rtn, "),

@@ -26,6 +26,7 @@ from lowbit import run
 from lowbit.arch import discover
 from lowbit.data import DataSpec
 from lowbit.export import QuantizedSource, load
+from lowbit.export import save_shard as save
 from lowbit.qtensor import QTensor
 from lowbit.recipe import Recipe, Rule, Step
 from lowbit.run import quantize
@@ -1062,3 +1063,32 @@ def test_result_is_what_the_solver_had(llama: Path, tmp_path: Path, monkeypatch:
     for name, q in assigned.items():
         values = q.codes.float().unflatten(1, (-1, 32)) * q.scale.float().unsqueeze(-1)
         assert torch.equal(source.read([f"{name}.weight"])[f"{name}.weight"], values.flatten(1).bfloat16())
+
+
+# ---------------------------------------------------------------------------------------------------------- its own text
+def test_text_the_model_writes_is_kept(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written once, whatever happens later; another seed is other text."""
+    data = DataSpec(source="self", rows=4, length=12)
+    calls, write = [], run.written_tokens
+    monkeypatch.setattr(run, "written_tokens", lambda *args, **options: calls.append(1) or write(*args, **options))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(run, "save_shard", lambda tensors, path: full() if ".work" not in str(path) else save(tensors, path))
+        with pytest.raises(ValueError, match="No space left"):
+            quantize(str(llama), tmp_path / "out", scheme="w4a16-g32", method="gptq", data=data)
+    report = quantize(str(llama), tmp_path / "out", scheme="w4a16-g32", method="gptq", data=data)
+    assert len(calls) == 1 and report["data"]["source"] == "self"
+    assert not list((tmp_path / "out").rglob("written-*"))
+    again = quantize(str(llama), tmp_path / "again", scheme="w4a16-g32", method="gptq", data=data)
+    assert again["data"] == report["data"] and len(calls) == 2
+    other = DataSpec(source="self", rows=4, length=12, seed=1)
+    changed = quantize(str(llama), tmp_path / "other", scheme="w4a16-g32", method="gptq", data=other)
+    assert changed["data"]["tokens_sha256"] != report["data"]["tokens_sha256"]
+
+
+def test_an_encoder_writes_no_text(tmp_path: Path) -> None:
+    model = save_model("bert", tmp_path / "model")
+    refused(model, tmp_path / "out", "writes no text", scheme="w4a16-g32", method="gptq", data=DataSpec(source="self", rows=2))

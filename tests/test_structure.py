@@ -23,7 +23,8 @@ PACKAGE = ROOT / "lowbit"
 # A module imports from its own level and the levels before it. A folder stands for all of its modules.
 LEVELS = (
     ("files", "formats", "packing"),
-    ("qtensor", "arch", "data", "source", "report"),
+    ("qtensor", "arch", "data", "source", "report", "kv"),
+    ("links",),
     ("unit", "kernels"),
     ("methods", "allocate", "export", "runtime"),
     ("recipe",),

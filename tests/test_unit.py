@@ -14,9 +14,9 @@ from lowbit import unit as unit_module
 from lowbit.arch import Arch, Block, Linear, Observe, discover
 from lowbit.methods.gptq import gptq
 from lowbit.methods.rtn import rtn
-from lowbit.qtensor import Scheme, dequantize, find_params, parse_scheme, quantize
+from lowbit.qtensor import Grid, Scheme, dequantize, find_params, parse_scheme, quantize
 from lowbit.source import open_source
-from lowbit.unit import Stream, Unit, _mirror, add_gram, energy, quantized_inputs
+from lowbit.unit import Input, Stream, Unit, _mirror, add_gram, energy, quantized_inputs
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -381,7 +381,7 @@ def test_records_of_rounding(folder: Callable[[str], Path], tmp_path: Path) -> N
     for linear in unit.linears:
         record, w = unit.records[linear.name], weights[linear.name]
         spec = parse_scheme(record.scheme).weight
-        q = quantize(w, *find_params(w, spec, scale_dtype=torch.float32), spec)
+        q = quantize(w, find_params(w, spec, scale_dtype=torch.float32), spec)
         assert torch.equal(unit.assigned[linear.name].codes, q.codes)
         assert (record.name, record.method, record.error_kind, record.damping) == (linear.name, "rtn", "weight", None)
         assert record.shape == tuple(w.shape)
@@ -399,7 +399,7 @@ def test_records_of_a_calibrated_method(folder: Callable[[str], Path], tmp_path:
     for linear in unit.linears:
         record, w, gram = unit.records[linear.name], unit.weight(linear), unit.gram(linear)
         spec = unit.spec(linear)
-        nearest = quantize(w, *find_params(w, spec, scale_dtype=torch.float32), spec)
+        nearest = quantize(w, find_params(w, spec, scale_dtype=torch.float32), spec)
         assert (record.method, record.error_kind, record.damping, record.warnings) == ("gptq", "output", 0.01, [])
         assert record.error == pytest.approx(relative_error(w, dequantize(unit.assigned[linear.name]), gram))
         assert record.error_rtn == pytest.approx(relative_error(w, dequantize(nearest), gram))
@@ -411,8 +411,8 @@ def test_assign_refuses_scales_that_are_no_scales(folder: Callable[[str], Path],
     unit = setting.unit(0, "w4a16-g32")
     linear = unit.linears[0]
     w, spec = unit.weight(linear), unit.spec(linear)
-    scale, zero = find_params(w, spec, scale_dtype=torch.float32)
-    q = quantize(w, scale, zero, spec)
+    scale, zero, _ = find_params(w, spec, scale_dtype=torch.float32)
+    q = quantize(w, Grid(scale, zero, None), spec)
     q.scale[0, 0] = float("nan")
     with pytest.raises(ValueError, match=f"{linear.name}: a scale is zero, negative or not finite"):
         unit.assign(linear, q, method="rtn")
@@ -461,7 +461,7 @@ def test_quantized_inputs_change_their_sites_alone(folder: Callable[[str], Path]
     q, k = _named(unit.block, "q_proj"), _named(unit.block, "k_proj")
     spec = unit.scheme(q).input
     assert spec is not None
-    observe: Observe = quantized_inputs(setting.arch.sites(unit.block), {q.site: spec})
+    observe: Observe = quantized_inputs(setting.arch.sites(unit.block), {q.site: Input(spec)})
     x = torch.randn(3, 64)
     assert observe(setting.arch.param(k), x, False) is x
     assert observe(torch.randn(64, 64), x, False) is x
@@ -492,7 +492,7 @@ def test_expert_without_tokens_is_rounded(folder: Callable[[str], Path], tmp_pat
         assert record.method == "rtn (fallback from gptq)" and record.damping is None
         assert record.warnings == ["no calibration token reached this layer: rounded to nearest instead of gptq"]
         w, spec = unit.weight(linear), unit.spec(linear)
-        nearest = quantize(w, *find_params(w, spec, scale_dtype=torch.float32), spec)
+        nearest = quantize(w, find_params(w, spec, scale_dtype=torch.float32), spec)
         assert torch.equal(unit.assigned[linear.name].codes, nearest.codes)
     unit.finish()
     assert bool(torch.isfinite(setting.stream.read(1, 0, 1)).all())

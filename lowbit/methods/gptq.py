@@ -11,6 +11,10 @@ triangular, U = inv(R)), which needs a third of the memory and loses fewer digit
 Choices, where the paper leaves them open:
 - Order "activation": columns with the largest diag(H) first, while they can still be compensated. Groups are static: their
   scales come from the original weights in the original column order, so the checkpoint needs no permutation.
+- Scales "static" come from the original weights; "entry" (with the natural order) chooses those of a group when its block of
+  columns is reached, from the weights as compensated until then. `joint` rounds a whole group at once and passes its error
+  on as one, E = (W_g - Q_g) inv(U_gg) (Sharify et al., 2405.07135, algorithm 1, with the second update of the columns after
+  the block left out: as printed it counts twice).
 - Damping: `damping` x mean(diag H) is added to the diagonal. If the factorisation still fails, damping grows tenfold, at most
   `_ESCALATIONS` times, and the value used is recorded; then it is an error. It never falls back to rounding.
 - A column whose input is always zero (H_jj = 0) cannot matter to the data: damping alone keeps it, so it is rounded to nearest.
@@ -25,7 +29,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from lowbit.qtensor import QTensor, Spec, find_params
+from lowbit.qtensor import CHANNEL, TENSOR, Grid, QTensor, Spec, find_params
 from lowbit.unit import Between, Unit
 
 _BLOCK = 128  # columns updated lazily together
@@ -48,6 +52,8 @@ def gptq(
     damping: Annotated[float, Between(1e-6, 1)] = 0.01,
     order: Literal["activation", "natural"] = "activation",
     shrink_steps: Annotated[int, Between(0, 95)] | None = None,
+    scales: Literal["static", "entry"] = "static",
+    joint: bool = False,
     sequential: bool = False,
 ) -> None:
     """Solve every linear of the unit with GPTQ.
@@ -56,10 +62,17 @@ def gptq(
         damping: fraction of the mean of diag(H) added to the diagonal.
         order: "activation" visits the columns with the largest inputs first, "natural" from left to right.
         shrink_steps: n > 1 searches n shrunken ranges for each group, weighing columns by diag(H); 0 is min-max. By default
-            20 below 4 bits, where that is worth a fifth of the divergence, and 0 from 4 bits on (LOG.md).
+            20 below 4 bits, where that is worth a fifth of the divergence, and 0 from 4 bits on (LOG.md). Scales that are
+            powers of two or E4M3 are searched among a few neighbours instead, whatever n > 1.
+        scales: "static" or "entry", see above; "entry" needs the natural order and groups that divide 128.
+        joint: round a group at once instead of column by column; needs "entry".
         sequential: gather each Hessian with the linears before it in the block quantized ("true sequential" in the reference
             code); two to three times the forward passes.
     """
+    if scales == "entry" and order != "natural":
+        raise ValueError('gptq: scales = "entry" needs order = "natural"')
+    if joint and scales != "entry":
+        raise ValueError('gptq: joint = true needs scales = "entry"')
     for linear in unit.linears:
         few_bits = unit.spec(linear).format.bits < 4
         hessian = unit.gram(linear, sequential=sequential)
@@ -75,6 +88,9 @@ def gptq(
             damping=damping,
             order=order,
             shrink_steps=(20 if few_bits else 0) if shrink_steps is None else shrink_steps,
+            scales=scales,
+            joint=joint,
+            largest=unit.largest(linear),
             name=linear.name,
         )
         if solution.damping != damping:
@@ -91,6 +107,9 @@ def gptq_weight(
     damping: float = 0.01,
     order: Literal["activation", "natural"] = "activation",
     shrink_steps: int = 0,
+    scales: Literal["static", "entry"] = "static",
+    joint: bool = False,
+    largest: float | None = None,
     name: str = "weight",
 ) -> Solution:
     """Quantize one matrix with GPTQ.
@@ -100,14 +119,15 @@ def gptq_weight(
         hessian: [in, in] float32, the Gram matrix X^T X of the layer's inputs (any positive factor).
         spec: the grid; groups are static.
         scale_dtype: dtype in which scales are stored.
+        largest: see `find_params`.
         name: for error messages.
 
     Raises:
-        ValueError: the Hessian cannot be factorised even with the largest damping.
+        ValueError: the Hessian cannot be factorised even with the largest damping; "entry" with groups that do not divide 128.
     """
     columns = w.shape[1]
     diagonal = hessian.diagonal()
-    scale, zero = find_params(w, spec, scale_dtype=scale_dtype, shrink_steps=shrink_steps, importance=diagonal)
+    grid = find_params(w, spec, scale_dtype=scale_dtype, shrink_steps=shrink_steps, importance=diagonal, largest=largest)
     if order == "activation":
         permutation = torch.argsort(diagonal, descending=True, stable=True)
     else:
@@ -116,9 +136,12 @@ def gptq_weight(
 
     # Row j of `rest` is the j-th visited column of w: contiguous, and updated in place.
     rest = w.T[permutation].contiguous()
-    group_of = permutation // spec.group_size(columns)
-    scales = scale.float().T.expand(-1, w.shape[0])
-    zeros = None if zero is None else zero.float().T
+    size = spec.group_size(columns)
+    group_of = permutation // size
+    steps = grid.step(spec, len(w)).T.contiguous()
+    zeros = _zeros(grid, spec, len(w))
+    if scales == "entry" and (spec.group in (CHANNEL, TENSOR) or _BLOCK % size or spec.rows != 1 or grid.outer is not None):
+        raise ValueError(f"{name}: scales chosen on entry need groups that divide {_BLOCK} columns, with scales of their own")
     values = torch.empty_like(rest)
     errors = torch.empty(min(_BLOCK, columns), w.shape[0], dtype=w.dtype, device=w.device)
     objective = 0.0
@@ -127,8 +150,11 @@ def gptq_weight(
         stop = min(start + _BLOCK, columns)
         u = inverse[columns - stop : columns - start, : columns - start].flip(0, 1).float()  # U[start:stop, start:]
         diagonal_u = u.diagonal().tolist()
-        for j in range(start, stop):
-            s = scales[group_list[j]]
+        if scales == "entry":
+            _choose(grid, rest[start:stop].T, start // size, spec, shrink_steps, diagonal[start:stop])
+            steps, zeros = grid.step(spec, len(w)).T.contiguous(), _zeros(grid, spec, len(w))
+        for j in range(start, start if joint else stop):
+            s = steps[group_list[j]]
             column = rest[j]
             if zeros is None:
                 value = spec.format.round(column / s)
@@ -143,13 +169,38 @@ def gptq_weight(
             errors[i] = error
             if j + 1 < stop:
                 rest[j + 1 : stop].addr_(u[i, i + 1 : stop - start], error, alpha=-1)
+        for j in range(start, stop if joint else start, size):
+            mine, i = slice(j, j + size), j - start
+            z = torch.zeros(()) if zeros is None else zeros[group_list[j]]
+            values[mine] = spec.format.round(rest[mine] / steps[group_list[j]] + z)
+            delta = rest[mine] - (values[mine] - z) * steps[group_list[j]]
+            corner = u[i : i + size, i : i + size]
+            errors[i : i + size] = torch.linalg.solve_triangular(corner.T, delta, upper=False)
+            rest[j + size : stop].addmm_(u[i : i + size, i + size : stop - start].T, errors[i : i + size], alpha=-1)
         objective += float(errors[: stop - start].double().square().sum())
         if stop < columns:
             rest[stop:].addmm_(u[:, stop - start :].T, errors[: stop - start], alpha=-1)
     ordered = torch.empty_like(values)
     ordered[permutation] = values
     codes = spec.format.encode(ordered.T.contiguous())
-    return Solution(QTensor(codes, scale, zero, spec), used, objective)
+    return Solution(QTensor(codes, grid.scale, grid.zero, spec, grid.outer), used, objective)
+
+
+def _zeros(grid: Grid, spec: Spec, rows: int) -> Tensor | None:
+    """Zero points as float32 [groups, rows]."""
+    if grid.zero is None:
+        return None
+    zero = grid.zero.float()
+    return (zero.expand(rows, -1) if spec.group == TENSOR else zero.repeat_interleave(spec.rows, 0)).T.contiguous()
+
+
+def _choose(grid: Grid, w: Tensor, first: int, spec: Spec, shrink_steps: int, importance: Tensor) -> None:
+    """Set the scales of the groups from `first` on by the columns w [out, some groups]."""
+    chosen = find_params(w, spec, scale_dtype=grid.scale.dtype, shrink_steps=shrink_steps, importance=importance)
+    mine = slice(first, first + chosen.scale.shape[1])
+    grid.scale[:, mine] = chosen.scale
+    if grid.zero is not None and chosen.zero is not None:
+        grid.zero[:, mine] = chosen.zero
 
 
 def _inverse_factor(hessian: Tensor, permutation: Tensor, damping: float, name: str) -> tuple[Tensor, float]:

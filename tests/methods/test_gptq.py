@@ -72,7 +72,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 def nearest(w: Tensor, spec: Spec) -> QTensor:
     """Rounded to nearest."""
-    return quantize(w, *find_params(w, spec, scale_dtype=torch.bfloat16), spec)
+    return quantize(w, find_params(w, spec, scale_dtype=torch.bfloat16), spec)
 
 
 def loss(w: Tensor, q: QTensor, hessian: Tensor) -> float:
@@ -375,7 +375,7 @@ def test_scale_dtype_and_search(dtype: torch.dtype) -> None:
     w, hessian = problem(4, 144, tokens=300, seed=9)
     spec = spec_of("w2a16-g48-asym")
     solution = solve(w, hessian, spec, scale_dtype=dtype, shrink_steps=60)
-    scale, zero = find_params(w, spec, scale_dtype=dtype, shrink_steps=60, importance=hessian.diagonal())
+    scale, zero, _ = find_params(w, spec, scale_dtype=dtype, shrink_steps=60, importance=hessian.diagonal())
     assert solution.q.zero is not None and zero is not None
     assert torch.equal(solution.q.scale, scale) and torch.equal(solution.q.zero, zero)
     assert not torch.equal(scale, find_params(w, spec, scale_dtype=dtype)[0])
@@ -449,7 +449,7 @@ def test_between_the_optimum_and_nearest(order: Order, symmetric: bool, bits: in
     losses: list[tuple[float, float, float]] = []
     for seed in range(30):
         w, hessian = problem(1, columns, tokens=columns + 2, seed=seed)
-        scale, zero = find_params(w, spec, scale_dtype=torch.bfloat16)
+        scale, zero, _ = find_params(w, spec, scale_dtype=torch.bfloat16)
         shift = torch.zeros(1) if zero is None else zero[0].double() + offset
 
         def find(part: Tensor, scale: Tensor = scale, shift: Tensor = shift) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowbit.arch import Block, Linear
 from lowbit.methods.rtn import rtn
-from lowbit.qtensor import dequantize, find_params, parse_scheme, quantize
+from lowbit.qtensor import Grid, dequantize, find_params, parse_scheme, quantize
 from lowbit.unit import Unit
 
 SCHEMES = {"a": "w4a16-g16", "b": "w3a16-g32-asym", "c": "w8a16-channel", "d": "fp8"}
@@ -103,8 +103,8 @@ def test_search() -> None:
     gains = {}
     for name, scheme in SCHEMES.items():
         spec = parse_scheme(scheme).weight
-        scale, zero = find_params(given[name], spec, scale_dtype=torch.float32, shrink_steps=50)
-        expected = quantize(given[name], scale, zero, spec)
+        scale, zero, _ = find_params(given[name], spec, scale_dtype=torch.float32, shrink_steps=50)
+        expected = quantize(given[name], Grid(scale, zero, None), spec)
         assert torch.equal(unit.assigned[name].codes, expected.codes)
         assert torch.equal(unit.assigned[name].scale, scale)
         found = (dequantize(unit.assigned[name]) - given[name]).abs().pow(2.4).sum()
