@@ -5,7 +5,8 @@
 The twin computes the same, but a hundredth of its channels are 64 times larger (plant_outliers.py), as in large models. Both
 are quantized by each chain of each setting, all in lowbit's own format; then all run over the same windows beside their float
 model, as in results.py. One call measures everything that is compared. --out gets techniques.json, the table goes into the
-section `techniques` of --markdown. The exit status is 1 if a bar is missed.
+section `techniques` of --markdown. The exit status is 1 if a bar is missed. Parts of the table may be measured by processes
+side by side, each with its --settings and --out; --merge A/techniques.json B/techniques.json makes one table of theirs.
 
 A chain is `step+step`, a step `method` or `method:option=value,option=value`.
 """
@@ -18,7 +19,7 @@ import shutil
 import sys
 import time
 import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +40,31 @@ from lowbit.report import table
 # setting -> chains. Weight-only settings first.
 SMOOTHED = ["rtn", "smooth+rtn", "smooth:alpha=auto+rtn", "gptq", "smooth+gptq", "smooth:alpha=auto+gptq"]
 SCALED = ["rtn", "awq+rtn", "gptq", "awq+gptq"]
+TURNED = ["rotate+rtn", "rotate+gptq"]
+BLOCKS = ["rotate:block=32+rtn", "rotate:block=32+gptq"]
 TABLE: dict[str, list[str]] = {
-    "w4a16-g128": [*SCALED, "smooth+rtn", "smooth+gptq"],
-    "w4a16-g128-asym": SCALED,
-    "w3a16-g128": [*SCALED, "smooth+gptq"],
-    "w3a16-g128-asym": SCALED,
-    "w2a16-g64-asym": SCALED,
-    "mxfp4a16": SCALED,
-    "nvfp4a16": SCALED,
+    "w4a16-g128": [*SCALED, "smooth+rtn", "smooth+gptq", *TURNED, "gptq:shrink_steps=20", "awq+gptq:shrink_steps=20"],
+    "w4a16-g128-asym": [*SCALED, "rotate+gptq"],
+    "w3a16-g128": [*SCALED, "smooth+gptq", *TURNED],
+    "w3a16-g128-asym": [*SCALED, "rotate+gptq"],
+    "w2a16-g64-asym": [*SCALED, "rotate+gptq"],
+    "mxfp4a16": [*SCALED, *BLOCKS, "rtn:shrink_steps=3", "gptq:shrink_steps=3", "awq+gptq:shrink_steps=3"],
+    "mxfp4a16-even": ["rtn", "gptq"],
+    "mxfp4a16-ceil": ["rtn", "gptq"],
+    "nvfp4a16": [*SCALED, "rtn:shrink_steps=9", "gptq:shrink_steps=9"],
     "nf4": ["rtn", "awq+rtn", "gptq"],
-    "w8a8": SMOOTHED,
-    "w8a8-tensor-astatic": ["rtn", "smooth+rtn", "smooth:alpha=auto+rtn"],
-    "w4a8-g128": SMOOTHED,
-    "w4a4-g128-ag128": SMOOTHED,
+    "w8a8": [*SMOOTHED, "rotate+rtn"],
+    "w8a8-tensor-astatic": ["rtn", "smooth+rtn", "smooth:alpha=auto+rtn", "rotate+rtn"],
+    "w4a8-g128": [*SMOOTHED, "awq+gptq", "rotate+gptq"],
+    "w4a8-g128-two": ["rtn", "gptq"],
+    "w4a4-g128-ag128": [*SMOOTHED, *TURNED],
     "mxint8": ["rtn", "smooth+rtn"],
     "mxint6": ["rtn", "smooth+rtn", "gptq"],
-    "mxint4": [*SMOOTHED, "awq+gptq"],
+    "mxint4": [*SMOOTHED, "awq+gptq", *BLOCKS],
     "mxfp8": ["rtn", "gptq"],
     "mxfp6": ["rtn", "gptq"],
-    "mxfp4": [*SMOOTHED, "awq+gptq"],
-    "nvfp4": [*SMOOTHED, "awq+gptq"],
+    "mxfp4": [*SMOOTHED, "awq+gptq", "rotate+rtn", *BLOCKS, "smooth:alpha=auto+gptq:shrink_steps=3"],
+    "nvfp4": [*SMOOTHED, "awq+gptq", "rotate:block=16+gptq", "smooth:alpha=auto+gptq:shrink_steps=9"],
     "fp8": ["rtn", "smooth+rtn"],
 }
 # (setting, model) -> the largest ratio of the best chain
@@ -89,7 +95,8 @@ def parse_chain(text: str) -> tuple[Step, ...]:
 
 def make_recipe(setting: str, chain: str, data: DataSpec) -> Recipe:
     """The recipe of one row."""
-    return Recipe(rules=(Rule(match="", scheme=setting),), steps=parse_chain(chain), data=data, format="lowbit")
+    recipe = Recipe(rules=(Rule(match="", scheme=setting),), steps=parse_chain(chain), data=data, format="lowbit")
+    return recipe if recipe.calibrated else replace(recipe, data=None)
 
 
 def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,7 +127,7 @@ def markdown(result: dict[str, Any]) -> str:
         *describe(result["environment"]),
         "",
         "Ratios are perplexities over that of the float model, KL is the mean of KL(float || quantized) in nats; the best of a "
-        "setting is bold. Seconds are of `quantize` on the plain model.",
+        "setting is bold. Seconds are of `quantize` on the plain model, with other processes on the same machine.",
         "",
     ]
     rows = []
@@ -154,7 +161,10 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "techniques")
     parser.add_argument("--markdown", type=Path, default=RESULTS)
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="measure nothing, join these results")
     args = parser.parse_args()
+    if args.merge:
+        return write(merged([json.loads(path.read_text(encoding="utf-8")) for path in args.merge]), args)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -218,6 +228,27 @@ def main() -> int:
         "rows": rows,
         "bars": bars(rows),
     }
+    return write(result, args)
+
+
+def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several that differ in their rows alone.
+
+    Raises:
+        ValueError: they differ in more.
+    """
+    for part in parts[1:]:
+        for key in ("model", "planted", "float_perplexity", "text", "data", "environment"):
+            if part[key] != parts[0][key]:
+                raise ValueError(f"the results are not of one measurement: {key} is {part[key]} and {parts[0][key]}")
+    rows = [row for part in parts for row in part["rows"]]
+    rows.sort(key=lambda row: list(TABLE).index(row["setting"]))
+    return parts[0] | {"rows": rows, "bars": bars(rows)}
+
+
+def write(result: dict[str, Any], args: argparse.Namespace) -> int:
+    """Write JSON and Markdown; 1 if a bar is missed."""
+    args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "techniques.json", result)
     section = markdown(result)
     write_section(args.markdown, "techniques", section)
