@@ -177,7 +177,7 @@ def make_recipe(setting: str, method: str, data: DataSpec) -> Recipe:
     """The recipe of one cell of the table: engines' format where an engine has kernels for it, lowbit's own elsewhere."""
     weight = parse_scheme(setting).weight.format
     format = "compressed-tensors" if weight.kind == "float" or weight.bits in (4, 8) else "lowbit"
-    given = data if METHODS[method].calibrated else None
+    given = data if METHODS[method].calibrated({}) else None
     return short_recipe(scheme=setting, method=method, data=given, format=format)
 
 

@@ -54,21 +54,29 @@ class Method:
     Attributes:
         apply: apply(unit, **options) for every block; of kind "model", apply(arch, **options) once, which returns the
             checkpoint to go on with.
-        calibrated: it needs calibration data.
+        calibrated: calibrated(options) tells whether it needs calibration data.
         kind: "model" and "transform" rewrite float weights and leave the function as it was, "solver" assigns every weight.
     """
 
     apply: Callable[..., Any]
-    calibrated: bool
+    calibrated: Callable[[dict[str, Any]], bool]
     kind: Literal["model", "transform", "solver"]
 
 
+def _always(options: dict[str, Any]) -> bool:
+    return True
+
+
+def _never(options: dict[str, Any]) -> bool:
+    return False
+
+
 METHODS = {
-    "rotate": Method(apply=rotate, calibrated=False, kind="model"),
-    "smooth": Method(apply=smooth, calibrated=True, kind="transform"),
-    "awq": Method(apply=awq, calibrated=True, kind="transform"),
-    "rtn": Method(apply=rtn, calibrated=False, kind="solver"),
-    "gptq": Method(apply=gptq, calibrated=True, kind="solver"),
+    "rotate": Method(apply=rotate, calibrated=_never, kind="model"),
+    "smooth": Method(apply=smooth, calibrated=_always, kind="transform"),
+    "awq": Method(apply=awq, calibrated=_always, kind="transform"),
+    "rtn": Method(apply=rtn, calibrated=lambda options: bool(options.get("importance")), kind="solver"),
+    "gptq": Method(apply=gptq, calibrated=_always, kind="solver"),
 }
 _ORDER = ("model", "transform", "solver")
 FORMATS = ("compressed-tensors", "lowbit")
@@ -112,6 +120,11 @@ class Step:
             raise ValueError(f"{self.method}: options are a table of names and values, not {self.options!r}")
         check_options(self.method, METHODS[self.method].apply, self.options)
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the step needs calibration data."""
+        return METHODS[self.method].calibrated(self.options)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -152,7 +165,7 @@ class Recipe:
         return bool(self._needs_data())
 
     def _needs_data(self) -> list[str]:
-        steps = [step.method for step in self.steps if METHODS[step.method].calibrated]
+        steps = [step.method for step in self.steps if step.calibrated]
         inputs = {rule.scheme: parse_scheme(rule.scheme).input for rule in self.rules if rule.scheme != FLOAT}
         schemes = [f"scheme {name}" for name, spec in inputs.items() if spec is not None and Input(spec).calibrated]
         return [*steps, *schemes, *(["kv_cache"] if self.kv_cache else [])]

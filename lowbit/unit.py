@@ -232,10 +232,20 @@ class Unit:
             return None
         return max(float(self.weight(other).abs().max()) for other in self.linears if other.shares == linear.shares)
 
-    def nearest(self, linear: Linear, w: Tensor, *, shrink_steps: int = 0, largest: float | None = None) -> QTensor:
+    def nearest(
+        self,
+        linear: Linear,
+        w: Tensor,
+        *,
+        shrink_steps: int = 0,
+        importance: Tensor | None = None,
+        largest: float | None = None,
+    ) -> QTensor:
         """w [out, in] float32 rounded to nearest as the scheme of a linear says; see `qtensor.find_params`."""
         spec = self.spec(linear)
-        grid = find_params(w, spec, scale_dtype=self.scale_dtype, shrink_steps=shrink_steps, largest=largest)
+        grid = find_params(
+            w, spec, scale_dtype=self.scale_dtype, shrink_steps=shrink_steps, importance=importance, largest=largest
+        )
         return quantize(w, grid, spec)
 
     def inputs(self) -> dict[str, Input]:
@@ -470,10 +480,11 @@ class Unit:
             warnings=self._warnings.pop(linear.name, []),
         )
 
-    def assign_nearest(self, linear: Linear, *, method: str, shrink_steps: int = 0) -> None:
-        """Round a linear to nearest; see `qtensor.find_params` for `shrink_steps`."""
+    def assign_nearest(self, linear: Linear, *, method: str, shrink_steps: int = 0, importance: Tensor | None = None) -> None:
+        """Round a linear to nearest; see `qtensor.find_params` for `shrink_steps` and `importance`."""
         w, largest = self.weight(linear), self.largest(linear)
-        self.assign(linear, self.nearest(linear, w, shrink_steps=shrink_steps, largest=largest), method=method)
+        q = self.nearest(linear, w, shrink_steps=shrink_steps, importance=importance, largest=largest)
+        self.assign(linear, q, method=method)
 
     @torch.no_grad()
     def finish(self, *, cache: bool = False) -> dict[str, Tensor]:

@@ -420,8 +420,10 @@ def test_method_without_options() -> None:
 
 def test_methods() -> None:
     """Which of them need data; all their options can be checked."""
-    assert not METHODS["rtn"].calibrated
-    assert METHODS["gptq"].calibrated
+    assert not Step(method="rtn").calibrated
+    assert not Step(method="rtn", options={"importance": False}).calibrated
+    assert Step(method="rtn", options={"importance": True}).calibrated
+    assert Step(method="gptq").calibrated
     assert METHODS["gptq"].apply is gptq
     for name, entry in METHODS.items():
         check_options(name, entry.apply, {})

@@ -28,7 +28,7 @@ from lowbit.data import DataSpec
 from lowbit.export import QuantizedSource, load
 from lowbit.export import save_shard as save
 from lowbit.qtensor import QTensor
-from lowbit.recipe import Recipe, Rule, Step
+from lowbit.recipe import Method, Recipe, Rule, Step
 from lowbit.run import quantize
 from lowbit.source import Source, open_source
 from lowbit.unit import Stream, Unit
@@ -1042,7 +1042,7 @@ def test_method_that_forgets_a_linear(llama: Path, tmp_path: Path, monkeypatch: 
         for linear in unit.linears[1:]:
             unit.assign_nearest(linear, method="rtn")
 
-    monkeypatch.setitem(run.METHODS, "rtn", SimpleNamespace(apply=forgetful, calibrated=False))
+    monkeypatch.setitem(run.METHODS, "rtn", Method(apply=forgetful))
     with pytest.raises(AssertionError, match="not every linear was assigned"):
         quantize(str(llama), tmp_path / "out", **SHORT)
 

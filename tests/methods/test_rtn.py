@@ -122,3 +122,60 @@ def test_search_is_compared_with_the_plain_grid() -> None:
     rtn(searched, shrink_steps=50)
     assert searched.records["b"].error < plain.records["b"].error
     assert searched.records["b"].error_rtn == plain.records["b"].error_rtn
+
+
+class Seeing(Blind):
+    """A unit with given weights and Gram matrices."""
+
+    def __init__(self, schemes: dict[str, str], weights: dict[str, Tensor], grams: dict[str, Tensor]) -> None:
+        super().__init__(schemes, weights)
+        self.given = grams
+
+    def gram(self, linear: Linear, *, sequential: bool = False) -> Tensor:
+        """The given matrix."""
+        self._grams[self._gram_key(linear)] = self.given[linear.name]
+        return self.given[linear.name]
+
+
+def test_importance() -> None:
+    """Of twenty ranges, each group has the one with the least error weighed by the mean square of the inputs."""
+    w = weights()["b"]
+    x = torch.randn(50, 96) * torch.logspace(-1, 1, 96)
+    unit = Seeing({"b": "w3a16-g32-asym"}, {"b": w}, {"b": x.T @ x})
+    rtn(unit, importance=True)
+    spec = parse_scheme("w3a16-g32-asym").weight
+
+    def errors(fraction: float) -> Tensor:
+        """Of each group of each row, when its range is shrunken so."""
+        groups = w.unflatten(1, (3, 32))
+        low, high = groups.amin(-1, keepdim=True).clamp(max=0) * fraction, groups.amax(-1, keepdim=True).clamp(min=0) * fraction
+        scale = (high - low) / 7
+        zero = (-4 - low / scale).round().clamp(-4, 3)
+        found = ((groups / scale + zero).round().clamp(-4, 3) - zero) * scale
+        return ((found - groups).square() * x.square().sum(0).unflatten(0, (3, 32))).sum(-1)
+
+    tried = torch.stack([errors(1 - step / 100) for step in range(20)])
+    delta = dequantize(unit.assigned["b"]) - w
+    found = (delta.square() * x.square().sum(0)).unflatten(1, (3, 32)).sum(-1)
+    torch.testing.assert_close(found, tried.amin(0), rtol=1e-4, atol=1e-5)
+    assert float((found / tried[0]).mean()) < 0.95
+    plain = quantize(w, find_params(w, spec, scale_dtype=torch.float32, shrink_steps=20), spec)
+    assert not torch.equal(plain.scale, unit.assigned["b"].scale)
+    record = unit.records["b"]
+    assert (record.method, record.error_kind, record.warnings) == ("rtn", "output", [])
+
+
+def test_importance_without_tokens() -> None:
+    """A layer that no token reached keeps its min-max grid, and the record says so."""
+    w = weights()["b"]
+    unit = Seeing({"b": "w3a16-g32-asym"}, {"b": w}, {"b": torch.zeros(96, 96)})
+    rtn(unit, importance=True)
+    spec = parse_scheme("w3a16-g32-asym").weight
+    assert torch.equal(unit.assigned["b"].scale, find_params(w, spec, scale_dtype=torch.float32).scale)
+    assert unit.records["b"].warnings == ["no calibration token reached this layer: its scales were not searched"]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_importance_without_a_search(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"importance = true weighs a search of scales, and shrink_steps = {steps} is none"):
+        rtn(Blind(SCHEMES, weights()), importance=True, shrink_steps=steps)
