@@ -8,6 +8,7 @@ the lowest code unused, as the specification allows, so that the range is symmet
 Floats are sign, exponent, mantissa (OCP 8-bit floating point and OCP microscaling v1.0): codes are the bit patterns,
 stored as uint8. E4M3 here is the "fn" variant: no infinities, one NaN pattern per sign, largest value 448.
 Tables are any ascending list of values, stored as uint8 indices; NF4 is the one with a name.
+Codebooks (k-means, BCQ) have no values of their own: every group of weights brings its own (see `codebooks`).
 """
 
 import math
@@ -25,7 +26,7 @@ class Format:
 
     Attributes:
         name: as used in scheme names and records, e.g. "int4", "fp8_e4m3".
-        kind: "int" (two's complement), "float" (sign, exponent, mantissa) or "table".
+        kind: "int" (two's complement), "float" (sign, exponent, mantissa), "table", or the codebooks "kmeans" and "bcq".
         bits: width of a stored code.
         exponent, mantissa: field widths of a float format, 0 for others.
         largest: the largest finite value of a float format; of an integer format whose lowest code is unused, the largest
@@ -34,12 +35,17 @@ class Format:
     """
 
     name: str
-    kind: Literal["int", "float", "table"]
+    kind: Literal["int", "float", "table", "kmeans", "bcq"]
     bits: int
     exponent: int = 0
     mantissa: int = 0
     largest: float = 0.0
     values: tuple[float, ...] = ()
+
+    @property
+    def codebook(self) -> bool:
+        """Whether the values belong to a group of weights; then only name, bits and code_dtype mean something."""
+        return self.kind in ("kmeans", "bcq")
 
     @property
     def max(self) -> float:
@@ -132,6 +138,11 @@ def block_integer(bits: int) -> Format:
     return Format(name=f"mxint{bits}", kind="int", bits=bits, largest=float(2 ** (bits - 1) - 1))
 
 
+def codebook(kind: Literal["kmeans", "bcq"], bits: int) -> Format:
+    """Indices of `bits` bits into the values of a group: any values, or sums of `bits` binary planes (see `codebooks`)."""
+    return Format(name=f"{kind}{bits}", kind=kind, bits=bits)
+
+
 FP8_E4M3 = Format(name="fp8_e4m3", kind="float", bits=8, exponent=4, mantissa=3, largest=448.0)
 FP8_E5M2 = Format(name="fp8_e5m2", kind="float", bits=8, exponent=5, mantissa=2, largest=57344.0)
 FP6_E3M2 = Format(name="fp6_e3m2", kind="float", bits=6, exponent=3, mantissa=2, largest=28.0)
@@ -155,5 +166,7 @@ FORMATS = {
         *(integer(bits) for bits in range(2, 9)),
         *(block_integer(bits) for bits in range(2, 9)),
         *(FP8_E4M3, FP8_E5M2, FP6_E3M2, FP6_E2M3, FP4_E2M1, NF4),
+        *(codebook("kmeans", bits) for bits in range(2, 5)),
+        *(codebook("bcq", bits) for bits in range(1, 5)),
     )
 }

@@ -7,17 +7,31 @@ result. `find_params` chooses scales, `quantize` makes codes, `dequantize` is th
 
 Scales are floats, or numbers of 8 bits: powers of two (E8M0, the microscaling formats of OCP MX v1.0), E4M3 under one scale
 for the tensor (NVFP4), or integers under one scale a row (DGQ, QoQ: 4-bit weights that become 8-bit integers by one integer
-product).
+product). Codebooks (k-means, BCQ) have the values of their codes, or what these are made of, in the place of a scale.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowbit.formats import FORMATS, FP4_E2M1, FP6_E2M3, FP6_E3M2, FP8_E4M3, FP8_E5M2, NF4, Format, block_integer, integer
+from lowbit import codebooks
+from lowbit.formats import (
+    FORMATS,
+    FP4_E2M1,
+    FP6_E2M3,
+    FP6_E3M2,
+    FP8_E4M3,
+    FP8_E5M2,
+    NF4,
+    Format,
+    block_integer,
+    codebook,
+    integer,
+)
 
 CHANNEL = -1  # Spec.group: one scale per output row
 TENSOR = 0  # Spec.group: one scale for the whole tensor
@@ -88,7 +102,8 @@ class QTensor:
 
     Attributes:
         codes: [out, in], int8 (integer formats, two's complement) or uint8 (bit patterns of float formats).
-        scale: [out / rows, in / G], [out / rows, 1] or [1, 1]; the dtype in which the checkpoint stores it.
+        scale: [out / rows, in / G], [out / rows, 1] or [1, 1]; the dtype in which the checkpoint stores it. For codebooks
+            with a third axis: the 2^b values of k-means, the b factors and the offset of BCQ.
         zero: int8, the shape of `scale`; None when symmetric.
         spec: how the above is to be read.
         outer: float32, the second factor of every scale: [1, 1], a power of two, for "e4m3"; [out, 1] for "int8"; else None.
@@ -119,10 +134,11 @@ class QTensor:
 # --------------------------------------------------------------------------------------------------------------- schemes
 
 _EXAMPLES = (
-    "w4a16, w4a16-g64-asym, w8a8, w8a16-channel, w3a16-g128, w4a4-g128-ag128, fp8, fp8-block, mxfp4, mxfp4a16-even, nvfp4"
+    "w4a16, w4a16-g64-asym, w8a8, w8a16-channel, w3a16-g128, w4a4-g128-ag128, fp8, fp8-block, mxfp4, mxfp4a16-even, nvfp4, "
+    "kmeans3, bcq3-g64"
 )
 _SCHEME = re.compile(
-    r"(?:w(?P<w>[1-9]\d*)a(?P<a>[1-9]\d*)|(?P<float>fp8|fp4|nf4|nvfp4|mxfp[468]|mxint[1-9])(?:a(?P<fa>[1-9]\d*))?)"
+    r"(?:w(?P<w>[1-9]\d*)a(?P<a>[1-9]\d*)|(?P<float>fp8|fp4|nf4|nvfp4|mxfp[468]|mxint[1-9]|kmeans[2-4]|bcq[1-4])(?:a(?P<fa>[1-9]\d*))?)"
     r"(?P<options>(?:-[a-z0-9]+)*)"
 )
 GROUP_DEFAULT = 128  # columns a group, for elements of 4 bits and fewer where the scheme names none
@@ -139,6 +155,8 @@ def parse_scheme(text: str) -> Scheme:
     `nf4`: NF4 weights in groups of 64, float inputs.
     `mxfp4`, `mxfp6`, `mxfp8`, `mxint2` .. `mxint8`: weights and inputs in blocks of 32 with a power of two as scale.
     `nvfp4`: E2M1 in blocks of 16 with an E4M3 scale under one for the tensor, weights and inputs.
+    `kmeans2` .. `kmeans4`: 4 to 16 values a channel; `bcq1` .. `bcq4`: sums of so many binary planes in groups of 128; float
+    inputs.
     After a name that is no `wBaA`, `a16` leaves inputs float, and `a8`, `a6`, `a4` gives them that width of the same family.
 
     Then any of: `-gK` (a scale for every K input columns), `-rN` (for every N output rows), `-block` (128 x 128, inputs in
@@ -201,6 +219,11 @@ def _named(match: re.Match[str], variant: str | None) -> tuple[Spec, Spec | None
         formats = [_block_format(family[:-1], width, variant if width == own else None) for width in (own, bits) if width != 16]
         specs = [Spec(format=element, group=32, scale="e8m0", dynamic=i == 1) for i, element in enumerate(formats)]
         return specs[0], specs[1] if len(specs) == 2 else None
+    if family.startswith(("kmeans", "bcq")):
+        if match["fa"] not in (None, "16"):
+            raise ValueError(f"inputs of {family} stay float (a16)")
+        kind: Literal["kmeans", "bcq"] = "bcq" if family.startswith("bcq") else "kmeans"
+        return Spec(format=codebook(kind, int(family[-1])), group=GROUP_DEFAULT if kind == "bcq" else CHANNEL), None
     single = {
         "fp8": Spec(format=_VARIANTS.get((family, variant or ""), FP8_E4M3)),
         "fp4": Spec(format=FP4_E2M1, group=GROUP_DEFAULT),
@@ -281,6 +304,8 @@ def _input_options(inputs: Spec | None, taken: dict[str, str]) -> Spec | None:
 
 def _check_spec(spec: Spec) -> None:
     """Refuse combinations that mean nothing."""
+    if spec.format.codebook and (spec.scale != "float" or spec.rows != 1 or spec.group == TENSOR or not spec.symmetric):
+        raise ValueError("a codebook belongs to a channel or a group of it; it goes with -gK and -channel only")
     if spec.format.kind != "int" and not spec.symmetric:
         raise ValueError("float formats have no zero point; remove -asym")
     if spec.format.name.startswith("mxint") and not spec.symmetric:
@@ -325,8 +350,18 @@ class Grid(NamedTuple):
 
     def step(self, spec: Spec, rows: int) -> Tensor:
         """The distance between codes 0 and 1, float32 [rows, groups], for a matrix of `rows` rows."""
-        step = self.scale.float() if self.outer is None else self.scale.float() * self.outer
+        step = _whole(self.scale, self.outer)
         return step.expand(rows, -1) if spec.group == TENSOR else step.repeat_interleave(spec.rows, 0)
+
+
+def _whole(scale: Tensor, outer: Tensor | None) -> Tensor:
+    """Scales as float32, with their second factor."""
+    return scale.float() if outer is None else scale.float() * outer
+
+
+def values_of(scale: Tensor, spec: Spec) -> Tensor:
+    """The values float32 [rows, groups, 2^b] of the codes of each group, for codebooks."""
+    return codebooks.levels(scale.float()) if spec.format.kind == "bcq" else scale.float()
 
 
 def grouped(w: Tensor, spec: Spec) -> Tensor:
@@ -361,7 +396,8 @@ def find_params(
     sum |w - Q(w)|^2.4, as GPTQ's reference code has it (80 steps), or sum importance (w - Q(w))^2 where the importance of
     columns is known. The ranges are, for float scales, the whole one times 1 - i/100, i < shrink_steps; for powers of two,
     half, whole and double; for E4M3 scales, nine from 3/4 to 3/2, among them the one whose largest element becomes 4 instead
-    of 6 (Cook et al., Four Over Six, 2025).
+    of 6 (Cook et al., Four Over Six, 2025). For codebooks it is the number of rounds of alternation, by the sum of importance
+    (w - Q(w))^2: with 0, k-means has evenly spaced values and BCQ its greedy solution.
 
     Args:
         w: [out, in] float32.
@@ -369,6 +405,8 @@ def find_params(
         importance: [in] float32, such as the mean square of each input.
         largest: the largest magnitude, where it is not that of w alone: matrices that an engine stacks have one outer scale.
     """
+    if spec.format.codebook:
+        return Grid(_fit_codebook(w, spec, importance, shrink_steps).to(scale_dtype), None, None)
     groups = grouped(w, spec)
     low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
     outer = _outer(low, high, spec, largest)
@@ -385,6 +423,27 @@ def find_params(
             scale = torch.where(better, s, scale)
             zero = None if zero is None or z is None else torch.where(better, z, zero)
     return Grid(scale.to(_SCALE_DTYPES.get(spec.scale, scale_dtype)), zero, outer)
+
+
+def _fit_codebook(w: Tensor, spec: Spec, importance: Tensor | None, rounds: int) -> Tensor:
+    """The values, or what they are made of, float32 [out, groups, K], some rows at a time."""
+    fit = codebooks.bcq if spec.format.kind == "bcq" else codebooks.kmeans
+    weights = None if importance is None else importance.unflatten(0, (-1, spec.group_size(w.shape[1]))).float()
+    found = []
+    for rows in w.split(max(1, _FITTED // w.shape[1])):
+        groups = grouped(rows, spec)
+        each = None if weights is None else weights.expand_as(groups).flatten(0, 1)
+        found.append(fit(groups.flatten(0, 1), spec.format.bits, importance=each, rounds=rounds).unflatten(0, groups.shape[:2]))
+    return torch.cat(found)
+
+
+_FITTED = 2**22  # weights whose codebooks are fitted at once
+
+
+def search_steps(spec: Spec, few: int, many: int) -> int:
+    """How much `find_params` should search where the user does not say: `few` from 4 bits on, `many` below; codebooks are
+    always fitted."""
+    return codebooks.ROUNDS if spec.format.codebook else many if spec.format.bits < 4 else few
 
 
 def _factors(spec: Spec, shrink_steps: int) -> list[float]:
@@ -472,27 +531,40 @@ def _params_from_range(
         scale = (step / outer).round_().clamp_(1, _integer_limit(spec))
     if spec.symmetric:
         return scale, None
-    whole = scale.float() if outer is None else scale * outer
-    return scale, (spec.format.min - low / whole).round_().clamp_(spec.format.min, spec.format.max).to(torch.int8)
+    zero = (spec.format.min - low / _whole(scale, outer)).round_().clamp_(spec.format.min, spec.format.max)
+    return scale, zero.to(torch.int8)
 
 
 def _fake(groups: Tensor, scale: Tensor, zero: Tensor | None, outer: Tensor | None, spec: Spec) -> Tensor:
     """Quantize and dequantize `grouped` values in float32."""
-    s = (scale.float() if outer is None else scale.float() * outer).unsqueeze(-1)
+    s = _whole(scale, outer).unsqueeze(-1)
     z = 0.0 if zero is None else zero.float().unsqueeze(-1)
     return (spec.format.round(groups / s + z) - z) * s
 
 
 def quantize(w: Tensor, grid: Grid, spec: Spec) -> QTensor:
     """Round w [out, in] float32 to the nearest codes of the given scales and zero points."""
-    step = grid.scale.float() if grid.outer is None else grid.scale.float() * grid.outer
+    if spec.format.codebook:
+        found = [codebooks.nearest(grouped(rows, spec), values) for rows, values in _by_rows(w, values_of(grid.scale, spec))]
+        return QTensor(torch.cat(found).to(torch.uint8).view(w.shape), grid.scale, None, spec)
+    step = _whole(grid.scale, grid.outer)
     z = 0.0 if grid.zero is None else grid.zero.float().unsqueeze(-1)
     codes = spec.format.encode(grouped(w, spec) / step.unsqueeze(-1) + z)
     return QTensor(ungrouped(codes, w.shape, spec), grid.scale, grid.zero, spec, grid.outer)
 
 
+def _by_rows(w: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of a matrix at a time, with their codebooks."""
+    count = max(1, _FITTED // w.shape[1])
+    return zip(w.split(count), values.split(count), strict=True)
+
+
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """[out, in] weights: the product in float32, rounded once to `dtype`. Engines compute the same bits."""
+    if q.spec.format.codebook:
+        parts = _by_rows(q.codes, values_of(q.scale, q.spec))
+        picked = [codebooks.pick(values, grouped(rows, q.spec).long()).to(dtype) for rows, values in parts]
+        return torch.cat(picked).view(q.codes.shape)
     values = grouped(q.spec.format.decode(q.codes), q.spec)
     if q.zero is not None:
         values = values - q.zero.float().unsqueeze(-1)
@@ -500,6 +572,22 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if q.outer is not None:
         values = values * q.outer.unsqueeze(-1)
     return ungrouped(values, q.codes.shape, q.spec).to(dtype)
+
+
+def to_bcq(q: QTensor) -> QTensor:
+    """The same matrix in binary coding, exact: integers of up to 4 bits with float scales (LUT-GEMM, section 3.2).
+
+    The factors are float32, so that offsets are exact too. Scales of one for the tensor become one a row.
+    """
+    fmt = q.spec.format
+    if fmt.kind != "int" or fmt.bits > 4 or q.spec.scale != "float" or q.spec.rows != 1 or fmt.largest:
+        raise ValueError(f"{fmt.name} with {q.spec.scale} scales is no uniform code of up to 4 bits with float scales")
+    scale = q.scale.float().expand(len(q.codes), -1)
+    zero = torch.zeros(()) if q.zero is None else q.zero.float()
+    alphas = codebooks.uniform((fmt.min - zero) * scale, scale, fmt.bits)
+    group = CHANNEL if q.spec.group == TENSOR else q.spec.group
+    spec = Spec(format=codebook("bcq", fmt.bits), group=group)
+    return QTensor((q.codes.to(torch.int16) - int(fmt.min)).to(torch.uint8), alphas, None, spec)
 
 
 def fake_quantize_input(x: Tensor, spec: Spec, largest: float | None = None) -> Tensor:
@@ -541,8 +629,8 @@ def fake_quantize_input(x: Tensor, spec: Spec, largest: float | None = None) -> 
 
 def validate(q: QTensor, name: str) -> None:
     """Raise ValueError when q could not be loaded or would decode to nonsense."""
-    scale = q.scale.float() if q.outer is None else q.scale.float() * q.outer
-    if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+    scale = _whole(q.scale, q.outer)
+    if not bool(torch.isfinite(scale).all()) or not (q.spec.format.codebook or bool((scale > 0).all())):
         raise ValueError(f"{name}: a scale is zero, negative or not finite")
     if q.codes.dtype != q.spec.format.code_dtype:
         raise ValueError(f"{name}: codes are {q.codes.dtype}, {q.spec.format.name} needs {q.spec.format.code_dtype}")

@@ -40,6 +40,7 @@ from typing import Any, Literal
 from lowbit.data import DataSpec
 from lowbit.methods.awq import awq
 from lowbit.methods.gptq import gptq
+from lowbit.methods.hqq import hqq
 from lowbit.methods.rotate import rotate
 from lowbit.methods.rtn import rtn
 from lowbit.methods.smooth import smooth
@@ -76,6 +77,7 @@ METHODS = {
     "smooth": Method(apply=smooth, calibrated=_always, kind="transform"),
     "awq": Method(apply=awq, calibrated=_always, kind="transform"),
     "rtn": Method(apply=rtn, calibrated=lambda options: bool(options.get("importance")), kind="solver"),
+    "hqq": Method(apply=hqq, calibrated=_never, kind="solver"),
     "gptq": Method(apply=gptq, calibrated=_always, kind="solver"),
 }
 _ORDER = ("model", "transform", "solver")

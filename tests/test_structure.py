@@ -22,7 +22,7 @@ PACKAGE = ROOT / "lowbit"
 # --------------------------------------------------------------------------------------------------------------- layers
 # A module imports from its own level and the levels before it. A folder stands for all of its modules.
 LEVELS = (
-    ("files", "formats", "packing"),
+    ("files", "formats", "packing", "codebooks"),
     ("qtensor", "arch", "data", "source", "report", "kv"),
     ("links",),
     ("unit", "kernels"),

@@ -29,7 +29,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from lowbit.qtensor import CHANNEL, TENSOR, Grid, QTensor, Spec, find_params
+from lowbit.codebooks import nearest, pick
+from lowbit.qtensor import CHANNEL, TENSOR, Grid, QTensor, Spec, find_params, search_steps, values_of
 from lowbit.unit import Between, Unit
 
 _BLOCK = 128  # columns updated lazily together
@@ -63,7 +64,8 @@ def gptq(
         order: "activation" visits the columns with the largest inputs first, "natural" from left to right.
         shrink_steps: n > 1 searches n shrunken ranges for each group, weighing columns by diag(H); 0 is min-max. By default
             20 below 4 bits, where that is worth a fifth of the divergence, and 0 from 4 bits on (LOG.md). Scales that are
-            powers of two or E4M3 are searched among a few neighbours instead, whatever n > 1.
+            powers of two or E4M3 are searched among a few neighbours instead, whatever n > 1; for codebooks it is the rounds
+            of alternation, 15 by default.
         scales: "static" or "entry", see above; "entry" needs the natural order and groups that divide 128.
         joint: round a group at once instead of column by column; needs "entry".
         sequential: gather each Hessian with the linears before it in the block quantized ("true sequential" in the reference
@@ -74,7 +76,6 @@ def gptq(
     if joint and scales != "entry":
         raise ValueError('gptq: joint = true needs scales = "entry"')
     for linear in unit.linears:
-        few_bits = unit.spec(linear).format.bits < 4
         hessian = unit.gram(linear, sequential=sequential)
         if not bool(hessian.diagonal().any()):
             unit.warn(linear, "no calibration token reached this layer: rounded to nearest instead of gptq")
@@ -87,7 +88,7 @@ def gptq(
             scale_dtype=unit.scale_dtype,
             damping=damping,
             order=order,
-            shrink_steps=(20 if few_bits else 0) if shrink_steps is None else shrink_steps,
+            shrink_steps=search_steps(unit.spec(linear), 0, 20) if shrink_steps is None else shrink_steps,
             scales=scales,
             joint=joint,
             largest=unit.largest(linear),
@@ -138,9 +139,11 @@ def gptq_weight(
     rest = w.T[permutation].contiguous()
     size = spec.group_size(columns)
     group_of = permutation // size
-    steps = grid.step(spec, len(w)).T.contiguous()
+    table = values_of(grid.scale, spec).transpose(0, 1).contiguous() if spec.format.codebook else None
+    steps = torch.ones(()) if spec.format.codebook else grid.step(spec, len(w)).T.contiguous()
     zeros = _zeros(grid, spec, len(w))
-    if scales == "entry" and (spec.group in (CHANNEL, TENSOR) or _BLOCK % size or spec.rows != 1 or grid.outer is not None):
+    fixed = spec.group in (CHANNEL, TENSOR) or spec.rows != 1 or grid.outer is not None or spec.format.codebook
+    if scales == "entry" and (fixed or _BLOCK % size):
         raise ValueError(f"{name}: scales chosen on entry need groups that divide {_BLOCK} columns, with scales of their own")
     values = torch.empty_like(rest)
     errors = torch.empty(min(_BLOCK, columns), w.shape[0], dtype=w.dtype, device=w.device)
@@ -154,9 +157,13 @@ def gptq_weight(
             _choose(grid, rest[start:stop].T, start // size, spec, shrink_steps, diagonal[start:stop])
             steps, zeros = grid.step(spec, len(w)).T.contiguous(), _zeros(grid, spec, len(w))
         for j in range(start, start if joint else stop):
-            s = steps[group_list[j]]
             column = rest[j]
-            if zeros is None:
+            s = steps if table is not None else steps[group_list[j]]
+            if table is not None:
+                codes = nearest(column.unsqueeze(-1), table[group_list[j]])
+                value = codes.squeeze(-1).float()
+                error = column - pick(table[group_list[j]], codes).squeeze(-1)
+            elif zeros is None:
                 value = spec.format.round(column / s)
                 error = torch.addcmul(column, value, s, value=-1)
             else:
@@ -182,7 +189,8 @@ def gptq_weight(
             rest[stop:].addmm_(u[:, stop - start :].T, errors[: stop - start], alpha=-1)
     ordered = torch.empty_like(values)
     ordered[permutation] = values
-    codes = spec.format.encode(ordered.T.contiguous())
+    found = ordered.T.contiguous()
+    codes = spec.format.encode(found) if table is None else found.to(torch.uint8)
     return Solution(QTensor(codes, grid.scale, grid.zero, spec, grid.outer), used, objective)
 
 

@@ -9,6 +9,7 @@ Cost: one pass over the weights for each range; with `importance` also the block
 
 from typing import Annotated
 
+from lowbit.qtensor import search_steps
 from lowbit.unit import Between, Unit
 
 
@@ -16,18 +17,20 @@ def rtn(unit: Unit, *, shrink_steps: Annotated[int, Between(0, 95)] | None = Non
     """Round every linear of the unit to nearest.
 
     Args:
-        shrink_steps: 0 for min-max scales; n > 1 searches n shrunken ranges for each group. By default 0, with importance 20.
+        shrink_steps: 0 for min-max scales; n > 1 searches n shrunken ranges for each group; of codebooks the rounds of
+            alternation. By default 0, with importance 20, of codebooks 15.
         importance: weigh the search by the mean square of each input over the calibration data.
 
     Raises:
         ValueError: importance without a search.
     """
-    steps = (20 if importance else 0) if shrink_steps is None else shrink_steps
-    if importance and steps < 2:
+    if importance and shrink_steps is not None and shrink_steps < 2:
         raise ValueError(
-            f"rtn: importance = true weighs a search of scales, and shrink_steps = {steps} is none; give 2 or more"
+            f"rtn: importance = true weighs a search of scales, and shrink_steps = {shrink_steps} is none; give 2 or more"
         )
     for linear in unit.linears:
+        usual = 20 if importance else 0
+        steps = search_steps(unit.spec(linear), usual, usual) if shrink_steps is None else shrink_steps
         squares = unit.gram(linear).diagonal() if importance else None
         if squares is not None and not bool(squares.any()):
             unit.warn(linear, "no calibration token reached this layer: its scales were not searched")

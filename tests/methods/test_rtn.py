@@ -1,17 +1,14 @@
 """Rounding to nearest: the textbook's codes, no data, and a search that is kept apart from the baseline."""
 
-from types import SimpleNamespace
-from typing import Any, cast
-
 import pytest
 import textbook
 import torch
+from blind import Blind
 from torch import Tensor
 
-from lowbit.arch import Block, Linear
+from lowbit.arch import Linear
 from lowbit.methods.rtn import rtn
 from lowbit.qtensor import Grid, dequantize, find_params, parse_scheme, quantize
-from lowbit.unit import Unit
 
 SCHEMES = {"a": "w4a16-g16", "b": "w3a16-g32-asym", "c": "w8a16-channel", "d": "fp8"}
 
@@ -21,35 +18,6 @@ def weights() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = {"a": (6, 64), "b": (4, 96), "c": (5, 40), "d": (3, 24), "e": (2, 8)}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-class Blind(Unit):
-    """A unit with given weights that has no data."""
-
-    def __init__(self, schemes: dict[str, str], weights: dict[str, Tensor]) -> None:
-        linears = tuple(
-            Linear(
-                name=name,
-                tensor=f"{name}.weight",
-                param=f"{name}.weight",
-                index=None,
-                rows=(0, len(w)),
-                transposed=False,
-                stacked=False,
-                out_features=w.shape[0],
-                in_features=w.shape[1],
-                shares=name,
-            )
-            for name, w in weights.items()
-        )
-        arch = SimpleNamespace(param=lambda linear: weights[linear.name], device=torch.device("cpu"))
-        block = Block(index=0, name="block", tensors=(), linears=linears)
-        parsed = {name: parse_scheme(scheme) for name, scheme in schemes.items()}
-        super().__init__(cast(Any, arch), block, parsed, cast(Any, None), torch.float32)
-
-    def gram(self, linear: Linear, *, sequential: bool = False) -> Tensor:
-        """Not to be asked for."""
-        raise AssertionError("rounding to nearest needs no data")
 
 
 def expected_weights(w: Tensor, scheme: str) -> Tensor:
