@@ -56,12 +56,14 @@ class Method:
         apply: apply(unit, **options) for every block; of kind "model", apply(arch, **options) once, which returns the
             checkpoint to go on with.
         calibrated: calibrated(options) tells whether it needs calibration data.
+        teacher: teacher(options) tells whether it needs the hidden states of the float model too.
         kind: "model" and "transform" rewrite float weights and leave the function as it was, "solver" assigns every weight.
     """
 
     apply: Callable[..., Any]
     calibrated: Callable[[dict[str, Any]], bool]
     kind: Literal["model", "transform", "solver"]
+    teacher: Callable[[dict[str, Any]], bool] = lambda options: False
 
 
 def _always(options: dict[str, Any]) -> bool:
@@ -78,7 +80,7 @@ METHODS = {
     "awq": Method(apply=awq, calibrated=_always, kind="transform"),
     "rtn": Method(apply=rtn, calibrated=lambda options: bool(options.get("importance")), kind="solver"),
     "hqq": Method(apply=hqq, calibrated=_never, kind="solver"),
-    "gptq": Method(apply=gptq, calibrated=_always, kind="solver"),
+    "gptq": Method(apply=gptq, calibrated=_always, kind="solver", teacher=lambda options: bool(options.get("asymmetry"))),
 }
 _ORDER = ("model", "transform", "solver")
 FORMATS = ("compressed-tensors", "lowbit")
@@ -165,6 +167,11 @@ class Recipe:
     def calibrated(self) -> bool:
         """Whether anything in the recipe looks at calibration data."""
         return bool(self._needs_data())
+
+    @property
+    def teacher(self) -> bool:
+        """Whether a step compares with the hidden states of the float model."""
+        return any(METHODS[step.method].teacher(step.options) for step in self.steps)
 
     def _needs_data(self) -> list[str]:
         steps = [step.method for step in self.steps if step.calibrated]

@@ -121,7 +121,7 @@ def quantize(
         _saying_what_is_kept(folder),
         _quick_collections(),
     ):
-        _check_disk(folder, source, solver_tokens)
+        _check_disk(folder, source, solver_tokens, boundaries=4 if recipe.teacher else 2)
         arch.probe(lambda done, total: say("reading the model", done, total))
         clock.lap("probe")
         for step in recipe.steps:
@@ -138,7 +138,7 @@ def quantize(
         _check_memory(arch)
         source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
 
-        stream = Stream(arch, solver_tokens, folder / ".work")
+        stream = Stream(arch, solver_tokens, folder / ".work", teacher=recipe.teacher)
         stream.start()
         clock.lap("embedding")
         records = _solve(arch, recipe, schemes, stream, folder, say)
@@ -230,7 +230,7 @@ def _finished(arch: Arch, stream: Stream, work: Path) -> int:
     done = 0
     while done < len(arch.blocks) and _record(work, done).exists():
         done += 1
-    while done > 0 and not stream.file(done).exists():
+    while done > 0 and not stream.complete(done):
         done -= 1
     return done
 
@@ -442,10 +442,10 @@ def _check_linears(linears: list[Linear], schemes: dict[str, Scheme]) -> None:
             raise ValueError(f"{tensor} holds several experts in one tensor: quantize all of them or none")
 
 
-def _check_disk(folder: Path, source: Source, tokens: Tensor) -> None:
-    """The output is at most as large as the source; two boundaries of hidden states lie beside it."""
+def _check_disk(folder: Path, source: Source, tokens: Tensor, *, boundaries: int) -> None:
+    """The output is at most as large as the source; so many boundaries of hidden states lie beside it."""
     width = source.config.get("hidden_size") or source.config.get("n_embd") or source.config.get("d_model") or 0
-    needed = source.nbytes() + 2 * tokens.numel() * width * source.dtype().itemsize
+    needed = source.nbytes() + boundaries * tokens.numel() * width * source.dtype().itemsize
     present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free
     if free + present < needed:

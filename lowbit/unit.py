@@ -18,7 +18,7 @@ at a time. That file is also what a killed run resumes from.
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,13 +89,16 @@ class Stream:
 
     Between blocks they are rounded to the checkpoint's dtype, as engines keep them. Memory is one batch of at most
     `TOKENS_PER_BATCH` tokens (at least one row), whatever the number of rows.
+
+    Beside those of the partly quantized model (the student) there may be those of the float model (the teacher).
     """
 
-    def __init__(self, arch: Arch, tokens: Tensor, folder: Path) -> None:
-        """tokens: [rows, length] int64; folder: where the files `hidden-K` are kept."""
+    def __init__(self, arch: Arch, tokens: Tensor, folder: Path, *, teacher: bool = False) -> None:
+        """tokens: [rows, length] int64; folder: where the files `hidden-K` are kept, and `teacher-K` if there is one."""
         self.arch = arch
         self.tokens = tokens
         self.folder = folder
+        self.teacher = teacher
         self.dtype = arch.source.dtype()
         self._rows = min(len(tokens), max(1, TOKENS_PER_BATCH // tokens.shape[1]))
         self._width = 0
@@ -104,9 +107,13 @@ class Stream:
         # Links by the structure of the blocks that have them; see `Unit.links`.
         self.links: dict[Any, tuple[tuple[Link, ...], tuple[tuple[str, str], ...]]] = {}
 
-    def file(self, boundary: int) -> Path:
+    def file(self, boundary: int, *, teacher: bool = False) -> Path:
         """Hidden states that enter block `boundary`: [rows, length, width] in `dtype`, no header."""
-        return self.folder / f"hidden-{boundary:05d}"
+        return self.folder / f"{'teacher' if teacher and boundary else 'hidden'}-{boundary:05d}"
+
+    def complete(self, boundary: int) -> bool:
+        """Whether the hidden states that enter block `boundary` are on disk."""
+        return all(self.file(boundary, teacher=which).exists() for which in {False, self.teacher})
 
     def start(self) -> None:
         """Run the part before the blocks: writes boundary 0 unless a later boundary exists already."""
@@ -131,27 +138,29 @@ class Stream:
         length = min(self.tokens.shape[1], STAND_IN_TOKENS)
         return torch.randn(1, length, self._width, generator=generator), self._short_calls[boundary]
 
-    def read(self, boundary: int, start: int, stop: int) -> Tensor:
+    def read(self, boundary: int, start: int, stop: int, *, teacher: bool = False) -> Tensor:
         """Rows start..stop of a boundary: float32 [stop - start, length, width]."""
         length = self.tokens.shape[1]
         row = length * self._width * self.dtype.itemsize
-        data = np.fromfile(self.file(boundary), np.uint8, count=(stop - start) * row, offset=start * row)
+        file = self.file(boundary, teacher=teacher)
+        data = np.fromfile(file, np.uint8, count=(stop - start) * row, offset=start * row)
         return torch.from_numpy(data).view(self.dtype).view(stop - start, length, self._width).float()
 
     def rounded(self, hidden: Tensor) -> Tensor:
         """Hidden states as they come back after being written."""
         return hidden.to(self.dtype).float()
 
-    def batches(self, boundary: int) -> Iterator[tuple[Tensor, Any]]:
+    def batches(self, boundary: int, *, teacher: bool = False) -> Iterator[tuple[Tensor, Any]]:
         """(hidden states, other arguments of the block's call) for every batch that enters block `boundary`."""
         for start in range(0, len(self.tokens), self._rows):
             stop = min(start + self._rows, len(self.tokens))
-            yield self.read(boundary, start, stop), self._calls[stop - start][boundary]
+            yield self.read(boundary, start, stop, teacher=teacher), self._calls[stop - start][boundary]
 
-    def advance(self, block: Block, forward: Callable[[Tensor, Any], Tensor]) -> None:
+    def advance(self, block: Block, forward: Callable[[Tensor, Any], Tensor], *, teacher: bool = False) -> None:
         """Write the next boundary: forward(hidden, call) of every batch that enters `block`."""
-        with fast_products(), replacing(self.file(block.index + 1)) as path, path.open("wb") as file:
-            for hidden, call in self.batches(block.index):
+        target = self.file(block.index + 1, teacher=teacher)
+        with fast_products(), replacing(target) as path, path.open("wb") as file:
+            for hidden, call in self.batches(block.index, teacher=teacher):
                 file.write(self._bytes(forward(hidden, call)))
 
     def _bytes(self, hidden: Tensor) -> memoryview:
@@ -159,7 +168,8 @@ class Stream:
 
     def drop(self, boundary: int) -> None:
         """Delete a boundary that no one needs any more."""
-        self.file(boundary).unlink(missing_ok=True)
+        for teacher in (False, True):
+            self.file(boundary, teacher=teacher).unlink(missing_ok=True)
 
 
 class _Captured(Exception):
@@ -187,7 +197,7 @@ class Unit:
         values: dict[str, Tensor] | None = None,
     ) -> None:
         """values: tensors of the block as they were read; linears of which more is known there than the model holds, because
-        they were rotated, start from these."""
+        they were rotated, start from these. With a teacher in the stream, it moves past the block now."""
         self.arch = arch
         self.block = block
         self.stream = stream
@@ -211,6 +221,10 @@ class Unit:
         self._touched: set[str] = set()  # parameters that were rescaled
         self._sizes: dict[str, tuple[Tensor, Tensor]] = {}  # of each distinct input: largest and mean magnitude
         self._samples: dict[tuple[str, int], Tensor] = {}
+        self._crosses: dict[Any, Tensor | None] = {}
+        if stream is not None and stream.teacher:
+            with torch.no_grad():
+                stream.advance(block, lambda hidden, call: arch.call(block, hidden, call), teacher=True)
 
     def scheme(self, linear: Linear) -> Scheme:
         """The scheme the rules chose for a linear."""
@@ -282,6 +296,16 @@ class Unit:
                 self._apply()
             self._grams = self._gather(linear, alone=sequential)
         return self._grams[key]
+
+    def cross(self, linear: Linear) -> Tensor | None:
+        """(X' - X)^T X [in, in] float32 over all calibration tokens, X the inputs of `gram` and X' those of the float model,
+        which a teacher in the stream provides. None where a linear does not read every token (experts), because then
+        the inputs have no counterparts. Linears with the same input share one matrix."""
+        assert self.stream.teacher, "the stream has no teacher"
+        key = self._gram_key(linear)
+        if key not in self._crosses:
+            self._crosses = self._gather_cross(linear)
+        return self._crosses[key]
 
     # ------------------------------------------------------------------------------------------------------- transforms
 
@@ -499,7 +523,7 @@ class Unit:
         Raises:
             ValueError: the block has no attention that could have a cache.
         """
-        self._grams = {}
+        self._grams, self._crosses = {}, {}
         inputs = self.inputs_by_site()
         self._apply()
         observe = quantized_inputs(self.arch.sites(self.block), inputs)
@@ -526,6 +550,14 @@ class Unit:
     @torch.no_grad()
     def _gather(self, first: Linear, *, alone: bool) -> dict[Any, Tensor]:
         """Gram matrices of `first` and of as many linears after it as fit into `GRAM_BYTES`, in one pass over the data."""
+        wanted, grams = self._room(first, alone=alone)
+        self._visit(wanted, self.inputs_by_site(), lambda key, x: add_gram(grams[key], x))
+        for gram in grams.values():
+            _mirror(gram)
+        return grams
+
+    def _room(self, first: Linear, *, alone: bool = False) -> tuple[dict[Site, Any], dict[Any, Tensor]]:
+        """Zeros [in, in] for the inputs of `first` and of as many linears after it as fit; and the sites of these inputs."""
         wanted: dict[Site, Any] = {}
         grams: dict[Any, Tensor] = {}
         size = 0
@@ -538,10 +570,30 @@ class Unit:
                 break
             grams[key] = torch.zeros(linear.in_features, linear.in_features, device=self.arch.device)
             wanted[linear.site] = key
-        self._visit(wanted, self.inputs_by_site(), lambda key, x: add_gram(grams[key], x))
-        for gram in grams.values():
-            _mirror(gram)
-        return grams
+        return wanted, grams
+
+    @torch.no_grad()
+    def _gather_cross(self, first: Linear) -> dict[Any, Tensor | None]:
+        """`cross` of `first` and of as many linears after it as fit, in one pass over the data of each model."""
+        wanted, sums = self._room(first)
+        unpaired: set[Any] = set()
+        inputs, boundary = self.inputs_by_site(), self.block.index
+        both = zip(self.stream.batches(boundary, teacher=True), self.stream.batches(boundary), strict=True)
+        for (taught, call), (hidden, _) in both:
+            theirs, own = (self._collect(wanted, given, h, call) for given, h in (({}, taught), (inputs, hidden)))
+            for key, total in sums.items():
+                a, b = theirs.get(key), own.get(key)
+                if a is None or b is None or not len(a) == len(b) == hidden.shape[:-1].numel():
+                    unpaired.add(key)
+                else:
+                    total.addmm_((a - b).T, b)
+        return {key: None if key in unpaired else total for key, total in sums.items()}
+
+    def _collect(self, wanted: dict[Site, Any], inputs: dict[Site, Input], hidden: Tensor, call: Any) -> dict[Any, Tensor]:
+        """The inputs [tokens, in] at the wanted sites, for one batch."""
+        found: dict[Any, list[Tensor]] = {}
+        self._visit(wanted, inputs, lambda key, x: found.setdefault(key, []).append(x), [(hidden, call)])
+        return {key: torch.cat(parts) for key, parts in found.items()}
 
     def inputs_by_site(self) -> dict[Site, Input]:
         """`inputs`, by where the model multiplies."""
@@ -549,9 +601,15 @@ class Unit:
         return {linear.site: known[linear.name] for linear in self.linears if linear.name in known}
 
     @torch.no_grad()
-    def _visit(self, wanted: dict[Site, Any], inputs: dict[Site, Input], visit: Callable[[Any, Tensor], None]) -> None:
-        """One pass over the data: visit(key, x [tokens, in]) for the input at each wanted site, which stands for `key`.
-        `inputs` are quantized."""
+    def _visit(
+        self,
+        wanted: dict[Site, Any],
+        inputs: dict[Site, Input],
+        visit: Callable[[Any, Tensor], None],
+        batches: Iterable[tuple[Tensor, Any]] | None = None,
+    ) -> None:
+        """One pass over the data, or over the given batches: visit(key, x [tokens, in]) for the input at each wanted site,
+        which stands for `key`. `inputs` are quantized."""
         sites = self.arch.sites(self.block)
         pending: set[Site] = set()
 
@@ -568,7 +626,7 @@ class Unit:
                     raise _Captured
             return x
 
-        for hidden, call in self.stream.batches(self.block.index):
+        for hidden, call in self.stream.batches(self.block.index) if batches is None else batches:
             pending = set(wanted)
             try:
                 with fast_products():

@@ -17,6 +17,10 @@ Choices, where the paper leaves them open:
   the block left out: as printed it counts twice).
 - Damping: `damping` x mean(diag H) is added to the diagonal. If the factorisation still fails, damping grows tenfold, at most
   `_ESCALATIONS` times, and the value used is recorded; then it is an error. It never falls back to rounding.
+- `asymmetry` a makes up for what earlier layers lost: it aims at W x' with the inputs x' of the float model (GPTAQ, Li et al.,
+  ICML 2025). sum ||Q x - W x'||^2 differs by a constant from the objective above around W + W D H^-1, D = sum (x' - x) x^T, so
+  W + a W D H^-1 is what is rounded. Deviation: GPTAQ folds the second term into the column loop and leaves the column at hand
+  out of it.
 - A column whose input is always zero (H_jj = 0) cannot matter to the data: damping alone keeps it, so it is rounded to nearest.
 
 Cost: O(in^2 out + in^3) time; memory of one [in, in] matrix (float64 up to 4096 columns, float32 above) beside H and three
@@ -56,6 +60,7 @@ def gptq(
     scales: Literal["static", "entry"] = "static",
     joint: bool = False,
     sequential: bool = False,
+    asymmetry: Annotated[float, Between(0, 1)] = 0.0,
 ) -> None:
     """Solve every linear of the unit with GPTQ.
 
@@ -70,19 +75,28 @@ def gptq(
         joint: round a group at once instead of column by column; needs "entry".
         sequential: gather each Hessian with the linears before it in the block quantized ("true sequential" in the reference
             code); two to three times the forward passes.
+        asymmetry: how much of the earlier layers' error to make up for, see above; another pass over the data in the float
+            model.
     """
     if scales == "entry" and order != "natural":
         raise ValueError('gptq: scales = "entry" needs order = "natural"')
     if joint and scales != "entry":
         raise ValueError('gptq: joint = true needs scales = "entry"')
+    if asymmetry and sequential:
+        raise ValueError("gptq: asymmetry compares with the float block, which sequential = true has quantized already")
     for linear in unit.linears:
         hessian = unit.gram(linear, sequential=sequential)
         if not bool(hessian.diagonal().any()):
             unit.warn(linear, "no calibration token reached this layer: rounded to nearest instead of gptq")
             unit.assign_nearest(linear, method="rtn (fallback from gptq)")
             continue
+        w, cross = unit.weight(linear), unit.cross(linear) if asymmetry else None
+        if asymmetry and cross is None:
+            unit.warn(
+                linear, "not every token reaches this layer, so its inputs in the float model cannot be told: no asymmetry"
+            )
         solution = gptq_weight(
-            unit.weight(linear),
+            w if cross is None else w + asymmetry * w @ shift(hessian, cross, damping),
             hessian,
             unit.spec(linear),
             scale_dtype=unit.scale_dtype,
@@ -97,6 +111,19 @@ def gptq(
         if solution.damping != damping:
             unit.warn(linear, f"damping raised from {damping} to {solution.damping} to factorise the Hessian")
         unit.assign(linear, solution.q, method="gptq", damping=solution.damping)
+
+
+def shift(hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """D (H + damping mean(diag H) I)^-1 [in, in]: W D H^-1 is what moves the layer's outputs to those of the float model.
+
+    Args:
+        hessian: H [in, in] float32.
+        cross: D [in, in] float32, see `Unit.cross`.
+    """
+    dtype = torch.float64 if len(hessian) <= _FLOAT64_COLUMNS else torch.float32
+    damped = hessian.to(dtype, copy=True)
+    damped.diagonal().add_(damping * damped.diagonal().mean())
+    return torch.linalg.solve(damped, cross.to(dtype).T).T.float()
 
 
 def gptq_weight(
