@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lowbit.adapter import merged, read_adapter
 from lowbit.arch import Arch, Linear, Site, Tap, addresses
 from lowbit.files import replacing
 from lowbit.formats import FP4_E2M1, FP6_E2M3, FP8_E4M3
@@ -368,12 +369,14 @@ class QuantizedSource(Source):
 
     Attributes:
         modules: the quantized linears by name.
+        corrections: their low-rank corrections, which `read` has added.
     """
 
     def __init__(self, folder: Path) -> None:
         self.native = (folder / NATIVE_FILE).exists()
         super().__init__(folder, NATIVE if self.native else STEM)
         self.stored = self.tensors
+        self.corrections = read_adapter(folder)
         self.modules = self._native_modules() if self.native else self._library_modules()
         self._by_tensor: dict[str, list[_Module]] = {}
         for module in self.modules.values():
@@ -434,6 +437,7 @@ class QuantizedSource(Source):
         """Stored bits for each weight of a quantized linear."""
         module = self.modules[name]
         stored = sum(self.stored[part].nbytes for part in self._parts(module))
+        stored += sum(part.nbytes for part in self.corrections.get(name, ()))
         return stored * 8 / (module.shape[0] * module.shape[1])
 
     def _parts(self, module: _Module) -> list[str]:
@@ -444,6 +448,10 @@ class QuantizedSource(Source):
         return [name for name in candidates if name in self.stored]
 
     def _dequantized(self, module: _Module) -> Tensor:
+        w = self._uncorrected(module)
+        return merged(w, self.corrections[module.name]) if module.name in self.corrections else w
+
+    def _uncorrected(self, module: _Module) -> Tensor:
         parts = self._parts(module)
         tensors = self._read_stored(parts)
         dtype = FLOAT_DTYPES[self.tensors[module.tensor].dtype]

@@ -41,6 +41,7 @@ from lowbit.data import DataSpec
 from lowbit.methods.awq import awq
 from lowbit.methods.gptq import gptq
 from lowbit.methods.hqq import hqq
+from lowbit.methods.lorc import lorc
 from lowbit.methods.rotate import rotate
 from lowbit.methods.rtn import rtn
 from lowbit.methods.smooth import smooth
@@ -57,12 +58,13 @@ class Method:
             checkpoint to go on with.
         calibrated: calibrated(options) tells whether it needs calibration data.
         teacher: teacher(options) tells whether it needs the hidden states of the float model too.
-        kind: "model" and "transform" rewrite float weights and leave the function as it was, "solver" assigns every weight.
+        kind: "model" and "transform" rewrite float weights and leave the function as it was, "solver" assigns every weight,
+            "correction" adds to the result.
     """
 
     apply: Callable[..., Any]
     calibrated: Callable[[dict[str, Any]], bool]
-    kind: Literal["model", "transform", "solver"]
+    kind: Literal["model", "transform", "solver", "correction"]
     teacher: Callable[[dict[str, Any]], bool] = lambda options: False
 
 
@@ -81,8 +83,9 @@ METHODS = {
     "rtn": Method(apply=rtn, calibrated=lambda options: bool(options.get("importance")), kind="solver"),
     "hqq": Method(apply=hqq, calibrated=_never, kind="solver"),
     "gptq": Method(apply=gptq, calibrated=_always, kind="solver", teacher=lambda options: bool(options.get("asymmetry"))),
+    "lorc": Method(apply=lorc, calibrated=lambda options: bool(options.get("whiten")), kind="correction"),
 }
-_ORDER = ("model", "transform", "solver")
+_ORDER = ("model", "transform", "solver", "correction")
 FORMATS = ("compressed-tensors", "lowbit")
 ENGINES = ("vllm", "transformers")
 FLOAT = "float"
@@ -156,8 +159,8 @@ class Recipe:
             solvers = ", ".join(name for name, method in METHODS.items() if method.kind == "solver")
             given = ", ".join(step.method for step in self.steps)
             raise ValueError(
-                f"steps {given}: first what rewrites the model (rotate), then what rewrites blocks (smooth, awq), last one "
-                f"that rounds every weight ({solvers})"
+                f"steps {given}: first what rewrites the model (rotate), then what rewrites blocks (smooth, awq), then one "
+                f"that rounds every weight ({solvers}), last what corrects it (lorc)"
             )
         needs = self._needs_data()
         if needs and self.data is None:

@@ -59,6 +59,12 @@ def markdown(report: dict[str, Any]) -> str:
         f"is {gate['largest_logit']:.3g}).",
         "",
     ]
+    if report["adapter"]:
+        lines += [
+            f"The low-rank corrections are the LoRA adapter in {report['adapter']}/, which an engine must load beside this "
+            "folder; without them it is less accurate than measured here.",
+            "",
+        ]
     lines += _evaluations(report["evaluations"])
     lines += _warnings(report["linears"])
     lines += [

@@ -33,11 +33,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lowbit import __version__
+from lowbit.adapter import FOLDER as ADAPTER
+from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, return_freed_memory
 from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
 from lowbit.export import NATIVE, QuantizedSource, check_export, encode, load, save_shard, write_config
 from lowbit.files import TEMPORARY, write_json
-from lowbit.qtensor import Scheme, check_shape, dequantize
+from lowbit.qtensor import Scheme, check_shape
 from lowbit.recipe import METHODS, Recipe, short_recipe
 from lowbit.report import write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
@@ -172,15 +174,15 @@ def _solve(
 
 def _solve_block(arch: Arch, block: Block, recipe: Recipe, schemes: dict[str, Scheme], stream: Stream, folder: Path) -> None:
     """Quantize one block; its shard, the next hidden states and, last, its record are on disk afterwards."""
-    started, dtype = time.monotonic(), arch.source.dtype()
+    started = time.monotonic()
     values = arch.load(block.tensors)
     mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
-    unit = Unit(arch, block, mine, stream, dtype, values)
+    unit = Unit(arch, block, mine, stream, arch.source.dtype(), values)
     for step in recipe.steps:
         if METHODS[step.method].kind == "transform":
             with _unchanged(unit, step.method):
                 METHODS[step.method].apply(unit, **step.options)
-        elif METHODS[step.method].kind == "solver":
+        elif METHODS[step.method].kind in ("solver", "correction"):
             METHODS[step.method].apply(unit, **step.options)
     assert set(unit.assigned) == set(mine), f"{block.name}: not every linear was assigned"
     changed = unit.changed()
@@ -193,6 +195,9 @@ def _solve_block(arch: Arch, block: Block, recipe: Recipe, schemes: dict[str, Sc
     for name, q in unit.assigned.items():
         tensors |= encode(name, q, mine[name], recipe.format, inputs.get(name))
     save_shard(tensors, folder / _shard(arch, recipe, block.index))
+    parts = {f"{name}.{part}": value for name, low in unit.corrections.items() for part, value in low._asdict().items()}
+    if parts:
+        save_shard(parts, _correction(folder / ".work", block.index))
     write_json(
         _record(folder / ".work", block.index),
         {
@@ -201,7 +206,7 @@ def _solve_block(arch: Arch, block: Block, recipe: Recipe, schemes: dict[str, Sc
             "peak_rss": _peak_rss(),
             "transforms": unit.notes,
             "linears": [asdict(record) for record in unit.records.values()],
-            "sha256": {name: _sha256(dequantize(q, dtype)) for name, q in unit.assigned.items()},
+            "sha256": {name: _sha256(unit.value(name)) for name in unit.assigned},
         },
     )
     stream.drop(block.index)
@@ -239,6 +244,11 @@ def _record(work: Path, index: int) -> Path:
     return work / f"block-{index:05d}.json"
 
 
+def _correction(work: Path, index: int) -> Path:
+    """Where the low-rank corrections of a block wait for the others."""
+    return work / f"correction-{index:05d}.safetensors"
+
+
 def _shard(arch: Arch, recipe: Recipe, index: int) -> str:
     stem = NATIVE if recipe.format == NATIVE else STEM
     return shard_name(index + 1, len(arch.blocks) + 1, stem)
@@ -261,10 +271,23 @@ def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[s
                 weight_map[tensor] = name
                 total += entry["data_offsets"][1] - entry["data_offsets"][0]
     write_json(folder / index_name(stem), {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if any(METHODS[step.method].kind == "correction" for step in recipe.steps):
+        _assemble_adapter(arch, linears, folder)
     for path in arch.source.side_files():
         target = folder / path.relative_to(arch.source.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def _assemble_adapter(arch: Arch, linears: list[Linear], folder: Path) -> None:
+    """Write the low-rank corrections of all blocks as one adapter."""
+    parts: dict[str, Tensor] = {}
+    for path in sorted((folder / ".work").glob("correction-*.safetensors")):
+        parts |= load_file(path)
+    corrected = {name.rpartition(".")[0] for name in parts}
+    modules = {linear.name: linear.param.removesuffix(".weight") for linear in linears if linear.name in corrected}
+    corrections = {name: LowRank(parts[f"{name}.a"], parts[f"{name}.b"]) for name in modules}
+    write_adapter(folder, corrections, modules, causal=type(arch.model).__name__.endswith("ForCausalLM"))
 
 
 # --------------------------------------------------------------------------------------------------------------- the gate
@@ -644,7 +667,7 @@ def _report(
     rows = [row for record in records for row in record["linears"]]
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
     bits = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in rows)
-    shards = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    shards = sum(path.stat().st_size for pattern in ("*.safetensors", f"{ADAPTER}/*") for path in folder.glob(pattern))
     parameters = sum(_count(source, name) for name in source.tensors)
     return {
         "lowbit": __version__,
@@ -673,6 +696,7 @@ def _report(
             "bits_per_quantized_weight": bits / weights,
             "bits_per_parameter": 8 * shards / parameters,
         },
+        "adapter": ADAPTER if (folder / ADAPTER).is_dir() else None,
         "gate": gate,
         "evaluations": [],
     }

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowbit.adapter import LowRank, merged
 from lowbit.arch import REARRANGED, Arch, Block, Linear, Observe, Site, matrix_of, site_of
 from lowbit.files import replacing
 from lowbit.kv import CacheRanges
@@ -185,6 +186,7 @@ class Unit:
         scale_dtype: the dtype in which the checkpoint keeps scales.
         records: one row for each linear assigned so far.
         notes: what transforms did, one row each, JSON types only.
+        corrections: low-rank corrections by linear.
     """
 
     def __init__(
@@ -205,6 +207,7 @@ class Unit:
         self.records: dict[str, LinearRecord] = {}
         self.notes: list[dict[str, Any]] = []
         self.assigned: dict[str, QTensor] = {}
+        self.corrections: dict[str, LowRank] = {}
         self._schemes = schemes
         order = {linear.name: i for i, linear in enumerate(block.linears)}
         chosen = [linear for linear in block.linears if linear.name in schemes]
@@ -486,10 +489,7 @@ class Unit:
     def assign(self, linear: Linear, q: QTensor, *, method: str, damping: float | None = None) -> None:
         """Set the result for a linear and record its error against that of rounding to nearest."""
         validate(q, linear.name)
-        w = self.weight(linear)
-        gram = self._grams.get(self._gram_key(linear))
-        nearest = self.nearest(linear, w, largest=self.largest(linear))
-        total = energy(w, gram) or 1.0  # where it is 0, so are the errors
+        error, error_rtn, kind = self._errors(linear, dequantize(q))
         self.assigned[linear.name] = q.to("cpu")
         self.records[linear.name] = LinearRecord(
             name=linear.name,
@@ -497,12 +497,42 @@ class Unit:
             method=method,
             shape=(linear.out_features, linear.in_features),
             bits_per_weight=q.bits_per_weight,
-            error=energy(w - dequantize(q), gram) / total,
-            error_rtn=energy(w - dequantize(nearest), gram) / total,
-            error_kind="weight" if gram is None else "output",
+            error=error,
+            error_rtn=error_rtn,
+            error_kind=kind,
             damping=damping,
             warnings=self._warnings.pop(linear.name, []),
         )
+
+    def _errors(self, linear: Linear, value: Tensor) -> tuple[float, float, str]:
+        """error, error_rtn and error_kind of `LinearRecord` for a linear that becomes `value`."""
+        w = self.weight(linear)
+        gram = self._grams.get(self._gram_key(linear))
+        nearest = self.nearest(linear, w, largest=self.largest(linear))
+        total = energy(w, gram) or 1.0  # where it is 0, so are the errors
+        errors = [energy(w - q.to(w), gram) / total for q in (value, dequantize(nearest))]
+        return errors[0], errors[1], "weight" if gram is None else "output"
+
+    def owns_module(self, linear: Linear) -> bool:
+        """Whether the linear is the whole weight of a module [out, in] of the model."""
+        whole = linear.rows == (0, linear.out_features) and linear.index is None and not linear.transposed
+        return whole and linear.param.endswith(".weight") and self.arch.param(linear).dim() == 2
+
+    def correct(self, linear: Linear, low: LowRank, *, method: str) -> None:
+        """Add a low-rank correction to an assigned linear, rounded to the checkpoint's dtype."""
+        low = LowRank(*(part.to("cpu", self.scale_dtype) for part in low))
+        if not all(bool(torch.isfinite(part).all()) for part in low):
+            raise ValueError(f"{linear.name}: the correction of {method} is not finite")
+        self.corrections[linear.name] = low
+        record = self.records[linear.name]
+        record.error, record.error_rtn, record.error_kind = self._errors(linear, self.value(linear.name))
+        record.method += f"+{method}"
+        record.bits_per_weight += 8 * sum(part.nbytes for part in low) / (linear.out_features * linear.in_features)
+
+    def value(self, name: str) -> Tensor:
+        """The matrix [out, in] that the checkpoint stands for, of a linear assigned, in its dtype, on the CPU."""
+        w = dequantize(self.assigned[name], self.scale_dtype)
+        return merged(w, self.corrections[name]) if name in self.corrections else w
 
     def assign_nearest(self, linear: Linear, *, method: str, shrink_steps: int = 0, importance: Tensor | None = None) -> None:
         """Round a linear to nearest; see `qtensor.find_params` for `shrink_steps` and `importance`."""
@@ -541,8 +571,7 @@ class Unit:
         """Put the dequantized weights of the linears assigned so far, as the checkpoint will hold them, into the block."""
         for linear in self.linears:
             if linear.name in self.assigned:
-                q = self.assigned[linear.name]
-                linear.view(self.arch.param(linear)).copy_(dequantize(q, self.scale_dtype))
+                linear.view(self.arch.param(linear)).copy_(self.value(linear.name))
 
     def _gram_key(self, linear: Linear) -> tuple[str, Spec | None]:
         return linear.shares, self.scheme(linear).input

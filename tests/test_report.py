@@ -72,6 +72,7 @@ PLAIN: dict[str, Any] = {
         "largest_logit_difference": 0.000321,
         "largest_logit": 17.5,
     },
+    "adapter": None,
     "evaluations": [],
 }
 EVALUATION: dict[str, Any] = {

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "lowbit"
 # A module imports from its own level and the levels before it. A folder stands for all of its modules.
 LEVELS = (
     ("files", "formats", "packing", "codebooks"),
-    ("qtensor", "arch", "data", "source", "report", "kv"),
+    ("qtensor", "adapter", "arch", "data", "source", "report", "kv"),
     ("links",),
     ("unit", "kernels"),
     ("methods", "allocate", "export", "runtime"),
