@@ -45,6 +45,7 @@ from lowbit.methods.lorc import lorc
 from lowbit.methods.rotate import rotate
 from lowbit.methods.rtn import rtn
 from lowbit.methods.smooth import smooth
+from lowbit.methods.smooth_search import smooth_search
 from lowbit.qtensor import Scheme, parse_scheme
 from lowbit.unit import Between, Input
 
@@ -55,16 +56,17 @@ class Method:
 
     Attributes:
         apply: apply(unit, **options) for every block; of kind "model", apply(arch, **options) once, which returns the
-            checkpoint to go on with.
+            checkpoint to go on with; of kind "search", apply(trial, **options) once, which returns the steps to take in its
+            place and a row of the report (see `run`).
         calibrated: calibrated(options) tells whether it needs calibration data.
         teacher: teacher(options) tells whether it needs the hidden states of the float model too.
-        kind: "model" and "transform" rewrite float weights and leave the function as it was, "solver" assigns every weight,
-            "correction" adds to the result.
+        kind: "model" and "transform" rewrite float weights and leave the function as it was, "search" finds out how best to,
+            "solver" assigns every weight, "correction" adds to the result.
     """
 
     apply: Callable[..., Any]
     calibrated: Callable[[dict[str, Any]], bool]
-    kind: Literal["model", "transform", "solver", "correction"]
+    kind: Literal["model", "search", "transform", "solver", "correction"]
     teacher: Callable[[dict[str, Any]], bool] = lambda options: False
 
 
@@ -78,6 +80,7 @@ def _never(options: dict[str, Any]) -> bool:
 
 METHODS = {
     "rotate": Method(apply=rotate, calibrated=_never, kind="model"),
+    "smooth_search": Method(apply=smooth_search, calibrated=_always, kind="search"),
     "smooth": Method(apply=smooth, calibrated=_always, kind="transform"),
     "awq": Method(apply=awq, calibrated=_always, kind="transform"),
     "rtn": Method(apply=rtn, calibrated=lambda options: bool(options.get("importance")), kind="solver"),
@@ -85,7 +88,7 @@ METHODS = {
     "gptq": Method(apply=gptq, calibrated=_always, kind="solver", teacher=lambda options: bool(options.get("asymmetry"))),
     "lorc": Method(apply=lorc, calibrated=lambda options: bool(options.get("whiten")), kind="correction"),
 }
-_ORDER = ("model", "transform", "solver", "correction")
+_ORDER = ("model", "search", "transform", "solver", "correction")
 FORMATS = ("compressed-tensors", "lowbit")
 ENGINES = ("vllm", "transformers")
 FLOAT = "float"
@@ -159,8 +162,8 @@ class Recipe:
             solvers = ", ".join(name for name, method in METHODS.items() if method.kind == "solver")
             given = ", ".join(step.method for step in self.steps)
             raise ValueError(
-                f"steps {given}: first what rewrites the model (rotate), then what rewrites blocks (smooth, awq), then one "
-                f"that rounds every weight ({solvers}), last what corrects it (lorc)"
+                f"steps {given}: first what rewrites the model (rotate), then what rewrites blocks (smooth_search, smooth, "
+                f"awq), then one that rounds every weight ({solvers}), last what corrects it (lorc)"
             )
         needs = self._needs_data()
         if needs and self.data is None:

@@ -52,6 +52,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"Format {recipe['format']}, engine {recipe['engine']}. Data: {_options(report['data'])}.",
         f"Device {report['device']}, {report['threads']} threads; {_options(report['versions'])}.",
         "",
+        *_searches(report["searches"]),
         "## Read back after saving",
         "",
         f"{gate['weights_compared']} matrices dequantized from the files equal the solver's bit for bit. On {gate['rows']} "
@@ -130,6 +131,17 @@ def _evaluations(evaluations: list[dict[str, Any]]) -> list[str]:
     ]
     head = ["text", "windows", "perplexity", "of the original", "mean KL, nats", "same top token"]
     return ["## Evaluation", "", table(head, rows), ""]
+
+
+def _searches(searches: list[dict[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    for row in searches:
+        curve = [
+            ["none" if point["alpha"] is None else f"{point['alpha']:g}", f"{point['loss']:.4e}"] for point in row["curve"]
+        ]
+        chosen = "none" if row["alpha"] is None else f"{row['alpha']:g}"
+        lines += [f"## {row['step']}: alpha {chosen}", "", table(["alpha", "loss of the whole model"], curve), ""]
+    return lines
 
 
 def _warnings(linears: list[dict[str, Any]]) -> list[str]:

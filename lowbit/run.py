@@ -3,6 +3,7 @@
 Everything is written to OUT.partial and renamed to OUT at the very end. OUT.partial/.work is the journal:
 
     job.json             what is being done: recipe, fingerprint of the model, hash of the tokens, versions
+    trial-*.json         the loss of one way to quantize the whole model that a search tried
     block-K.json         block K is finished: records of its linears, hashes of its weights
     hidden-K             hidden states that enter block K in the quantized model
 
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ from lowbit.data import Calibration, DataSpec, calibration_tokens, without_docum
 from lowbit.export import NATIVE, QuantizedSource, check_export, encode, load, save_shard, write_config
 from lowbit.files import TEMPORARY, write_json
 from lowbit.qtensor import Scheme, check_shape
-from lowbit.recipe import METHODS, Recipe, short_recipe
+from lowbit.recipe import METHODS, Recipe, Step, short_recipe
 from lowbit.report import write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
 from lowbit.unit import Stream, Unit, fast_products, quantized_inputs
@@ -143,16 +145,111 @@ def quantize(
         stream = Stream(arch, solver_tokens, folder / ".work", teacher=recipe.teacher)
         stream.start()
         clock.lap("embedding")
-        records = _solve(arch, recipe, schemes, stream, folder, say)
+        steps, searches = _searched(arch, recipe, schemes, solver_tokens, folder / ".work", say)
+        clock.lap("search")
+        records = _solve(arch, replace(recipe, steps=steps), schemes, stream, folder, say)
         clock.lap("blocks")
         _assemble(arch, recipe, linears, schemes, folder)
         clock.lap("assembly")
         gate = _gate(arch, stream, records, folder, say)
         clock.lap("gate")
-        report = _report(source, model, revision, recipe, data_used, arch, records, gate, clock, folder)
+        report = _report(source, model, revision, recipe, data_used, arch, records, searches, gate, clock, folder)
         write_report(folder, report)
         _publish(folder, out)
     return report
+
+
+# ------------------------------------------------------------------------------------------------------------ the searches
+
+
+def _searched(
+    arch: Arch, recipe: Recipe, schemes: dict[str, Scheme], tokens: Tensor, work: Path, say: Progress
+) -> tuple[tuple[Step, ...], list[dict[str, Any]]]:
+    """The recipe's steps with every search replaced by what it found, and the rows of the report."""
+    steps: list[Step] = []
+    rows: list[dict[str, Any]] = []
+    for step in recipe.steps:
+        if METHODS[step.method].kind != "search":
+            steps.append(step)
+            continue
+        trials = _Trials(arch, schemes, tokens, work, partial(say, step.method))
+        found, row = METHODS[step.method].apply(trials.loss, **step.options)
+        steps += [Step(method=method, options=options) for method, options in found]
+        rows.append(row)
+        trials.clean()
+    return tuple(steps), rows
+
+
+class _Trials:
+    """The whole model quantized in one way or another, without writing it. The journal keeps each loss: trial-*.json."""
+
+    def __init__(
+        self, arch: Arch, schemes: dict[str, Scheme], tokens: Tensor, work: Path, say: Callable[[int, int], None]
+    ) -> None:
+        self.arch, self.schemes, self.tokens, self.work, self.say = arch, schemes, tokens, work, say
+        self.done = 0
+        self.floats: dict[int, Stream] = {}
+
+    def loss(self, steps: tuple[tuple[str, dict[str, Any]], ...], rows: int) -> float:
+        """How far the model's output is from the float model's after these steps (method, options), on some rows: the mean
+        KL divergence in nats, or the relative squared error where there are no logits."""
+        self.done += 1
+        self.say(self.done - 1, self.done)
+        key = hashlib.sha256(json.dumps([steps, rows]).encode()).hexdigest()[:16]
+        record = self.work / f"trial-{key}.json"
+        if not record.exists():
+            taken = [Step(method=method, options=options) for method, options in steps]
+            _empty_folder(self.work / "trial")
+            loss = self._compared(self._through(self.work / "trial", rows, taken), self._float(rows))
+            write_json(record, {"steps": steps, "rows": rows, "loss": loss})
+        return float(json.loads(record.read_text(encoding="utf-8"))["loss"])
+
+    def clean(self) -> None:
+        """Delete the hidden states."""
+        for path in (self.work / "trial", *self.work.glob("trial-float-*")):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _float(self, rows: int) -> Stream:
+        if rows not in self.floats:
+            folder = self.work / f"trial-float-{rows}"
+            _empty_folder(folder)
+            self.floats[rows] = self._through(folder, rows, [])
+        return self.floats[rows]
+
+    def _through(self, folder: Path, rows: int, steps: list[Step]) -> Stream:
+        """The hidden states that leave the last block; without steps, those of the float model."""
+        stream = Stream(self.arch, self.tokens[:rows], folder)
+        stream.start()
+        for block in self.arch.blocks:
+            values = self.arch.load(block.tensors)
+            mine = {linear.name: self.schemes[linear.name] for linear in block.linears if linear.name in self.schemes}
+            unit = Unit(self.arch, block, mine if steps else {}, stream, self.arch.source.dtype(), values)
+            _take(steps, unit)
+            unit.finish()
+            self.arch.free(block.name)
+            stream.drop(block.index)
+        return stream
+
+    def _compared(self, stream: Stream, reference: Stream) -> float:
+        self.arch.load_outside()
+        last, total, count = len(self.arch.blocks), 0.0, 0.0
+        for row in range(len(stream.tokens)):
+            tokens = stream.tokens[row : row + 1]
+            found, wanted = (self.arch.finish(tokens, each.read(last, row, row + 1))[0].float() for each in (stream, reference))
+            if self.arch.model.get_output_embeddings() is not None:
+                a, b = found.log_softmax(-1), wanted.log_softmax(-1)
+                total += float((b.exp() * (b - a)).sum(dtype=torch.float64))
+                count += len(found)
+            else:
+                total += float((found - wanted).square().sum(dtype=torch.float64))
+                count += float(wanted.square().sum(dtype=torch.float64))
+        self.arch.free_outside()
+        return total / count
+
+
+def _empty_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- the blocks
@@ -178,13 +275,7 @@ def _solve_block(arch: Arch, block: Block, recipe: Recipe, schemes: dict[str, Sc
     values = arch.load(block.tensors)
     mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
     unit = Unit(arch, block, mine, stream, arch.source.dtype(), values)
-    for step in recipe.steps:
-        if METHODS[step.method].kind == "transform":
-            with _unchanged(unit, step.method):
-                METHODS[step.method].apply(unit, **step.options)
-        elif METHODS[step.method].kind in ("solver", "correction"):
-            METHODS[step.method].apply(unit, **step.options)
-    assert set(unit.assigned) == set(mine), f"{block.name}: not every linear was assigned"
+    _take(recipe.steps, unit)
     changed = unit.changed()
     scales = unit.finish(cache=recipe.kv_cache is not None)
     arch.free(block.name)
@@ -210,6 +301,18 @@ def _solve_block(arch: Arch, block: Block, recipe: Recipe, schemes: dict[str, Sc
         },
     )
     stream.drop(block.index)
+
+
+def _take(steps: Iterable[Step], unit: Unit) -> None:
+    """Do with one block what the steps say."""
+    for step in steps:
+        method = METHODS[step.method]
+        if method.kind == "transform":
+            with _unchanged(unit, step.method):
+                method.apply(unit, **step.options)
+        elif method.kind in ("solver", "correction"):
+            method.apply(unit, **step.options)
+    assert set(unit.assigned) == {linear.name for linear in unit.linears}, f"{unit.block.name}: not every linear was assigned"
 
 
 @contextmanager
@@ -660,6 +763,7 @@ def _report(
     data: Calibration,
     arch: Arch,
     records: list[dict[str, Any]],
+    searches: list[dict[str, Any]],
     gate: dict[str, Any],
     clock: _Clock,
     folder: Path,
@@ -684,6 +788,7 @@ def _report(
         "recipe": recipe.to_dict(),
         "recipe_sha256": recipe.hash(),
         "data": data.describe(),
+        "searches": searches,
         "linears": rows,
         "float_matrices": [{"name": name, "reason": reason} for name, reason in _left_float(arch, rows)],
         "blocks": [{key: record[key] for key in ("block", "seconds", "peak_rss", "transforms")} for record in records],

@@ -73,6 +73,7 @@ PLAIN: dict[str, Any] = {
         "largest_logit": 17.5,
     },
     "adapter": None,
+    "searches": [],
     "evaluations": [],
 }
 EVALUATION: dict[str, Any] = {
