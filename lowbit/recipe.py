@@ -39,6 +39,7 @@ from typing import Any, Literal
 
 from lowbit.data import DataSpec
 from lowbit.methods.awq import awq
+from lowbit.methods.embed import embed
 from lowbit.methods.gptq import gptq
 from lowbit.methods.hqq import hqq
 from lowbit.methods.lorc import lorc
@@ -55,18 +56,18 @@ class Method:
     """A technique.
 
     Attributes:
-        apply: apply(unit, **options) for every block; of kind "model", apply(arch, **options) once, which returns the
-            checkpoint to go on with; of kind "search", apply(trial, **options) once, which returns the steps to take in its
-            place and a row of the report (see `run`).
+        apply: apply(unit, **options) for every block; of kinds "model" and "outside", apply(arch, **options) once, which
+            returns the checkpoint to go on with; of kind "search", apply(trial, **options) once, which returns the steps to
+            take in its place and a row of the report (see `run`).
         calibrated: calibrated(options) tells whether it needs calibration data.
         teacher: teacher(options) tells whether it needs the hidden states of the float model too.
         kind: "model" and "transform" rewrite float weights and leave the function as it was, "search" finds out how best to,
-            "solver" assigns every weight, "correction" adds to the result.
+            "outside" rounds what is outside the blocks, "solver" assigns every weight in them, "correction" adds to the result.
     """
 
     apply: Callable[..., Any]
     calibrated: Callable[[dict[str, Any]], bool]
-    kind: Literal["model", "search", "transform", "solver", "correction"]
+    kind: Literal["model", "outside", "search", "transform", "solver", "correction"]
     teacher: Callable[[dict[str, Any]], bool] = lambda options: False
 
 
@@ -80,6 +81,7 @@ def _never(options: dict[str, Any]) -> bool:
 
 METHODS = {
     "rotate": Method(apply=rotate, calibrated=_never, kind="model"),
+    "embed": Method(apply=embed, calibrated=_never, kind="outside"),
     "smooth_search": Method(apply=smooth_search, calibrated=_always, kind="search"),
     "smooth": Method(apply=smooth, calibrated=_always, kind="transform"),
     "awq": Method(apply=awq, calibrated=_always, kind="transform"),
@@ -88,7 +90,7 @@ METHODS = {
     "gptq": Method(apply=gptq, calibrated=_always, kind="solver", teacher=lambda options: bool(options.get("asymmetry"))),
     "lorc": Method(apply=lorc, calibrated=lambda options: bool(options.get("whiten")), kind="correction"),
 }
-_ORDER = ("model", "search", "transform", "solver", "correction")
+_ORDER = ("model", "outside", "search", "transform", "solver", "correction")
 FORMATS = ("compressed-tensors", "lowbit")
 ENGINES = ("vllm", "transformers")
 FLOAT = "float"
@@ -162,9 +164,11 @@ class Recipe:
             solvers = ", ".join(name for name, method in METHODS.items() if method.kind == "solver")
             given = ", ".join(step.method for step in self.steps)
             raise ValueError(
-                f"steps {given}: first what rewrites the model (rotate), then what rewrites blocks (smooth_search, smooth, "
-                f"awq), then one that rounds every weight ({solvers}), last what corrects it (lorc)"
+                f"steps {given}: first what rewrites the model (rotate), then embed, then what rewrites blocks (smooth_search, "
+                f"smooth, awq), then one that rounds every weight ({solvers}), last what corrects it (lorc)"
             )
+        if "outside" in kinds and self.format != "lowbit":
+            raise ValueError('embed: no engine loads quantized embeddings; use format = "lowbit"')
         needs = self._needs_data()
         if needs and self.data is None:
             raise ValueError(f"{needs[0]} needs calibration data: --data FILE, or [data] in the recipe")

@@ -41,11 +41,12 @@ from lowbit.arch import Arch, Block, Linear, return_freed_memory
 from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
 from lowbit.export import NATIVE, QuantizedSource, check_export, encode, load, save_shard, write_config
 from lowbit.files import TEMPORARY, write_json
+from lowbit.methods.embed import Rounded
 from lowbit.qtensor import Scheme, check_shape
 from lowbit.recipe import METHODS, Recipe, Step, short_recipe
 from lowbit.report import write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
-from lowbit.unit import Stream, Unit, fast_products, quantized_inputs
+from lowbit.unit import LinearRecord, Stream, Unit, fast_products, quantized_inputs
 
 _WRITTEN = "written-"  # name of the files with tokens that the model wrote
 _ROUNDINGS = 8  # of the checkpoint's dtype that a transform may add to a block's output, relative
@@ -129,11 +130,15 @@ def quantize(
         arch.probe(lambda done, total: say("reading the model", done, total))
         clock.lap("probe")
         for step in recipe.steps:
-            if METHODS[step.method].kind == "model":
+            kind = METHODS[step.method].kind
+            if kind in ("model", "outside"):
                 say(step.method, 0, 1)
                 source = METHODS[step.method].apply(arch, **step.options)
-                arch = Arch(source, device=device)
-                arch.probe(lambda done, total: say("reading the rewritten model", done, total))
+                blocks, arch = arch.blocks, Arch(source, device=device)
+                if kind == "model":
+                    arch.probe(lambda done, total: say("reading the rewritten model", done, total))
+                else:
+                    arch.adopt(blocks)
                 clock.lap(step.method)
         linears = [linear for block in arch.blocks for linear in block.linears]
         schemes = recipe.schemes(linear.name for linear in linears)
@@ -359,8 +364,13 @@ def _shard(arch: Arch, recipe: Recipe, index: int) -> str:
 
 def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[str, Scheme], folder: Path) -> None:
     """Write everything beside the blocks: the last shard, index, configuration, and the side files as they were."""
-    outside = [*arch.outside, *sorted(arch.unused)]
-    save_shard(arch.source.read(outside), folder / _shard(arch, recipe, len(arch.blocks)))
+    outside, table = [*arch.outside, *sorted(arch.unused)], _rounded(arch)
+    tensors = arch.source.read([name for name in outside if table is None or name != table.linear.tensor])
+    if table is not None:
+        tensors |= encode(table.linear.name, table.q, table.scheme, recipe.format)
+        linears, schemes = [*linears, table.linear], schemes | {table.linear.name: table.scheme}
+    save_shard(tensors, folder / _shard(arch, recipe, len(arch.blocks)))
+    del tensors
     return_freed_memory()
     stem = NATIVE if recipe.format == NATIVE else STEM
     write_config(folder, arch, linears, schemes, recipe.format, kv_cache=recipe.kv_cache is not None)
@@ -380,6 +390,11 @@ def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[s
         target = folder / path.relative_to(arch.source.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def _rounded(arch: Arch) -> Rounded | None:
+    """The checkpoint as `embed` shows it."""
+    return arch.source if isinstance(arch.source, Rounded) else None
 
 
 def _assemble_adapter(arch: Arch, linears: list[Linear], folder: Path) -> None:
@@ -432,6 +447,12 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
             hidden = stream.rounded(twin.call(block, hidden, calls[block.index], observe))
         twin.free(block.name)
     say("checking the output", len(twin.blocks), len(twin.blocks))
+    if table := _rounded(arch):
+        name = table.linear.tensor
+        if not torch.equal(reloaded.read([name])[name], table.read([name])[name]):
+            raise RuntimeError(f"gate: {table.linear.name} reads back with other values than were solved")
+        compared += 1
+        expected[table.linear.name] = ""
     if compared != len(expected):
         raise RuntimeError(f"gate: {compared} of {len(expected)} quantized linears were found in the output")
     solved = _logits(arch, tokens, stream.read(len(arch.blocks), 0, len(tokens)))
@@ -769,6 +790,8 @@ def _report(
     folder: Path,
 ) -> dict[str, Any]:
     rows = [row for record in records for row in record["linears"]]
+    if table := _rounded(arch):
+        rows.append(asdict(_record_of(table)))
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
     bits = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in rows)
     shards = sum(path.stat().st_size for pattern in ("*.safetensors", f"{ADAPTER}/*") for path in folder.glob(pattern))
@@ -807,6 +830,20 @@ def _report(
     }
 
 
+def _record_of(table: Rounded) -> LinearRecord:
+    """The report's row of rounded embeddings."""
+    return LinearRecord(
+        name=table.linear.name,
+        scheme=table.scheme.name,
+        method="rtn",
+        shape=(table.linear.out_features, table.linear.in_features),
+        bits_per_weight=table.q.bits_per_weight,
+        error=table.error,
+        error_rtn=table.error,
+        error_kind="weight",
+    )
+
+
 def _left_float(arch: Arch, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Every matrix that was not quantized, with the reason."""
     quantized = {row["name"] for row in rows}
@@ -814,8 +851,8 @@ def _left_float(arch: Arch, rows: list[dict[str, Any]]) -> list[tuple[str, str]]
     for block in arch.blocks:
         left += block.skipped
         left += [(linear.name, "left float by the rules") for linear in block.linears if linear.name not in quantized]
-    outside = [name for name in arch.outside if len(arch.source.tensors[name].shape) > 1]
-    return [*left, *((name.removesuffix(".weight"), "outside the blocks") for name in outside)]
+    outside = [name.removesuffix(".weight") for name in arch.outside if len(arch.source.tensors[name].shape) > 1]
+    return [*left, *((name, "outside the blocks") for name in outside if name not in quantized)]
 
 
 def _count(source: Source, name: str) -> int:
