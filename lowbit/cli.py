@@ -66,12 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     what = sub.add_argument_group("what to do: a recipe, or the short form")
     what.add_argument("--recipe", metavar="FILE.toml", help="rules, steps, data and format as TOML")
     what.add_argument("--scheme", help="w4a16, w4a16-g64-asym, w8a8, fp8, fp8-block, mxfp4, nvfp4a16, nf4, ... (README)")
-    what.add_argument("--method", help="rtn (default) or gptq")
+    what.add_argument("--method", help="rtn (default), gptq, or steps in their order, such as smooth+gptq")
     what.add_argument(
         "--option",
         action="append",
         metavar="NAME=VALUE",
-        help="an option of the method, such as damping=0.02; repeatable",
+        help="an option of the method, such as damping=0.02, or of another step, such as smooth.alpha=auto; repeatable",
     )
     what.add_argument(
         "--ignore", action="append", metavar="REGEX", help="linears to leave float (default: lm_head); repeatable"

@@ -237,9 +237,11 @@ def short_recipe(
     kv_cache: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Recipe:
-    """One scheme for every linear but the ignored ones, one method.
+    """One scheme for every linear but the ignored ones, one method or several in their order.
 
     Args:
+        method: such as "gptq", or "smooth+gptq".
+        options: of the method that rounds, or of another as "method.option".
         ignore: regular expressions of linears to leave float; None stands for "lm_head", which then may be absent.
         kv_cache: "fp8" for scales of an FP8 key-value cache, which vLLM uses with kv_cache_dtype="fp8".
     """
@@ -249,12 +251,27 @@ def short_recipe(
         left = [Rule(match=pattern, scheme=FLOAT) for pattern in ignore]
     return Recipe(
         rules=(*left, Rule(match="", scheme=scheme)),
-        steps=(Step(method=method, options=options or {}),),
+        steps=_steps(method, options or {}),
         data=data,
         format=format,
         engine=engine,
         kv_cache=kv_cache,
     )
+
+
+def _steps(methods: str, options: dict[str, Any]) -> tuple[Step, ...]:
+    """The steps "first+second", with options by "method.option", or of the solver."""
+    names = methods.split("+")
+    for name in names:
+        Step(method=name)
+    solver = next((name for name in names if METHODS[name].kind == "solver"), names[-1])
+    given: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in options.items():
+        method, _, option = key.rpartition(".")
+        if (method or solver) not in given:
+            raise ValueError(f"option {key!r}: the steps are {', '.join(names)}")
+        given[method or solver][option] = value
+    return tuple(Step(method=name, options=given[name]) for name in names)
 
 
 def read_recipe(path: str | Path) -> Recipe:

@@ -119,7 +119,7 @@ class Stream:
     def start(self) -> None:
         """Run the part before the blocks: writes boundary 0 unless a later boundary exists already."""
         self.arch.load_outside()
-        present = any(self.folder.glob("hidden-*"))
+        present = any(self.complete(boundary) for boundary in range(len(self.arch.blocks) + 1))
         with replacing(self.file(0)) if not present else nullcontext(os.devnull) as path, open(path, "wb") as file:
             for start in range(0, len(self.tokens), self._rows):
                 rows = self.tokens[start : start + self._rows]

@@ -196,6 +196,7 @@ def test_quantize_with_everything(command: Command, model: Path, tmp_path: Path)
         "data": {"source": "random", "rows": 4, "length": 16, "seed": 3, "text_key": "text", "split": "train"},
         "format": "lowbit",
         "engine": "transformers",
+        "kv_cache": None,
     }
     source = QuantizedSource(out)
     assert source.native and len(source.modules) == 2 * 6
@@ -249,7 +250,7 @@ def test_recipe_and_short_form_exclude_each_other(name: str, value: str, command
         (("--scheme", "w4a16", "--seed", "3"), ("--seed describes --data, which is missing",)),
         (("--scheme", "w4"), ("unknown scheme 'w4'", "w4a16-g64-asym")),
         (("--scheme", "w4a16-g32", "--method", "gptq"), ("gptq needs calibration data: --data FILE",)),
-        (("--scheme", "w4a16-g32", "--method", "zip"), ("unknown method 'zip'; allowed are rtn, gptq",)),
+        (("--scheme", "w4a16-g32", "--method", "zip"), ("unknown method 'zip'; allowed are rotate, embed, ",)),
         (("--scheme", "w4a16-g32", "--option", "damping"), ("--option 'damping': write NAME=VALUE",)),
         (("--scheme", "w4a16-g32", "--option", "=1"), ("--option '=1': write NAME=VALUE",)),
         (("--scheme", "w4a16-g32", "--option", "damping=1"), ("rtn has no option 'damping'",)),

@@ -187,7 +187,9 @@ def test_spec_survives_its_dict(fmt: Format, symmetric: bool, group: int, dynami
 
 def test_spec_of_unknown_format() -> None:
     fields = Spec(format=integer(4)).to_dict() | {"format": "int9"}
-    with pytest.raises(ValueError, match="unknown number format 'int9'; known are fp4_e2m1, .*, int8, mxint2, .*, nf4$"):
+    with pytest.raises(
+        ValueError, match="unknown number format 'int9'; known are bcq1, .*, fp4_e2m1, .*, int8, kmeans2, .*, nf4$"
+    ):
         spec_from_dict(fields)
 
 

@@ -156,8 +156,8 @@ def test_read_what_is_not_toml(tmp_path: Path, content: bytes) -> None:
         ('scheme = "w8a8"', 'scheme = "w8a9"', "scheme 'w8a9': activations have 3 to 8 bits, or 16 (left float), not 9"),
         ('scheme = "w8a8"', 'scheme = "Float"', "unknown scheme 'Float'"),
         ('match = ""', 'match = "("', "rule '(' is not a regular expression: "),
-        ('method = "gptq"', "", "recipe.toml, [[steps]]: method is missing; allowed are rtn, "),
-        ('method = "gptq"', 'method = "magic"', "unknown method 'magic'; allowed are rtn, "),
+        ('method = "gptq"', "", "recipe.toml, [[steps]]: method is missing; allowed are rotate, "),
+        ('method = "gptq"', 'method = "magic"', "unknown method 'magic'; allowed are rotate, "),
         ('method = "gptq"', 'method = "rtn"', "rtn has no option 'damping'; allowed are shrink_steps"),
         ("damping = 0.02", "dampening = 0.02", "gptq has no option 'dampening'; allowed are damping, order, shrink_steps"),
         ("damping = 0.02", "unit = 1", "gptq has no option 'unit'; allowed are damping, order, shrink_steps"),
@@ -177,7 +177,7 @@ def test_read_what_is_not_toml(tmp_path: Path, content: bytes) -> None:
         (
             '[[steps]]\nmethod = "gptq"',
             '[[steps]]\nmethod = "rtn"\n[[steps]]\nmethod = "gptq"',
-            "steps rtn, gptq: each assigns",
+            "steps rtn, gptq: first what rewrites the model (rotate), then",
         ),
     ],
 )
@@ -427,3 +427,30 @@ def test_methods() -> None:
     assert METHODS["gptq"].apply is gptq
     for name, entry in METHODS.items():
         check_options(name, entry.apply, {})
+
+
+# ------------------------------------------------------------------------------------------------------------ short form
+def test_several_steps_in_one_word() -> None:
+    """Options belong to the solver, or to the step they name."""
+    options = {"damping": 0.02, "smooth.alpha": "auto", "lorc.rank": 8}
+    found = short_recipe(scheme="w4a8", method="smooth+gptq+lorc", options=options, data=DataSpec(source="random"))
+    assert found.steps == (
+        Step(method="smooth", options={"alpha": "auto"}),
+        Step(method="gptq", options={"damping": 0.02}),
+        Step(method="lorc", options={"rank": 8}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("smooth+zip", {}, "unknown method 'zip'"),
+        ("gptq+smooth", {}, "steps gptq, smooth: first what"),
+        ("smooth", {}, "steps smooth: first what"),
+        ("rtn", {"awq.links": "all"}, "option 'awq.links': the steps are rtn"),
+        ("awq+rtn", {"alpha": 1.0}, "rtn has no option 'alpha'"),
+    ],
+)
+def test_several_steps_refused(method: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        short_recipe(scheme="w4a8", method=method, options=options, data=DataSpec(source="random"))

@@ -353,8 +353,8 @@ def test_gate_compares_logits(llama: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_gate_refuses_logits_that_are_not_finite(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Stream.read
 
-    def broken(self: Stream, boundary: int, start: int, stop: int) -> Tensor:
-        hidden = plain(self, boundary, start, stop)
+    def broken(self: Stream, boundary: int, start: int, stop: int, **which: Any) -> Tensor:
+        hidden = plain(self, boundary, start, stop, **which)
         return hidden * float("nan") if boundary == tiny.LAYERS else hidden
 
     monkeypatch.setattr(Stream, "read", broken)
@@ -394,6 +394,21 @@ def test_resume_does_not_compute_again(
     assert finished.items() <= {path.name: path.stat().st_mtime_ns for path in shards_of(tmp_path / "out")}.items()
     assert recorded.items() < times.items()
     assert_same_result(tmp_path / "out", whole(method))
+
+
+def test_resume_with_a_teacher(llama: Path, tmp_path: Path) -> None:
+    """The float model's hidden states are kept too; where they are gone, the block before is done again."""
+    what = GPTQ | {"options": {"asymmetry": 0.5}}
+    quantize(str(llama), tmp_path / "whole", **what)
+    for lost in (False, True):
+        out = tmp_path / f"out-{lost}"
+        partial = stopped_run(llama, out, **what)
+        kept = partial / ".work" / "teacher-00002"
+        assert sorted(path.name for path in (partial / ".work").glob("*-00002")) == ["hidden-00002", "teacher-00002"]
+        if lost:
+            kept.unlink()
+        quantize(str(llama), out, **what)
+        assert_same_result(out, tmp_path / "whole")
 
 
 def test_resume_after_the_last_block(llama: Path, tmp_path: Path, whole: Callable[[str], Path]) -> None:
@@ -739,7 +754,7 @@ def test_model_that_is_nowhere(tmp_path: Path) -> None:
     [
         ({"scheme": "w4b16"}, ("unknown scheme 'w4b16'", "w4a16-g64-asym")),
         ({"scheme": "w9a16"}, ("9-bit integers are not supported",)),
-        ({"scheme": "w4a16-g32", "method": "magic"}, ("unknown method 'magic'", "rtn, gptq")),
+        ({"scheme": "w4a16-g32", "method": "magic"}, ("unknown method 'magic'", "rtn, hqq, gptq")),
         ({"scheme": "w4a16-g32", "options": {"damping": 0.1}}, ("rtn has no option 'damping'",)),
         ({"scheme": "w4a16-g32", "method": "gptq"}, ("gptq needs calibration data",)),
         (
@@ -1042,7 +1057,7 @@ def test_method_that_forgets_a_linear(llama: Path, tmp_path: Path, monkeypatch: 
         for linear in unit.linears[1:]:
             unit.assign_nearest(linear, method="rtn")
 
-    monkeypatch.setitem(run.METHODS, "rtn", Method(apply=forgetful))
+    monkeypatch.setitem(run.METHODS, "rtn", Method(apply=forgetful, calibrated=lambda options: False, kind="solver"))
     with pytest.raises(AssertionError, match="not every linear was assigned"):
         quantize(str(llama), tmp_path / "out", **SHORT)
 
@@ -1052,9 +1067,9 @@ def test_result_is_what_the_solver_had(llama: Path, tmp_path: Path, monkeypatch:
     assigned: dict[str, QTensor] = {}
     plain = Unit.finish
 
-    def finish(self: Unit) -> None:
+    def finish(self: Unit, **options: Any) -> dict[str, Tensor]:
         assigned.update(self.assigned)
-        plain(self)
+        return plain(self, **options)
 
     monkeypatch.setattr(Unit, "finish", finish)
     quantize(str(llama), tmp_path / "out", **GPTQ)

@@ -496,3 +496,80 @@ def test_expert_without_tokens_is_rounded(folder: Callable[[str], Path], tmp_pat
         assert torch.equal(unit.assigned[linear.name].codes, nearest.codes)
     unit.finish()
     assert bool(torch.isfinite(setting.stream.read(1, 0, 1)).all())
+
+
+# -------------------------------------------------------------------------------------------------------------- teacher
+def test_cross(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """(X' - X)^T X against hooks on the float model and on the model with a quantized first block; rows in batches."""
+    setting = Setting(folder("llama"), tmp_path, tiny.tokens(5, 20))
+    setting.stream.teacher = True
+    first = setting.unit(0, "w2a16-g32")
+    assert all(not bool(first.cross(linear).any()) for linear in first.linears if linear.shares.endswith("q_proj"))  # type: ignore[union-attr]
+    for linear in first.linears:
+        first.assign_nearest(linear, method="rtn")
+    first.finish()
+    second = setting.unit(1, "w4a16-g32")
+    taught, student = setting.reference("llama"), setting.reference("llama")
+    for linear in first.linears:
+        module = student.get_submodule(linear.name)
+        module.weight.data = dequantize(first.assigned[linear.name])
+    inputs: list[dict[str, list[Tensor]]] = []
+    for model in (taught, student):
+        seen: dict[str, list[Tensor]] = {}
+        for linear in second.linears:
+            model.get_submodule(linear.name).register_forward_pre_hook(
+                lambda module, args, name=linear.name, seen=seen: seen.setdefault(name, []).append(args[0].flatten(0, 1))
+            )
+        with torch.no_grad():
+            for row in setting.tokens:
+                model(row.unsqueeze(0))
+        inputs.append(seen)
+    for linear in second.linears:
+        theirs, own = (torch.cat(seen[linear.name]).double() for seen in inputs)
+        expected = (theirs - own).T @ own
+        found = second.cross(linear)
+        assert found is not None and found.dtype == torch.float32
+        assert float((found - expected).norm()) < 1e-3 * float(expected.norm()) and float(expected.norm()) > 0
+    torch.testing.assert_close(
+        setting.stream.read(1, 0, 5, teacher=True),
+        torch.cat([taught.model.layers[0](*call[0], **call[1]) for call in _layer_calls(taught, setting.tokens)]),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+def _layer_calls(model: Any, tokens: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the first layer is called with, row by row."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    handle = model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    with torch.no_grad():
+        for row in tokens:
+            model(row.unsqueeze(0))
+    handle.remove()
+    return calls
+
+
+def test_experts_have_no_counterparts(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    setting = Setting(folder("mixtral"), tmp_path, tiny.tokens(3, 16))
+    setting.stream.teacher = True
+    unit = setting.unit(0, "w4a16-g32")
+    found = {linear.name: unit.cross(linear) for linear in unit.linears}
+    assert all((cross is None) == ("experts" in name) for name, cross in found.items())
+    assert len({cross is None for cross in found.values()}) == 2
+
+
+def test_teacher_is_dropped(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    setting = Setting(folder("llama"), tmp_path, tiny.tokens(2, 12))
+    setting.stream.teacher = True
+    assert setting.stream.complete(0) and not setting.stream.complete(1)
+    unit = setting.unit(0, "w4a16-g32")
+    for linear in unit.linears:
+        unit.assign_nearest(linear, method="rtn")
+    unit.finish()
+    assert setting.stream.complete(1)
+    setting.stream.file(1).unlink()
+    assert not setting.stream.complete(1)
+    setting.stream.drop(1)
+    assert [path.name for path in tmp_path.iterdir()] == ["hidden-00000"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lowbit.methods.gptq as module
 from lowbit.arch import Block, Linear
-from lowbit.methods.gptq import Solution, gptq, gptq_weight
+from lowbit.methods.gptq import Solution, gptq, gptq_weight, shift
 from lowbit.qtensor import CHANNEL, TENSOR, QTensor, Spec, dequantize, find_params, parse_scheme, quantize
 from lowbit.unit import Unit
 
@@ -467,11 +467,83 @@ def test_between_the_optimum_and_nearest(order: Order, symmetric: bool, bits: in
     assert (ours <= optimal * (1 + 1e-5)).any()
 
 
+# --------------------------------------------------------------------------------------------------------- asymmetry
+def mismatched(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights [8, 64], inputs X of the quantized model and X' of the float one: X' and an error that follows it in part."""
+    generator = torch.Generator().manual_seed(seed)
+    theirs = torch.randn(300, 64, generator=generator) @ torch.randn(64, 64, generator=generator) / 8
+    noise = torch.randn(300, 64, generator=generator)
+    return torch.randn(8, 64, generator=generator), 0.85 * theirs + 0.2 * noise, theirs
+
+
+def test_shift_solves_least_squares() -> None:
+    """W + W D H^-1 is what torch.linalg.lstsq finds for Q X^T = W X'^T."""
+    w, x, theirs = mismatched(0)
+    hessian, cross = x.T @ x, (theirs - x).T @ x
+    expected = torch.linalg.lstsq(x.double(), (theirs @ w.T).double()).solution.T
+    torch.testing.assert_close((w + w @ shift(hessian, cross, 1e-9)).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w3a16-g32-asym", "mxfp4a16", "kmeans3"])
+def test_asymmetry_aims_at_the_float_model(scheme: str) -> None:
+    """|Q X^T - W X'^T|^2 falls with it, clearly; with none it is gptq to the bit."""
+    losses: dict[float, float] = {}
+    for strength in (0.0, 0.5, 1.0):
+        losses[strength] = 0.0
+        for seed in range(4):
+            w, x, theirs = mismatched(seed)
+            hessian = x.T @ x
+            unit = Given({"a": scheme}, {"a": w}, {"a": hessian}, {"a": (theirs - x).T @ x})
+            gptq(unit, asymmetry=strength)
+            plain = Given({"a": scheme}, {"a": w}, {"a": hessian})
+            gptq(plain)
+            assert torch.equal(unit.assigned["a"].codes, plain.assigned["a"].codes) == (strength == 0)
+            q = dequantize(unit.assigned["a"])
+            losses[strength] += float((x @ q.T - theirs @ w.T).square().sum())
+    assert losses[1.0] < losses[0.5] < losses[0.0] and losses[1.0] < 0.8 * losses[0.0]
+
+
+def test_asymmetry_without_counterparts() -> None:
+    """Experts: a warning, and gptq without it."""
+    w, x, _ = mismatched(0)
+    unit = Given({"a": "w4a16-g32"}, {"a": w}, {"a": x.T @ x}, {"a": None})
+    plain = Given({"a": "w4a16-g32"}, {"a": w}, {"a": x.T @ x})
+    gptq(unit, asymmetry=0.25)
+    gptq(plain)
+    assert torch.equal(unit.assigned["a"].codes, plain.assigned["a"].codes)
+    assert unit.records["a"].warnings == [
+        "not every token reaches this layer, so its inputs in the float model cannot be told: no asymmetry"
+    ]
+    with pytest.raises(ValueError, match="asymmetry compares with the float block"):
+        gptq(unit, asymmetry=0.25, sequential=True)
+
+
+@pytest.mark.parametrize("scheme", ["kmeans2", "kmeans3-g16", "bcq2-g32", "bcq3-g16"])
+def test_codebooks(scheme: str) -> None:
+    """The values are those found for the weights; column by column the codes make the outputs' error less."""
+    w, hessian = problem(8, 64, tokens=200, seed=12)
+    spec = spec_of(scheme)
+    solution = gptq_weight(w, hessian, spec, scale_dtype=torch.float32, shrink_steps=15)
+    grid = find_params(w, spec, scale_dtype=torch.float32, shrink_steps=15, importance=hessian.diagonal())
+    assert torch.equal(solution.q.scale, grid.scale) and solution.q.codes.dtype == torch.uint8
+    rounded = quantize(w, grid, spec)
+    assert loss(w, solution.q, hessian) < 0.95 * loss(w, rounded, hessian)
+    diagonal = torch.diag(hessian.diagonal())
+    independent = gptq_weight(w, diagonal, spec, scale_dtype=torch.float32, shrink_steps=15).q
+    assert torch.equal(independent.codes, rounded.codes)
+
+
 # ------------------------------------------------------------------------------------------------------------ the method
 class Given(Unit):
     """A unit whose weights and Gram matrices are given."""
 
-    def __init__(self, schemes: dict[str, str], weights: dict[str, Tensor], grams: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        schemes: dict[str, str],
+        weights: dict[str, Tensor],
+        grams: dict[str, Tensor],
+        crosses: dict[str, Tensor | None] | None = None,
+    ) -> None:
         linears = tuple(
             Linear(
                 name=name,
@@ -492,12 +564,17 @@ class Given(Unit):
         parsed = {name: parse_scheme(scheme) for name, scheme in schemes.items()}
         super().__init__(cast(Any, arch), block, parsed, cast(Any, None), torch.bfloat16)
         self.grams = grams
+        self.crosses = crosses or {}
         self.asked: list[bool] = []
 
     def gram(self, linear: Linear, *, sequential: bool = False) -> Tensor:
         """The given matrix."""
         self.asked.append(sequential)
         return self.grams[linear.name]
+
+    def cross(self, linear: Linear) -> Tensor | None:
+        """The given matrix."""
+        return self.crosses[linear.name]
 
 
 def test_method() -> None:
