@@ -37,35 +37,38 @@ from lowbit.files import write_json
 from lowbit.recipe import METHODS, Recipe, Rule, Step
 from lowbit.report import table
 
-# setting -> chains. Weight-only settings first.
+# setting -> chains
 SMOOTHED = ["rtn", "smooth+rtn", "smooth:alpha=auto+rtn", "gptq", "smooth+gptq", "smooth:alpha=auto+gptq"]
+SEARCHED = ["smooth_search:step=0.1+rtn"]
 SCALED = ["rtn", "awq+rtn", "gptq", "awq+gptq"]
-TURNED = ["rotate+rtn", "rotate+gptq"]
-BLOCKS = ["rotate:block=32+rtn", "rotate:block=32+gptq"]
+DATA_FREE = ["hqq", "rtn:importance=true"]  # or nearly
+BEST = ["gptq:asymmetry=0.25", "awq+gptq:asymmetry=0.25"]
 TABLE: dict[str, list[str]] = {
-    "w4a16-g128": [*SCALED, "smooth+rtn", "smooth+gptq", *TURNED, "gptq:shrink_steps=20", "awq+gptq:shrink_steps=20"],
-    "w4a16-g128-asym": [*SCALED, "rotate+gptq"],
-    "w3a16-g128": [*SCALED, "smooth+gptq", *TURNED],
-    "w3a16-g128-asym": [*SCALED, "rotate+gptq"],
-    "w2a16-g64-asym": [*SCALED, "rotate+gptq"],
-    "mxfp4a16": [*SCALED, *BLOCKS, "rtn:shrink_steps=3", "gptq:shrink_steps=3", "awq+gptq:shrink_steps=3"],
-    "mxfp4a16-even": ["rtn", "gptq"],
-    "mxfp4a16-ceil": ["rtn", "gptq"],
-    "nvfp4a16": [*SCALED, "rtn:shrink_steps=9", "gptq:shrink_steps=9"],
-    "nf4": ["rtn", "awq+rtn", "gptq"],
-    "w8a8": [*SMOOTHED, "rotate+rtn"],
+    "w8a8": [*SMOOTHED, *SEARCHED, "rotate+rtn"],
     "w8a8-tensor-astatic": ["rtn", "smooth+rtn", "smooth:alpha=auto+rtn", "rotate+rtn"],
+    "w4a16-g128": [*SCALED, *DATA_FREE, *SEARCHED, "awq+rtn:importance=true,shrink_steps=50", "rotate+gptq", *BEST],
+    "w3a16-g128": [*SCALED, *DATA_FREE, "rotate+gptq", *BEST, "rtn+lorc", "gptq+lorc", "gptq+lorc:whiten=true"],
+    "mxfp4a16": [*SCALED, "rotate:block=32+gptq", "gptq:shrink_steps=3", "awq+gptq:shrink_steps=3,asymmetry=0.25"],
+    "w4a4-g128-ag128": [*SMOOTHED, "rotate+rtn", "rotate+gptq", "rotate+gptq:asymmetry=0.25"],
+    "mxfp4": [*SMOOTHED, "awq+gptq", "rotate+rtn", "rotate:block=32+gptq", "smooth:alpha=auto+gptq:shrink_steps=3"],
+    "nvfp4": ["rtn", "rtn:shrink_steps=9", "gptq", "smooth:alpha=auto+gptq:shrink_steps=9", "awq+gptq:shrink_steps=9"],
     "w4a8-g128": [*SMOOTHED, "awq+gptq", "rotate+gptq"],
-    "w4a8-g128-two": ["rtn", "gptq"],
-    "w4a4-g128-ag128": [*SMOOTHED, *TURNED],
+    "w2a16-g64-asym": [*SCALED, *BEST, "gptq+lorc:whiten=true"],
+    "w4a16-g128-asym": [*SCALED, *DATA_FREE, *SEARCHED, *BEST],
+    "w3a16-g128-asym": [*SCALED, *BEST],
+    "mxint4": [*SMOOTHED, "awq+gptq", "rotate:block=32+gptq"],
     "mxint8": ["rtn", "smooth+rtn"],
     "mxint6": ["rtn", "smooth+rtn", "gptq"],
-    "mxint4": [*SMOOTHED, "awq+gptq", *BLOCKS],
     "mxfp8": ["rtn", "gptq"],
     "mxfp6": ["rtn", "gptq"],
-    "mxfp4": [*SMOOTHED, "awq+gptq", "rotate+rtn", *BLOCKS, "smooth:alpha=auto+gptq:shrink_steps=3"],
-    "nvfp4": [*SMOOTHED, "awq+gptq", "rotate:block=16+gptq", "smooth:alpha=auto+gptq:shrink_steps=9"],
     "fp8": ["rtn", "smooth+rtn"],
+    "nvfp4a16": ["rtn", "rtn:shrink_steps=9", "gptq:shrink_steps=9", "awq+gptq:shrink_steps=9"],
+    "mxfp4a16-even": ["rtn", "gptq"],
+    "mxfp4a16-ceil": ["rtn", "gptq"],
+    "nf4": ["rtn", "awq+rtn", "gptq"],
+    "kmeans3": ["rtn", "rtn:importance=true", "gptq"],
+    "bcq3": ["rtn", "gptq", "gptq:asymmetry=0.25"],
+    "w4a8-g128-two": ["rtn", "gptq"],
 }
 # (setting, model) -> the largest ratio of the best chain
 MOST = {
@@ -127,19 +130,21 @@ def markdown(result: dict[str, Any]) -> str:
         *describe(result["environment"]),
         "",
         "Ratios are perplexities over that of the float model, KL is the mean of KL(float || quantized) in nats; the best of a "
-        "setting is bold. Seconds are of `quantize` on the plain model, with other processes on the same machine.",
+        "setting is bold. Seconds, on a GPU only, are of `quantize` on the plain model, with other processes beside.",
         "",
     ]
     rows = []
+    timed = not result["environment"]["device"].startswith("CPU")
     for row in result["rows"]:
-        cells = [row["setting"], row["chain"], f"{row['bits']:.3f}", f"{row['seconds']:.0f}"]
+        cells = [row["setting"], row["chain"], f"{row['bits']:.3f}", *([f"{row['seconds']:.0f}"] if timed else [])]
         for kind in KINDS:
             score = row["scores"][kind]
             best = min(r["scores"][kind]["kl"] for r in result["rows"] if r["setting"] == row["setting"]) == score["kl"]
             mark = "**" if best else ""
             cells += [f"{mark}{score['ratio']:.4f}{mark}", f"{mark}{score['kl']:.2e}{mark}"]
         rows.append(cells)
-    lines.append(table(["setting", "steps", "bits", "seconds", "ratio", "KL", "ratio, outliers", "KL, outliers"], rows))
+    head = ["setting", "steps", "bits", *(["seconds"] if timed else []), "ratio", "KL", "ratio, outliers", "KL, outliers"]
+    lines.append(table(head, rows))
     lines += ["", *(f"- {b['bar']}: {'yes' if b['met'] else '**no**'} ({b['best']}, {b['ratio']:.4f})" for b in result["bars"])]
     return "\n".join(lines)
 
