@@ -67,9 +67,13 @@ def signs(planes: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def levels(alphas: Tensor) -> Tensor:
-    """The values [..., 2^planes] of BCQ parameters [..., planes + 1]: alpha_0, alpha_1 .., and the offset last."""
+    """The values [..., 2^planes] of BCQ parameters [..., planes + 1]: alpha_0, alpha_1 .., and the offset last. Summed in the
+    order offset, alpha_0, alpha_1 .., so that every reader gets the same bits."""
     planes = alphas.shape[-1] - 1
-    return alphas[..., :planes] @ signs(planes, alphas.device).T + alphas[..., planes:]
+    values = alphas[..., planes:].expand(*alphas.shape[:-1], 2**planes)
+    for i, b in enumerate(signs(planes, alphas.device).T):
+        values = values + alphas[..., i : i + 1] * b
+    return values
 
 
 def uniform(low: Tensor, step: Tensor, planes: int) -> Tensor:

@@ -241,6 +241,7 @@ def write_config(
     if arch.source.overrides:
         original = (json.dumps(json.loads(original) | arch.source.overrides, indent=2) + "\n").encode()
     if format == NATIVE:
+        dtype = str(arch.source.dtype()).removeprefix("torch.")
         table = {
             linear.name: {
                 "tensor": linear.tensor,
@@ -256,7 +257,7 @@ def write_config(
         }
         (folder / "config.json").write_bytes(original)
         (folder / NATIVE_FILE).write_text(
-            json.dumps({"format": NATIVE, "version": _NATIVE_VERSION, "linears": table}, indent=1) + "\n"
+            json.dumps({"format": NATIVE, "version": _NATIVE_VERSION, "dtype": dtype, "linears": table}, indent=1) + "\n"
         )
         return ["config.json", NATIVE_FILE]
     config = json.loads(original)
@@ -384,10 +385,11 @@ class QuantizedSource(Source):
         parts = {part for module in self.modules.values() for part in self._parts(module)}
         self.tensors = {name: info for name, info in self.stored.items() if name not in parts}
         floats = [info.dtype for info in self.tensors.values() if info.dtype in FLOAT_DTYPES]
-        rest = max(floats, key=floats.count, default="BF16")  # scales of 8 bits do not tell the dtype of the source
+        # Scales of 8 bits do not tell the dtype of the source.
+        rest = self._native_dtype() if self.native else max(floats, key=floats.count, default="BF16")
         for tensor, modules in self._by_tensor.items():
             scale = self.stored[modules[0].name + (".scale" if self.native else ".weight_scale")]
-            dtype = scale.dtype if scale.dtype in FLOAT_DTYPES else rest
+            dtype = scale.dtype if scale.dtype in FLOAT_DTYPES and not self.native else rest
             out, inner = modules[0].shape
             shape: tuple[int, ...] = (inner, out) if modules[0].transposed else (out, inner)
             shape = shape if modules[0].index is None else (len(modules), *shape)
@@ -470,8 +472,16 @@ class QuantizedSource(Source):
         finally:
             self.tensors = shown
 
+    def _described(self) -> dict[str, Any]:
+        return read_json(self.folder / NATIVE_FILE, "the description of a checkpoint in lowbit's own format")
+
+    def _native_dtype(self) -> str:
+        """The dtype of the dequantized matrices, as safetensors spells it."""
+        name = self._described()["dtype"]
+        return next(key for key, dtype in FLOAT_DTYPES.items() if str(dtype) == f"torch.{name}")
+
     def _native_modules(self) -> dict[str, _Module]:
-        described = read_json(self.folder / NATIVE_FILE, "the description of a checkpoint in lowbit's own format")
+        described = self._described()
         if described.get("version") != _NATIVE_VERSION:
             raise ValueError(
                 f"{self.folder / NATIVE_FILE} has version {described.get('version')}; this lowbit reads version "

@@ -1,6 +1,7 @@
 """What the documents say is run."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,17 @@ RULES = {
     "others": ("llama", {"self_attn": "fp8", "up_proj": "w7a16-tensor-asym", "down_proj": "float", "": "w4a16-tensor"}),
     "transposed": ("gpt2", {"": "w6a16-g16-asym"}),
     "experts": ("gpt_oss", {"experts": "w4a16-g32-asym", "": "fp8a16-g32"}),
+    "blocks": (
+        "llama",
+        {"q_proj": "mxfp4", "k_proj": "mxfp6", "v_proj": "mxfp6-e3m2", "o_proj": "mxfp8-e5m2", "": "mxint4-even"},
+    ),
+    "two factors": ("llama", {"self_attn": "nvfp4", "down_proj": "w4a8-g32-two", "": "w3a16-g32-asym-two"}),
+    "rows": ("llama", {"self_attn": "w8a8-r16", "down_proj": "fp8-g32-r8", "": "fp4-pow2-g32"}),
+    "codebooks": (
+        "llama",
+        {"q_proj": "kmeans2", "k_proj": "kmeans3-g16", "v_proj": "bcq4-g32", "mlp": "bcq2-g64", "": "nf4-g32"},
+    ),
+    "static": ("llama", {"self_attn": "w8a8-tensor-astatic", "": "fp8-astatic"}),
 }
 
 
@@ -69,22 +81,51 @@ def test_reader_of_the_format_page(case: str, page: dict[str, Any], tmp_path: Pa
     assert changed == len({module.tensor for module in source.modules.values()}) > 0
 
     described = json.loads((tmp_path / "out" / "lowbit.json").read_text())
-    (tmp_path / "out" / "lowbit.json").write_text(json.dumps(described | {"version": 2}))
-    with pytest.raises(ValueError, match="is not in version 1"):
+    (tmp_path / "out" / "lowbit.json").write_text(json.dumps(described | {"version": 1}))
+    with pytest.raises(ValueError, match="is not in version 2"):
         page["read"](tmp_path / "out")
 
 
 def test_inputs_of_the_format_page() -> None:
     """The page's words about inputs are what `fake_quantize_input` does, zeros included."""
-    x = torch.randn(5, 16) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [1e4]])
-    for name, largest in (("w8a8", 127), ("fp8", 448)):
+    x = torch.randn(5, 64) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [1e4]])
+    for name in ("w8a8", "fp8", "w4a4-g32-ag16", "w8a8-aasym", "w8a8-astatic", "mxfp4", "mxfp8-even", "mxint8-ceil", "nvfp4"):
         spec = parse_scheme(name).input
         assert spec is not None
-        assert spec.to_dict() == {"format": spec.format.name, "group": -1, "symmetric": True, "dynamic": True}
-        s = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / largest
-        rounded = (x / s).round() if name == "w8a8" else (x / s).to(torch.float8_e4m3fn).float()
-        assert torch.equal(fake_quantize_input(x, spec), rounded * s)
-        assert torch.equal(fake_quantize_input(x.bfloat16(), spec), fake_quantize_input(x.bfloat16().float(), spec).bfloat16())
+        fmt, largest = spec.format, 2e4
+        shared = x.unflatten(1, (-1, spec.group_size(64)))
+        reach = shared.abs().amax(-1, keepdim=True)
+        z: Any = 0.0
+        if not spec.dynamic:
+            s = torch.tensor(largest / fmt.max)
+        elif spec.scale == "e8m0":
+            e = int(math.log2(fmt.max))
+            kept = {"mxfp8": 3, "mxfp4": 1, "mxint8": 6}[name.partition("-")[0]]
+            rounded = torch.tensor([[[round_mantissa(float(a), kept)] for a in row] for row in reach[..., 0]])
+            floor = 2.0 ** ((rounded if spec.rule == "even" else reach).log2().floor() - e)
+            ceil = 2.0 ** (reach / fmt.max).log2().ceil()
+            s = torch.where(reach > 0, ceil if spec.rule == "ceil" else floor, 1.0)
+        elif spec.scale == "e4m3":
+            o = 2.0 ** math.ceil(math.log2(1.5 * largest / fmt.max / 448))
+            s = ((reach / fmt.max / o).to(torch.float8_e4m3fn).float() * o).clamp(min=2.0**-9 * o)
+        elif spec.symmetric:
+            s = reach.clamp(min=1e-12) / fmt.max
+        else:
+            low, high = shared.amin(-1, keepdim=True).clamp(max=0), shared.amax(-1, keepdim=True).clamp(min=0)
+            s = (high - low).clamp(min=1e-12) / 255
+            z = (-128 - low / s).round()
+        expected = ((fmt.round(shared / s + z) - z) * s).view(x.shape)
+        assert torch.equal(fake_quantize_input(x, spec, largest), expected), name
+        half = fake_quantize_input(x.bfloat16().float(), spec, largest).bfloat16()
+        assert torch.equal(fake_quantize_input(x.bfloat16(), spec, largest), half)
+
+
+def round_mantissa(a: float, bits: int) -> float:
+    """a to so many bits after the first."""
+    if a == 0:
+        return a
+    mantissa, exponent = math.frexp(a)
+    return math.ldexp(math.floor(mantissa * 2 ** (bits + 1) + 0.5) / 2 ** (bits + 1), exponent)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
