@@ -5,7 +5,7 @@
 The twin computes the same, but a hundredth of its channels are 64 times larger (plant_outliers.py), as in large models. Both
 are quantized by each chain of each setting, all in lowbit's own format; then all run over the same windows beside their float
 model, as in results.py. One call measures everything that is compared. --out gets techniques.json, the table goes into the
-section `techniques` of --markdown. The exit status is 1 if a bar is missed. Parts of the table may be measured by processes
+section --section of --markdown. The exit status is 1 if a bar is missed. Parts of the table may be measured by processes
 side by side, each with its --settings and --out; --merge A/techniques.json B/techniques.json makes one table of theirs.
 
 A chain is `step+step`, a step `method` or `method:option=value,option=value`.
@@ -42,7 +42,7 @@ SMOOTHED = ["rtn", "smooth+rtn", "smooth:alpha=auto+rtn", "gptq", "smooth+gptq",
 SEARCHED = ["smooth_search:step=0.1+rtn"]
 SCALED = ["rtn", "awq+rtn", "gptq", "awq+gptq"]
 DATA_FREE = ["hqq", "rtn:importance=true"]  # or nearly
-BEST = ["gptq:asymmetry=0.25", "awq+gptq:asymmetry=0.25"]
+BEST = ["gptq:asymmetry=0.25", "awq+gptq:asymmetry=0.25", "awq+gptq:asymmetry=0.25+lorc:whiten=true"]
 TABLE: dict[str, list[str]] = {
     "w8a8": [*SMOOTHED, *SEARCHED, "rotate+rtn"],
     "w8a8-tensor-astatic": ["rtn", "smooth+rtn", "smooth:alpha=auto+rtn", "rotate+rtn"],
@@ -117,7 +117,7 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The section `techniques`."""
+    """The section of RESULTS.md."""
     text, data = result["text"], result["data"]
     lines = [
         f"- Model: {result['model']}; its twin has outliers of factor {result['planted']['factor']} in channels "
@@ -166,6 +166,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "techniques")
     parser.add_argument("--markdown", type=Path, default=RESULTS)
+    parser.add_argument("--section", default="techniques", help="of --markdown")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="measure nothing, join these results")
     args = parser.parse_args()
     if args.merge:
@@ -256,7 +257,7 @@ def write(result: dict[str, Any], args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "techniques.json", result)
     section = markdown(result)
-    write_section(args.markdown, "techniques", section)
+    write_section(args.markdown, args.section, section)
     print(section)
     return 0 if all(bar["met"] for bar in result["bars"]) else 1
 
