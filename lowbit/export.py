@@ -28,7 +28,18 @@ from lowbit.files import replacing
 from lowbit.formats import FP4_E2M1, FP6_E2M3, FP8_E4M3
 from lowbit.kv import CacheSpec, simulate_cache
 from lowbit.packing import pack, unpack
-from lowbit.qtensor import CHANNEL, TENSOR, QTensor, Scheme, Spec, dequantize, largest_of, outer_scale, spec_from_dict
+from lowbit.qtensor import (
+    CHANNEL,
+    ENGINE_RULES,
+    TENSOR,
+    QTensor,
+    Scheme,
+    Spec,
+    dequantize,
+    largest_of,
+    outer_scale,
+    spec_from_dict,
+)
 from lowbit.source import FLOAT_DTYPES, STEM, Source, TensorInfo, open_source, read_json
 from lowbit.unit import Input, quantized_inputs
 
@@ -83,6 +94,8 @@ def _reason_for_no_layout(scheme: Scheme) -> str:
         return "zero points with quantized inputs, or with one scale a tensor, have no layout; use -sym"
     if weight.format.kind == "int" and weight.group == TENSOR:
         return "one integer scale for a whole tensor has no packed layout; use -channel or a group"
+    if inputs is not None and inputs.scale == "e8m0" and inputs.rule != ENGINE_RULES.get(inputs.format.name, inputs.rule):
+        return f"engines choose the powers of two of these inputs by {ENGINE_RULES[inputs.format.name]}, not by {inputs.rule}"
     return "compressed-tensors has no layout for it"
 
 
@@ -199,7 +212,7 @@ def _kind_of_input(spec: Spec) -> str | None:
         return "nvfp4" if spec.group == 16 else None
     if spec.scale == "e8m0":
         known = (FP4_E2M1, FP6_E2M3, FP8_E4M3)
-        return "mx" if spec.group == 32 and spec.format in known and spec.rule == "floor" else None
+        return "mx" if spec.group == 32 and spec.format in known and spec.rule == ENGINE_RULES[spec.format.name] else None
     if spec.format.kind == "float" and spec.format != FP8_E4M3:
         return None
     return "plain"
@@ -567,14 +580,16 @@ def _spec_of(args: Any) -> Spec:
     if strategy == "block":
         rows, group = args.block_structure
     scale = "e4m3" if strategy == "tensor_group" else "e8m0" if args.scale_dtype == torch.uint8 else "float"
+    name = f"int{args.num_bits}" if args.type == "int" else floats[args.num_bits]
     return spec_from_dict(
         {
-            "format": f"int{args.num_bits}" if args.type == "int" else floats[args.num_bits],
+            "format": name,
             "group": group,
             "rows": rows,
             "symmetric": args.symmetric,
             "dynamic": bool(args.dynamic),
             "scale": scale,
+            "rule": ENGINE_RULES[name] if scale == "e8m0" and args.dynamic else "floor",
         }
     )
 

@@ -143,6 +143,9 @@ _SCHEME = re.compile(
 )
 GROUP_DEFAULT = 128  # columns a group, for elements of 4 bits and fewer where the scheme names none
 _MX_ELEMENTS = {"mxfp4": FP4_E2M1, "mxfp6": FP6_E2M3, "mxfp8": FP8_E4M3}
+# How engines choose the powers of two of inputs, which they compute themselves: MXFP8 as vLLM, the others as vLLM and
+# compressed-tensors. A checkpoint for them whose accuracy was measured by another rule would not be what was measured.
+ENGINE_RULES: dict[str, Rule] = {"fp8_e4m3": "ceil", "fp4_e2m1": "even", "fp6_e2m3": "even"}
 _VARIANTS = {("mxfp6", "e3m2"): FP6_E3M2, ("mxfp8", "e5m2"): FP8_E5M2, ("fp8", "e5m2"): FP8_E5M2}
 
 
@@ -160,7 +163,8 @@ def parse_scheme(text: str) -> Scheme:
     After a name that is no `wBaA`, `a16` leaves inputs float, and `a8`, `a6`, `a4` gives them that width of the same family.
 
     Then any of: `-gK` (a scale for every K input columns), `-rN` (for every N output rows), `-block` (128 x 128, inputs in
-    groups of 128), `-channel`, `-tensor`; `-sym`, `-asym`; `-floor`, `-even`, `-ceil` (see `Spec.rule`); `-e5m2`, `-e3m2`;
+    groups of 128), `-channel`, `-tensor`; `-sym`, `-asym`; `-floor`, `-even`, `-ceil` (see `Spec.rule`; without one, weights
+    have floor and inputs the rule of the engines, `ENGINE_RULES`); `-e5m2`, `-e3m2`;
     `-pow2` (power-of-two scales), `-two` (integer scales under one a row); for inputs `-agK`, `-aasym`, `-astatic` (one
     scale for the tensor, from calibration).
 
@@ -217,8 +221,10 @@ def _named(match: re.Match[str], variant: str | None) -> tuple[Spec, Spec | None
         own = int(family[-1])
         bits = int(match["fa"] or own)
         formats = [_block_format(family[:-1], width, variant if width == own else None) for width in (own, bits) if width != 16]
-        specs = [Spec(format=element, group=32, scale="e8m0", dynamic=i == 1) for i, element in enumerate(formats)]
-        return specs[0], specs[1] if len(specs) == 2 else None
+        specs = [Spec(format=element, group=32, scale="e8m0") for element in formats]
+        return specs[0], replace(specs[1], dynamic=True, rule=ENGINE_RULES.get(formats[1].name, "floor")) if len(
+            specs
+        ) == 2 else None
     if family.startswith(("kmeans", "bcq")):
         if match["fa"] not in (None, "16"):
             raise ValueError(f"inputs of {family} stay float (a16)")

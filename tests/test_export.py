@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,20 @@ from lowbit.export import (
 from lowbit.packing import packed_width
 from lowbit.qtensor import QTensor, Scheme, dequantize, find_params, parse_scheme, quantize
 from lowbit.source import Source, open_source
+from lowbit.unit import Input
 
 WEIGHT_ONLY = (
     "w4a16-g32", "w4a16-g32-asym", "w4a16-channel", "w8a16", "w8a16-asym", "w8a16-g32", "w3a16-g32", "w3a16-g32-asym",
-    "w2a16-g32", "w5a16-channel-asym", "fp8a16", "fp8a16-tensor",
+    "w2a16-g32", "w5a16-channel-asym", "fp8a16", "fp8a16-tensor", "mxfp4a16", "mxfp6a16-ceil", "mxfp8a16-even", "nvfp4a16",
 )  # fmt: skip
-WITH_INPUTS = ("w8a8", "w8a8-tensor", "w4a8-g32", "fp8", "fp8-tensor")
-NATIVE_ONLY = ("w8a8-asym", "w4a16-tensor", "w3a16-tensor-asym", "w8a8-g32-asym")  # compressed-tensors has no layout for these
+WITH_INPUTS = ("w8a8", "w8a8-tensor", "w4a8-g32", "fp8", "fp8-tensor", "w8a8-astatic", "mxfp4", "mxfp6", "mxfp8", "nvfp4")
+# compressed-tensors has no layout for these
+NATIVE_ONLY = (
+    "w8a8-asym", "w4a16-tensor", "w3a16-tensor-asym", "w8a8-g32-asym", "mxint4", "mxint6a16", "mxfp4-g16", "mxfp6-e3m2",
+    "mxfp8-e5m2", "fp8-e5m2", "fp4a16-g16-pow2", "nf4-g32", "w4a8-g32-two", "w4a8-g32-two-asym", "w8a8-r16", "nvfp4-g32",
+    "mxfp4a8-even", "mxfp4-floor", "mxfp8-even", "kmeans3", "kmeans2-g32", "bcq1-g32", "bcq3-channel", "w4a4-g32-ag32-aasym",
+)  # fmt: skip
+LARGEST = 7.0  # of the inputs, where a scheme needs it from calibration; for NVFP4 the largest below its power of two
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,7 +104,9 @@ def write(arch: Arch, folder: Path, rules: str | dict[str, str], format: str) ->
     replaced = {linear.tensor for linear in linears_of(arch) if linear.name in schemes}
     tensors = {name: value for name, value in every.items() if name not in replaced}
     for name, q in written.items():
-        tensors |= encode(name, q, schemes[name], format)
+        given = schemes[name].input
+        inputs = None if given is None else Input(given, LARGEST if Input(given).calibrated else None)
+        tensors |= encode(name, q, schemes[name], format, inputs)
     save_shard(tensors, folder / ("lowbit.safetensors" if format == "lowbit" else "model.safetensors"))
     write_config(folder, arch, linears_of(arch), schemes, format)
     return written
@@ -110,6 +120,8 @@ def assert_reads_back(folder: Path, arch: Arch, written: dict[str, QTensor]) -> 
         name: (info.shape, info.dtype) for name, info in original.items()
     }
     assert set(source.modules) == set(written)
+    for found in source.inputs().values():
+        assert found.largest == (pytest.approx(LARGEST, rel=2**-7) if found.calibrated else None)
     values = source.read(list(original))
     plain = arch.source.read(list(original))
     by_tensor: dict[str, list[Linear]] = {}
@@ -139,9 +151,10 @@ def test_compressed_tensors_read_back(scheme: str, model: Callable[[str], Arch],
     assert not source.native
     wanted = parse_scheme(scheme)
     for name, found in source.schemes().items():
-        assert (found.weight, found.input) == (wanted.weight, wanted.input)
+        # the rule of powers of two is how codes were made, not how they are read
+        assert (replace(found.weight, rule=wanted.weight.rule), found.input) == (wanted.weight, wanted.input)
         rows, columns = written[name].codes.shape
-        if wanted.weight.format.bits == 8 and wanted.weight.symmetric and wanted.input is not None:
+        if wanted.weight.format.bits == 8 and wanted.weight.symmetric and wanted.input is not None and wanted.input.dynamic:
             assert source.bits_per_weight(name) == written[name].bits_per_weight
         else:  # packing fills 32-bit words, and the shape is stored beside
             overhead = source.bits_per_weight(name) - written[name].bits_per_weight
@@ -157,8 +170,9 @@ def test_native_reads_back(scheme: str, model: Callable[[str], Arch], tmp_path: 
     assert source.schemes() == dict.fromkeys(written, parse_scheme(scheme))
     for name, q in written.items():
         rows, columns = q.codes.shape
-        stored = 8 * rows * packed_width(columns, q.spec.format.bits) + 16 * q.scale.numel()
-        stored += 0 if q.zero is None else 8 * q.zero.numel()
+        stored = 8 * rows * packed_width(columns, q.spec.format.bits) + 8 * q.scale.nbytes
+        stored += sum(8 * part.nbytes for part in (q.zero, q.outer) if part is not None)
+        stored += 32 if f"{name}.input_largest" in source.stored else 0
         assert source.bits_per_weight(name) == stored / (rows * columns)
 
 
@@ -395,6 +409,12 @@ def refusal(arch: Arch, rules: str | dict[str, str], engine: str = "vllm", forma
     return str(caught.value)
 
 
+NO_LAYOUT = [
+    "mxint4", "mxint6a16", "mxfp4-g16", "mxfp6-e3m2", "mxfp8-e5m2", "fp8-e5m2", "fp4a16-g16-pow2", "nf4-g32", "w4a8-g32-two",
+    "w8a8-r16", "nvfp4-g32", "kmeans3", "bcq3-channel",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("scheme", "reason", "for_transformers"),
     [
@@ -405,6 +425,13 @@ def refusal(arch: Arch, rules: str | dict[str, str], engine: str = "vllm", forma
         ("w8a8-asym", "zero points with quantized inputs, or with one scale a tensor, have no layout; use -sym", False),
         ("w4a8-g32-asym", "zero points with quantized inputs", False),
         ("w4a16-tensor", "one integer scale for a whole tensor has no packed layout; use -channel or a group", False),
+        ("mxfp6", "vLLM has no kernel for 6-bit floats", True),
+        ("w4a4-g32", "vLLM runs integer inputs only with 8 bits and one scale a token or a tensor", True),
+        ("w4a8-g32-astatic", "vLLM runs 4-bit weights with 8-bit inputs only with symmetric scales for each token", True),
+        ("mxfp4-floor", "engines choose the powers of two of these inputs by even, not by floor", False),
+        ("mxfp8-even", "engines choose the powers of two of these inputs by ceil, not by even", False),
+        ("mxfp4a8-even", "engines choose the powers of two of these inputs by ceil, not by even", False),
+        *((scheme, "compressed-tensors has no layout for it", False) for scheme in NO_LAYOUT),
     ],
 )
 def test_schemes_that_are_refused(scheme: str, reason: str, for_transformers: bool, model: Callable[[str], Arch]) -> None:
@@ -421,8 +448,10 @@ def test_schemes_that_are_refused(scheme: str, reason: str, for_transformers: bo
 
 
 @pytest.mark.parametrize(
-    "scheme", ["w4a16-g32", "w4a16-g32-asym", "w8a16", "w8a8", "w8a8-tensor", "fp8", "fp8a16", "w4a16-channel"]
-)
+    "scheme",
+    ["w4a16-g32", "w4a16-g32-asym", "w8a16", "w8a8", "w8a8-tensor", "w8a8-astatic", "fp8", "fp8-astatic", "fp8a16",
+     "w4a16-channel", "w4a8-g32", "mxfp4", "mxfp4a16", "mxfp8", "nvfp4", "nvfp4a16"],
+)  # fmt: skip
 def test_schemes_that_are_allowed(scheme: str, model: Callable[[str], Arch]) -> None:
     for engine in ("vllm", "transformers"):
         assert reason_against(parse_scheme(scheme), engine) is None
