@@ -11,8 +11,8 @@ triangular, U = inv(R)), which needs a third of the memory and loses fewer digit
 Choices, where the paper leaves them open:
 - Order "activation": columns with the largest diag(H) first, while they can still be compensated. Groups are static: their
   scales come from the original weights in the original column order, so the checkpoint needs no permutation.
-- Scales "static" come from the original weights; "entry" (with the natural order) chooses those of a group when its block of
-  columns is reached, from the weights as compensated until then. `joint` rounds a whole group at once and passes its error
+- Scales "static" come from the original weights; "entry" (with the natural order) chooses those of a group when its first
+  column is reached, from the weights as compensated until then. `joint` rounds a whole group at once and passes its error
   on as one, E = (W_g - Q_g) inv(U_gg) (Sharify et al., 2405.07135, algorithm 1, with the second update of the columns after
   the block left out: as printed it counts twice).
 - Damping: `damping` x mean(diag H) is added to the diagonal. If the factorisation still fails, damping grows tenfold, at most
@@ -180,10 +180,10 @@ def gptq_weight(
         stop = min(start + _BLOCK, columns)
         u = inverse[columns - stop : columns - start, : columns - start].flip(0, 1).float()  # U[start:stop, start:]
         diagonal_u = u.diagonal().tolist()
-        if scales == "entry":
-            _choose(grid, rest[start:stop].T, start // size, spec, shrink_steps, diagonal[start:stop])
-            steps, zeros = grid.step(spec, len(w)).T.contiguous(), _zeros(grid, spec, len(w))
         for j in range(start, start if joint else stop):
+            if scales == "entry" and j % size == 0:
+                _choose(grid, rest[j : j + size].T, j // size, spec, shrink_steps, diagonal[j : j + size])
+                steps, zeros = grid.step(spec, len(w)).T.contiguous(), _zeros(grid, spec, len(w))
             column = rest[j]
             s = steps if table is not None else steps[group_list[j]]
             if table is not None:
@@ -205,6 +205,8 @@ def gptq_weight(
                 rest[j + 1 : stop].addr_(u[i, i + 1 : stop - start], error, alpha=-1)
         for j in range(start, stop if joint else start, size):
             mine, i = slice(j, j + size), j - start
+            _choose(grid, rest[mine].T, j // size, spec, shrink_steps, diagonal[mine])
+            steps, zeros = grid.step(spec, len(w)).T.contiguous(), _zeros(grid, spec, len(w))
             z = torch.zeros(()) if zeros is None else zeros[group_list[j]]
             values[mine] = spec.format.round(rest[mine] / steps[group_list[j]] + z)
             delta = rest[mine] - (values[mine] - z) * steps[group_list[j]]
@@ -229,13 +231,12 @@ def _zeros(grid: Grid, spec: Spec, rows: int) -> Tensor | None:
     return (zero.expand(rows, -1) if spec.group == TENSOR else zero.repeat_interleave(spec.rows, 0)).T.contiguous()
 
 
-def _choose(grid: Grid, w: Tensor, first: int, spec: Spec, shrink_steps: int, importance: Tensor) -> None:
-    """Set the scales of the groups from `first` on by the columns w [out, some groups]."""
+def _choose(grid: Grid, w: Tensor, group: int, spec: Spec, shrink_steps: int, importance: Tensor) -> None:
+    """Set the scales of a group by its columns w [out, group size]."""
     chosen = find_params(w, spec, scale_dtype=grid.scale.dtype, shrink_steps=shrink_steps, importance=importance)
-    mine = slice(first, first + chosen.scale.shape[1])
-    grid.scale[:, mine] = chosen.scale
+    grid.scale[:, group] = chosen.scale[:, 0]
     if grid.zero is not None and chosen.zero is not None:
-        grid.zero[:, mine] = chosen.zero
+        grid.zero[:, group] = chosen.zero[:, 0]
 
 
 def _inverse_factor(hessian: Tensor, permutation: Tensor, damping: float, name: str) -> tuple[Tensor, float]:
