@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -131,6 +132,58 @@ def test_scheme_names(text: str, fmt: str, group: int, symmetric: bool, inputs: 
         assert scheme.input == Spec(format=FORMATS[inputs], dynamic=True)
 
 
+FP4, INT4 = FP4_E2M1, integer(4)
+INPUT8 = Spec(format=FP8_E4M3, dynamic=True)
+MX4 = Spec(format=FP4_E2M1, group=32, scale="e8m0")
+
+
+@pytest.mark.parametrize(
+    ("text", "weight", "inputs"),
+    [
+        ("w4a4-g128-ag128", Spec(format=INT4, group=128), Spec(format=INT4, group=128, dynamic=True)),
+        ("w8a8-aasym", Spec(format=integer(8)), Spec(format=integer(8), symmetric=False, dynamic=True)),
+        ("w8a8-tensor-astatic", Spec(format=integer(8), group=TENSOR), Spec(format=integer(8), group=TENSOR)),
+        ("w8a8-r16", Spec(format=integer(8), rows=16), Spec(format=integer(8), dynamic=True)),
+        ("w4a8-g128-two", Spec(format=INT4, group=128, scale="int8"), Spec(format=integer(8), dynamic=True)),
+        ("w4a16-pow2", Spec(format=INT4, group=128, scale="e8m0", rule="ceil"), None),
+        ("w4a16-pow2-floor", Spec(format=INT4, group=128, scale="e8m0"), None),
+        ("fp8-block", Spec(format=FP8_E4M3, group=128, rows=128), replace(INPUT8, group=128)),
+        ("fp8-e5m2", Spec(format=FORMATS["fp8_e5m2"]), Spec(format=FORMATS["fp8_e5m2"], dynamic=True)),
+        ("fp4", Spec(format=FP4, group=128), INPUT8),
+        ("fp4-g32-pow2", Spec(format=FP4, group=32, scale="e8m0", rule="ceil"), INPUT8),
+        ("nf4", Spec(format=FORMATS["nf4"], group=64), None),
+        (
+            "mxfp4",
+            Spec(format=FP4, group=32, scale="e8m0"),
+            Spec(format=FP4, group=32, scale="e8m0", rule="even", dynamic=True),
+        ),
+        ("mxfp4a16-ceil-g16", Spec(format=FP4, group=16, scale="e8m0", rule="ceil"), None),
+        (
+            "mxfp4a8",
+            Spec(format=FP4, group=32, scale="e8m0"),
+            Spec(format=FP8_E4M3, group=32, scale="e8m0", rule="ceil", dynamic=True),
+        ),
+        (
+            "mxfp6-e3m2-g64",
+            Spec(format=FORMATS["fp6_e3m2"], group=64, scale="e8m0"),
+            Spec(format=FORMATS["fp6_e3m2"], group=64, scale="e8m0", dynamic=True),
+        ),
+        (
+            "mxint4-ag16",
+            Spec(format=FORMATS["mxint4"], group=32, scale="e8m0"),
+            Spec(format=FORMATS["mxint4"], group=16, scale="e8m0", dynamic=True),
+        ),
+        ("nvfp4", Spec(format=FP4, group=16, scale="e4m3"), Spec(format=FP4, group=16, scale="e4m3", dynamic=True)),
+        ("nvfp4a16", Spec(format=FP4, group=16, scale="e4m3"), None),
+        ("kmeans3", Spec(format=FORMATS["kmeans3"]), None),
+        ("bcq2-g64", Spec(format=FORMATS["bcq2"], group=64), None),
+    ],
+)
+def test_scheme_names_of_every_family(text: str, weight: Spec, inputs: Spec | None) -> None:
+    scheme = parse_scheme(text)
+    assert (scheme.weight, scheme.input) == (weight, inputs)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -161,6 +214,26 @@ def test_scheme_names(text: str, fmt: str, group: int, symmetric: bool, inputs: 
         ("w4a16-asym-sym", "'sym' is unknown or said twice"),
         ("w4a16-sym-sym", "'sym' is unknown or said twice"),
         ("fp8-asym", "scheme 'fp8-asym': float formats have no zero point; remove -asym"),
+        ("mxint4-asym", "mxint has no zero point; remove -asym"),
+        ("w4a16-pow2-asym", "power-of-two scales have no zero point; remove -asym"),
+        ("mxint1", "mxint has 2 to 8 bits, not 1"),
+        ("mxfp4a5", "mxfp has 4, 6 or 8 bits, not 5"),
+        ("mxfp4-e5m2", "mxfp4 has no variant e5m2; there are mxfp6-e3m2, mxfp8-e5m2, fp8-e5m2"),
+        ("nvfp4a8", "activations of nvfp4 have 4 or 16 bits, not 8"),
+        ("nf4a8", "activations of nf4 have 16 bits, not 8"),
+        ("kmeans3a8", "inputs of kmeans3 stay float (a16)"),
+        ("kmeans3-r2", "a codebook belongs to a channel or a group of it; it goes with -gK and -channel only"),
+        ("bcq3-tensor", "a codebook belongs to a channel"),
+        ("mxfp4-two", "the scales of this format are e8m0, which -two cannot change"),
+        ("w4a16-floor", "-floor is for power-of-two scales only (mx formats, -pow2)"),
+        ("w4a16-ag64", "-ag64 is for quantized inputs, and these stay float"),
+        ("mxfp4-aasym", "-aasym does not go with inputs whose scales are e8m0"),
+        ("nvfp4-ag32", "-ag32 does not go with inputs whose scales are e4m3"),
+        ("w8a8-astatic-aasym", "-astatic is one symmetric scale for the tensor; remove -agK and -aasym"),
+        ("nvfp4-channel", "e4m3 scales need groups (-gK), one row each"),
+        ("w4a8-g128-r2-two", "int8 scales need groups (-gK), one row each"),
+        ("w8a8-g128-two", "-two is for integers of up to 4 bits"),
+        ("w8a8-tensor-r4", "-tensor is one scale in all; remove -rN"),
     ],
 )
 def test_scheme_names_refused(text: str, message: str) -> None:
@@ -464,6 +537,7 @@ def test_dequantize_as_compressed_tensors(fmt: Format, group: int, symmetric: bo
         (Spec(format=integer(4), group=32, symmetric=False), 4 + 16 / 32 + 4 / 32),
         (Spec(format=integer(3), group=CHANNEL), 3 + 16 / 96),
         (Spec(format=FP8_E4M3, group=TENSOR), 8 + 16 / (8 * 96)),
+        (Spec(format=integer(8), rows=4), 8 + 16 / (4 * 96)),
     ],
 )
 def test_bits_per_weight(spec: Spec, expected: float) -> None:
@@ -472,6 +546,71 @@ def test_bits_per_weight(spec: Spec, expected: float) -> None:
     assert q.bits_per_weight == pytest.approx(expected)
     wide = quantize(w, find_params(w, spec, scale_dtype=torch.float32), spec)
     assert wide.bits_per_weight == pytest.approx(expected + 16 * wide.scale.numel() / w.numel())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        ("mxfp4a16", 4 + 8 / 32),
+        ("mxfp6a16", 6 + 8 / 32),
+        ("mxint4-g16", 4 + 8 / 16),
+        ("nvfp4a16", 4 + 8 / 16 + 32 / (8 * 96)),
+        ("w4a8-g32-two", 4 + 8 / 32 + 32 / 96),
+        ("kmeans3", 3 + 8 * 16 / 96),
+        ("bcq3-g32", 3 + 4 * 16 / 32),
+    ],
+)
+def test_bits_per_weight_with_scales_of_8_bits(scheme: str, expected: float) -> None:
+    w, spec = torch.randn(8, 96), parse_scheme(scheme).weight
+    q = quantize(w, find_params(w, spec, scale_dtype=torch.bfloat16), spec)
+    assert q.bits_per_weight == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------------- rows and scales on two levels
+@pytest.mark.parametrize("scheme", ["fp8a16-g16-r4", "w4a16-g32-r2-asym", "w8a16-r8", "w8a16-r1", "mxfp4a16-r2"])
+def test_blocks_of_rows(scheme: str) -> None:
+    """A scale of N rows and K columns is that of one row of all their elements."""
+    w, spec = torch.randn(8, 64, generator=torch.Generator().manual_seed(3)), parse_scheme(scheme).weight
+    size, flat = spec.group_size(64), replace(spec, rows=1, group=CHANNEL)
+    grid = find_params(w, spec, scale_dtype=torch.float32)
+    q = quantize(w, grid, spec)
+    found = dequantize(q)
+    assert grid.scale.shape == (8 // spec.rows, 64 // size)
+    for r in range(0, 8, spec.rows):
+        for c in range(0, 64, size):
+            mine = w[r : r + spec.rows, c : c + size]
+            alone = mine.reshape(1, -1)
+            expected = quantize(alone, find_params(alone, flat, scale_dtype=torch.float32), flat)
+            assert grid.scale[r // spec.rows, c // size] == expected.scale
+            assert torch.equal(found[r : r + spec.rows, c : c + size], dequantize(expected).view_as(mine))
+    assert torch.equal(grid.step(spec, 8), grid.scale.float().repeat_interleave(spec.rows, 0))
+
+
+def test_one_scale_a_row_or_for_all() -> None:
+    """As many rows as there are make one scale a tensor; one makes one a channel (ZeroQuant's groups of rows)."""
+    w = torch.randn(8, 64)
+    for rows, other in ((1, "w4a16-channel"), (8, "w4a16-tensor")):
+        spec, same = Spec(format=integer(4), rows=rows), parse_scheme(other).weight
+        grid, twin = (find_params(w, s, scale_dtype=torch.float32) for s in (spec, same))
+        assert torch.equal(dequantize(quantize(w, grid, spec)), dequantize(quantize(w, twin, same)))
+
+
+@pytest.mark.parametrize("scheme", ["w4a8-g16-two", "w4a8-g16-two-asym", "w3a8-g16-two", "w2a8-g16-two-asym"])
+def test_two_levels_make_8_bit_integers(scheme: str) -> None:
+    """Integer scale times code less zero point is an int8, and that times the row's factor is the weight."""
+    generator = torch.Generator().manual_seed(4)
+    w = torch.randn(32, 128, generator=generator) * torch.rand(32, 8, generator=generator).repeat_interleave(16, 1) ** 3
+    spec = parse_scheme(scheme).weight
+    q = quantize(w, find_params(w, spec, scale_dtype=torch.bfloat16), spec)
+    assert q.scale.dtype == torch.int8 and q.outer is not None and q.outer.shape == (32, 1)
+    assert int(q.scale.min()) >= 1
+    zero = 0 if q.zero is None else q.zero.int().repeat_interleave(16, 1)
+    product = q.scale.int().repeat_interleave(16, 1) * (q.codes.int() - zero)
+    assert int(product.abs().max()) <= 127 and int(product.abs().max()) > 64
+    assert torch.allclose(product * q.outer, dequantize(q), rtol=1e-6)
+    plain = replace(spec, scale="float")
+    free = dequantize(quantize(w, find_params(w, plain, scale_dtype=torch.float32), plain))
+    assert (dequantize(q) - w).norm() < 1.15 * (free - w).norm()
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
