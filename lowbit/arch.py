@@ -287,9 +287,17 @@ class Arch:
             call: the other arguments, from `embed`.
             observe: see `Tap`.
         """
+        return self.forward(block, hidden, call, observe, {})
+
+    def forward(
+        self, block: Block, hidden: Tensor, call: Any, observe: Observe | None, parameters: dict[str, Tensor]
+    ) -> Tensor:
+        """`call` with gradients, and with some parameters of the block replaced, by name within it."""
         args, kwargs = call
+        module = self.model.get_submodule(block.name)
+        given = (hidden.to(self.device, self.dtype), *args)
         with Tap(observe or (lambda weight, x, transposed: x)):
-            out = self.model.get_submodule(block.name)(hidden.to(self.device, self.dtype), *args, **kwargs)
+            out = torch.func.functional_call(module, parameters, given, kwargs) if parameters else module(*given, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()

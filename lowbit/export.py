@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowbit.adapter import merged, read_adapter
 from lowbit.arch import Arch, Linear, Site, Tap, addresses
-from lowbit.files import replacing
 from lowbit.formats import FP4_E2M1, FP6_E2M3, FP8_E4M3
 from lowbit.kv import CacheSpec, simulate_cache
 from lowbit.packing import pack, unpack
@@ -352,12 +350,6 @@ def _float_linears(arch: Arch, schemes: dict[str, Scheme]) -> list[str]:
         names += [name for name, _ in block.skipped if f"{name}.weight" in arch.source.tensors]
         names += [linear.name for linear in block.linears if linear.name not in schemes and not linear.stacked]
     return list(dict.fromkeys(names))
-
-
-def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file at `path`, whole or not at all, marked as PyTorch's as transformers expects."""
-    with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading

@@ -1,4 +1,4 @@
-"""Files that appear under their name whole or not at all, whenever the process is killed."""
+"""Files that appear under their name whole or not at all, whenever the process is killed: JSON and safetensors."""
 
 import json
 import os
@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 TEMPORARY = ".tmp"
 
@@ -26,6 +29,12 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors, marked as PyTorch's as transformers expects."""
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
 
 
 def _sync_folder(folder: Path) -> None:

@@ -52,6 +52,14 @@ class Side:
         channels = self.channels.to(by_channel.device)
         return torch.where(channels >= 0, by_channel[channels.clamp(min=0)], 1)
 
+    def scaled(self, value: Tensor, by_channel: Tensor) -> Tensor:
+        """A parameter's value times its entries' factors, with gradients."""
+        factors = self.factors(by_channel).to(value.dtype)
+        factors = factors if self.axis == -1 else factors.unsqueeze(-1)
+        if self.index is None:
+            return (value + self.plus) * factors - self.plus
+        return value.select_scatter((value[self.index] + self.plus) * factors - self.plus, 0, self.index)
+
     def scale(self, value: Tensor, by_channel: Tensor) -> None:
         """Multiply a parameter's value in place by its entries' factors."""
         part = value if self.index is None else value[self.index]

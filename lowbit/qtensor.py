@@ -354,9 +354,14 @@ class Grid(NamedTuple):
     zero: Tensor | None
     outer: Tensor | None
 
+    @property
+    def steps(self) -> Tensor:
+        """Scales as float32, with their second factor."""
+        return _whole(self.scale, self.outer)
+
     def step(self, spec: Spec, rows: int) -> Tensor:
         """The distance between codes 0 and 1, float32 [rows, groups], for a matrix of `rows` rows."""
-        step = _whole(self.scale, self.outer)
+        step = self.steps
         return step.expand(rows, -1) if spec.group == TENSOR else step.repeat_interleave(spec.rows, 0)
 
 
@@ -473,7 +478,7 @@ def _outer(low: Tensor, high: Tensor, spec: Spec, largest: float | None) -> Tens
         reach = torch.maximum(-low, high).max() if largest is None else torch.tensor(largest, device=low.device)
         return _power_of_two(reach * _HEADROOM / spec.format.max, FP8_E4M3.max, FP8_E4M3, "ceil").reshape(1, 1)
     if spec.scale == "int8":
-        step = _steps(low, high, spec).amax(1, keepdim=True)
+        step = steps_of_range(low, high, spec).amax(1, keepdim=True)
         return torch.where(step > 0, step / _integer_limit(spec), 1.0)
     return None
 
@@ -497,7 +502,7 @@ def _integer_limit(spec: Spec) -> int:
     return int(127 // widest)
 
 
-def _steps(low: Tensor, high: Tensor, spec: Spec) -> Tensor:
+def steps_of_range(low: Tensor, high: Tensor, spec: Spec) -> Tensor:
     """Unrounded scales of ranges low .. high."""
     fmt = spec.format
     if not spec.symmetric:
@@ -526,7 +531,7 @@ def _params_from_range(
     """Scales as float32 with the value they will have when stored, but float scales in `dtype`; zero points."""
     if spec.scale == "e8m0":
         return _power_of_two(torch.maximum(-low, high), spec.format.max, spec.format, spec.rule), None
-    step = _steps(low, high, spec)
+    step = steps_of_range(low, high, spec)
     if spec.scale == "float":
         scale = torch.where(step > 0, step.clamp(min=torch.finfo(dtype).tiny), 1.0).to(dtype)
     elif spec.scale == "e4m3":

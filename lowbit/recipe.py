@@ -39,12 +39,17 @@ from typing import Any, Literal
 
 from lowbit.data import DataSpec
 from lowbit.methods.awq import awq
+from lowbit.methods.block_ap import block_ap
 from lowbit.methods.embed import embed
 from lowbit.methods.gptq import gptq
 from lowbit.methods.hqq import hqq
+from lowbit.methods.lkd import lkd
 from lowbit.methods.lorc import lorc
+from lowbit.methods.mrem import mrem
+from lowbit.methods.omniquant import omniquant
 from lowbit.methods.rotate import rotate
 from lowbit.methods.rtn import rtn
+from lowbit.methods.signround import signround
 from lowbit.methods.smooth import smooth
 from lowbit.methods.smooth_search import smooth_search
 from lowbit.qtensor import Scheme, parse_scheme
@@ -58,16 +63,18 @@ class Method:
     Attributes:
         apply: apply(unit, **options) for every block; of kinds "model" and "outside", apply(arch, **options) once, which
             returns the checkpoint to go on with; of kind "search", apply(trial, **options) once, which returns the steps to
-            take in its place and a row of the report (see `run`).
+            take in its place and a row of the report (see `run`); of kind "trainer", apply(units, **options) for every few
+            blocks.
         calibrated: calibrated(options) tells whether it needs calibration data.
         teacher: teacher(options) tells whether it needs the hidden states of the float model too.
         kind: "model" and "transform" rewrite float weights and leave the function as it was, "search" finds out how best to,
-            "outside" rounds what is outside the blocks, "solver" assigns every weight in them, "correction" adds to the result.
+            "outside" rounds what is outside the blocks, "solver" assigns every weight in them, "trainer" goes on from there by
+            gradients, "correction" adds to the result.
     """
 
     apply: Callable[..., Any]
     calibrated: Callable[[dict[str, Any]], bool]
-    kind: Literal["model", "outside", "search", "transform", "solver", "correction"]
+    kind: Literal["model", "outside", "search", "transform", "solver", "trainer", "correction"]
     teacher: Callable[[dict[str, Any]], bool] = lambda options: False
 
 
@@ -88,9 +95,13 @@ METHODS = {
     "rtn": Method(apply=rtn, calibrated=lambda options: bool(options.get("importance")), kind="solver"),
     "hqq": Method(apply=hqq, calibrated=_never, kind="solver"),
     "gptq": Method(apply=gptq, calibrated=_always, kind="solver", teacher=lambda options: bool(options.get("asymmetry"))),
+    **{
+        trainer.__name__: Method(apply=trainer, calibrated=_always, kind="trainer", teacher=_always)
+        for trainer in (lkd, mrem, omniquant, signround, block_ap)
+    },
     "lorc": Method(apply=lorc, calibrated=lambda options: bool(options.get("whiten")), kind="correction"),
 }
-_ORDER = ("model", "outside", "search", "transform", "solver", "correction")
+_ORDER = ("model", "outside", "search", "transform", "solver", "trainer", "correction")
 FORMATS = ("compressed-tensors", "lowbit")
 ENGINES = ("vllm", "transformers")
 FLOAT = "float"
@@ -162,10 +173,12 @@ class Recipe:
         kinds = [METHODS[step.method].kind for step in self.steps]
         if kinds.count("solver") != 1 or kinds != sorted(kinds, key=_ORDER.index):
             solvers = ", ".join(name for name, method in METHODS.items() if method.kind == "solver")
+            trainers = ", ".join(name for name, method in METHODS.items() if method.kind == "trainer")
             given = ", ".join(step.method for step in self.steps)
             raise ValueError(
                 f"steps {given}: first what rewrites the model (rotate), then embed, then what rewrites blocks (smooth_search, "
-                f"smooth, awq), then one that rounds every weight ({solvers}), last what corrects it (lorc)"
+                f"smooth, awq), then one that rounds every weight ({solvers}), what trains it further ({trainers}), last what "
+                "corrects it (lorc)"
             )
         if "outside" in kinds and self.format != "lowbit":
             raise ValueError('embed: no engine loads quantized embeddings; use format = "lowbit"')
@@ -182,6 +195,11 @@ class Recipe:
     def teacher(self) -> bool:
         """Whether a step compares with the hidden states of the float model."""
         return any(METHODS[step.method].teacher(step.options) for step in self.steps)
+
+    @property
+    def span(self) -> int:
+        """How many consecutive blocks are quantized together."""
+        return max((step.options.get("blocks", default_of(step, "blocks") or 1) for step in self.steps), default=1)
 
     def _needs_data(self) -> list[str]:
         steps = [step.method for step in self.steps if step.calibrated]
@@ -312,6 +330,12 @@ def recipe_from_dict(given: dict[str, Any], *, where: str = "recipe") -> Recipe:
         data = DataSpec(**given["data"])
     rest = {key: given[key] for key in ("format", "engine", "kv_cache") if key in given}
     return Recipe(rules=tuple(rules), steps=tuple(steps), data=data, **rest)
+
+
+def default_of(step: Step, option: str) -> Any:
+    """The default of an option of a step, None where it has no such option."""
+    given = inspect.signature(METHODS[step.method].apply).parameters.get(option)
+    return None if given is None else given.default
 
 
 def check_options(method: str, apply: Callable[..., None], options: dict[str, Any]) -> None:

@@ -39,8 +39,8 @@ from lowbit.adapter import FOLDER as ADAPTER
 from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, return_freed_memory
 from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
-from lowbit.export import NATIVE, QuantizedSource, check_export, encode, load, save_shard, write_config
-from lowbit.files import TEMPORARY, write_json
+from lowbit.export import NATIVE, QuantizedSource, check_export, encode, load, write_config
+from lowbit.files import TEMPORARY, save_shard, write_json
 from lowbit.methods.embed import Rounded
 from lowbit.qtensor import Scheme, check_shape
 from lowbit.recipe import METHODS, Recipe, Step, short_recipe
@@ -229,7 +229,7 @@ class _Trials:
             values = self.arch.load(block.tensors)
             mine = {linear.name: self.schemes[linear.name] for linear in block.linears if linear.name in self.schemes}
             unit = Unit(self.arch, block, mine if steps else {}, stream, self.arch.source.dtype(), values)
-            _take(steps, unit)
+            _take(steps, unit, ("transform", "solver"))
             unit.finish()
             self.arch.free(block.name)
             stream.drop(block.index)
@@ -265,57 +265,92 @@ def _solve(
 ) -> list[dict[str, Any]]:
     """Quantize every block that is not finished yet; returns the records of all."""
     work = folder / ".work"
-    done = _finished(arch, stream, work)
-    for block in arch.blocks[done:]:
-        say("quantizing", block.index, len(arch.blocks))
-        _solve_block(arch, block, recipe, schemes, stream, folder)
+    span = recipe.span
+    for start in range(_finished(arch, stream, work, span), len(arch.blocks), span):
+        say("quantizing", start, len(arch.blocks))
+        _solve_blocks(arch, arch.blocks[start : start + span], recipe, schemes, stream, folder, say)
         return_freed_memory()
     say("quantizing", len(arch.blocks), len(arch.blocks))
     return [json.loads(_record(work, block.index).read_text(encoding="utf-8")) for block in arch.blocks]
 
 
-def _solve_block(arch: Arch, block: Block, recipe: Recipe, schemes: dict[str, Scheme], stream: Stream, folder: Path) -> None:
-    """Quantize one block; its shard, the next hidden states and, last, its record are on disk afterwards."""
+def _solve_blocks(
+    arch: Arch,
+    blocks: tuple[Block, ...],
+    recipe: Recipe,
+    schemes: dict[str, Scheme],
+    stream: Stream,
+    folder: Path,
+    say: Progress,
+) -> None:
+    """Quantize consecutive blocks, several only where a step trains them together; their shards, the next hidden states and,
+    last, their records are on disk afterwards."""
     started = time.monotonic()
-    values = arch.load(block.tensors)
-    mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
-    unit = Unit(arch, block, mine, stream, arch.source.dtype(), values)
-    _take(recipe.steps, unit)
+    trainers = [step for step in recipe.steps if METHODS[step.method].kind == "trainer"]
+    units, values = [], []
+    for block in blocks:
+        values.append(arch.load(block.tensors))
+        mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
+        unit = Unit(arch, block, mine, stream, arch.source.dtype(), values[-1])
+        unit.say = say
+        _take(recipe.steps, unit, ("transform", "solver"))
+        if trainers:
+            unit.keep()
+        if block is not blocks[-1]:
+            unit.finish()
+        units.append(unit)
+    for step in trainers:
+        METHODS[step.method].apply(units, **step.options)
+    for unit, given in zip(units, values, strict=True):
+        _take(recipe.steps, unit, ("correction",))
+        _write_block(unit, given, recipe, folder)
+    for unit in units:
+        _write_record(unit, folder, (time.monotonic() - started) / len(units))
+    for unit in units:
+        stream.drop(unit.block.index)
+
+
+def _write_block(unit: Unit, values: dict[str, Tensor], recipe: Recipe, folder: Path) -> None:
+    """Move the stream past a solved block, free it, and write its shard."""
     changed = unit.changed()
     scales = unit.finish(cache=recipe.kv_cache is not None)
-    arch.free(block.name)
+    unit.arch.free(unit.block.name)
     replaced = {linear.tensor for linear in unit.linears}
     tensors = {name: value for name, value in values.items() if name not in replaced}
     tensors |= changed | scales
     inputs = unit.inputs()
     for name, q in unit.assigned.items():
-        tensors |= encode(name, q, mine[name], recipe.format, inputs.get(name))
-    save_shard(tensors, folder / _shard(arch, recipe, block.index))
+        tensors |= encode(name, q, unit.schemes[name], recipe.format, inputs.get(name))
+    save_shard(tensors, folder / _shard(unit.arch, recipe, unit.block.index))
     parts = {f"{name}.{part}": value for name, low in unit.corrections.items() for part, value in low._asdict().items()}
     if parts:
-        save_shard(parts, _correction(folder / ".work", block.index))
+        save_shard(parts, _correction(folder / ".work", unit.block.index))
+
+
+def _write_record(unit: Unit, folder: Path, seconds: float) -> None:
     write_json(
-        _record(folder / ".work", block.index),
+        _record(folder / ".work", unit.block.index),
         {
-            "block": block.name,
-            "seconds": time.monotonic() - started,
+            "block": unit.block.name,
+            "seconds": seconds,
             "peak_rss": _peak_rss(),
             "transforms": unit.notes,
             "linears": [asdict(record) for record in unit.records.values()],
             "sha256": {name: _sha256(unit.value(name)) for name in unit.assigned},
         },
     )
-    stream.drop(block.index)
 
 
-def _take(steps: Iterable[Step], unit: Unit) -> None:
-    """Do with one block what the steps say."""
+def _take(steps: Iterable[Step], unit: Unit, kinds: tuple[str, ...]) -> None:
+    """Do with one block what the steps of some kinds say."""
     for step in steps:
         method = METHODS[step.method]
+        if method.kind not in kinds:
+            continue
         if method.kind == "transform":
             with _unchanged(unit, step.method):
                 method.apply(unit, **step.options)
-        elif method.kind in ("solver", "correction"):
+        else:
             method.apply(unit, **step.options)
     assert set(unit.assigned) == {linear.name for linear in unit.linears}, f"{unit.block.name}: not every linear was assigned"
 
@@ -338,12 +373,12 @@ def _unchanged(unit: Unit, method: str) -> Iterator[None]:
         )
 
 
-def _finished(arch: Arch, stream: Stream, work: Path) -> int:
-    """How many blocks need not be done again."""
+def _finished(arch: Arch, stream: Stream, work: Path, span: int) -> int:
+    """How many blocks need not be done again, where so many are done together."""
     done = 0
     while done < len(arch.blocks) and _record(work, done).exists():
         done += 1
-    while done > 0 and not stream.complete(done):
+    while done > 0 and (done % span and done < len(arch.blocks) or not stream.complete(done)):
         done -= 1
     return done
 

@@ -151,11 +151,19 @@ class Stream:
         """Hidden states as they come back after being written."""
         return hidden.to(self.dtype).float()
 
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """First and last row of every batch."""
+        for start in range(0, len(self.tokens), self._rows):
+            yield start, min(start + self._rows, len(self.tokens))
+
+    def calls(self, part: tuple[int, int], boundary: int) -> Any:
+        """The other arguments of the call of block `boundary` for a batch."""
+        return self._calls[part[1] - part[0]][boundary]
+
     def batches(self, boundary: int, *, teacher: bool = False) -> Iterator[tuple[Tensor, Any]]:
         """(hidden states, other arguments of the block's call) for every batch that enters block `boundary`."""
-        for start in range(0, len(self.tokens), self._rows):
-            stop = min(start + self._rows, len(self.tokens))
-            yield self.read(boundary, start, stop, teacher=teacher), self._calls[stop - start][boundary]
+        for part in self.parts():
+            yield self.read(boundary, *part, teacher=teacher), self.calls(part, boundary)
 
     def advance(self, block: Block, forward: Callable[[Tensor, Any], Tensor], *, teacher: bool = False) -> None:
         """Write the next boundary: forward(hidden, call) of every batch that enters `block`."""
@@ -181,11 +189,13 @@ class Unit:
     """One loaded block and the schemes of its linears.
 
     Attributes:
-        linears: the linears to quantize, those with a common input next to each other.
+        schemes: by the names of the linears to quantize.
+        linears: these linears, those with a common input next to each other.
         unlinked: (producer, reason) for what is no link, once `links` was asked for.
         scale_dtype: the dtype in which the checkpoint keeps scales.
         records: one row for each linear assigned so far.
-        notes: what transforms did, one row each, JSON types only.
+        notes: what transforms and trainers did, one row each, JSON types only.
+        say: say(stage, steps done, steps in all) shows progress within the block.
         corrections: low-rank corrections by linear.
     """
 
@@ -208,7 +218,8 @@ class Unit:
         self.notes: list[dict[str, Any]] = []
         self.assigned: dict[str, QTensor] = {}
         self.corrections: dict[str, LowRank] = {}
-        self._schemes = schemes
+        self.say: Callable[[str, int, int], None] = lambda stage, done, total: None
+        self.schemes = schemes
         order = {linear.name: i for i, linear in enumerate(block.linears)}
         chosen = [linear for linear in block.linears if linear.name in schemes]
         self.linears = tuple(sorted(chosen, key=lambda linear: (order[linear.shares], order[linear.name])))
@@ -231,11 +242,11 @@ class Unit:
 
     def scheme(self, linear: Linear) -> Scheme:
         """The scheme the rules chose for a linear."""
-        return self._schemes[linear.name]
+        return self.schemes[linear.name]
 
     def spec(self, linear: Linear) -> Spec:
         """How the weight of a linear is to be quantized."""
-        return self._schemes[linear.name].weight
+        return self.schemes[linear.name].weight
 
     def weight(self, linear: Linear) -> Tensor:
         """The float weight [out, in] float32, exact also where it was rescaled."""
@@ -484,7 +495,20 @@ class Unit:
 
     def warn(self, linear: Linear, text: str) -> None:
         """Keep a warning for the linear's row of the report."""
-        self._warnings.setdefault(linear.name, []).append(text)
+        known = self.records.get(linear.name)
+        (self._warnings.setdefault(linear.name, []) if known is None else known.warnings).append(text)
+
+    def release(self) -> dict[str, LinearRecord]:
+        """Take back what was assigned, with its records, which are returned; the linears are to be assigned again."""
+        before, self.records, self.assigned = self.records, {}, {}
+        for name, record in before.items():
+            self._warnings[name] = record.warnings
+        return before
+
+    def keep(self) -> None:
+        """Remember the float weights beyond `finish`, so that linears can be assigned again."""
+        for linear in self.linears:
+            self._weights.setdefault(linear.name, self.weight(linear).clone())
 
     def assign(self, linear: Linear, q: QTensor, *, method: str, damping: float | None = None) -> None:
         """Set the result for a linear and record its error against that of rounding to nearest."""

@@ -1,0 +1,588 @@
+"""Reconstruction: train what rounding lost back, a unit of blocks at a time, against the hidden states of the float model.
+
+    minimise |f_Q(x) - f(x')|^2        x: what enters the unit, x': what enters it in the float model
+
+f_Q is the unit with quantized weights and inputs, f the float unit. ZeroQuant's layer-by-layer distillation, MREM, OmniQuant,
+AutoRound and EfficientQAT's first phase differ in four choices, which a `Plan` holds: what trains, how many blocks are a unit,
+which hidden states enter it, and what is compared. One function of a `Plan` does them all; nothing but codes, scales, zero
+points and rescaled float weights is left of what was trained.
+
+Each quantized weight [out, in] is, group by group, a function of what trains:
+
+    ((round(w / s + shift + z) - z) s        rounding passes gradients as if it were not there (straight-through)
+
+- "weights": shift [out, in] in steps, without bounds: the weight itself in units of its own scale, so that one learning rate
+  serves every matrix, width and format.
+- "rounding": the same shift within -1/2 .. 1/2: it decides between the two neighbours (SignRound).
+- "scales": log of a factor of every scale (float scales only), and every zero point.
+- "clips": what fraction sigmoid(c) of the highest and lowest weight of a group the range covers (OmniQuant's learnable weight
+  clipping); s and z follow from the range.
+- "smoothing": log of the scale of every channel of every link (OmniQuant's learnable equivalent transformation).
+
+Shifts start where the codes of the solver before are what rounding gives, so that training starts from its result.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lowbit.arch import Linear, Observe, site_of
+from lowbit.files import save_shard
+from lowbit.links import Link
+from lowbit.qtensor import Grid, QTensor, grouped, quantize, steps_of_range, ungrouped
+from lowbit.unit import Input, Unit, fast_products
+
+Part = Literal["weights", "rounding", "scales", "clips", "smoothing"]
+Source = Literal["teacher", "student", "annealed"]
+HELD_OUT = 8  # every so many batches of rows, one is kept out of training and judges the result
+_FULL = 20.0  # sigmoid of it is 1 in float32
+_SAVED = 60.0  # seconds between two records of an unfinished training
+_MARGIN = 0.25  # of a step, between a shifted weight and the border to the next code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a reconstruction does.
+
+    Attributes:
+        name: of the method, for records.
+        train: learning rates of what trains, by `Part`; shifts in steps, logs and logits in their own units.
+        inputs: what enters the unit: hidden states of the float model, of the quantized one, or a mix that goes from the former
+            to the latter over the first half of the steps (MREM's annealed teacher forcing).
+        augmented: also compare with the float unit on the quantized model's hidden states (OmniQuant's second loss).
+        optimizer: "adam" or "sign": steps of the learning rate itself in the direction of the gradient's sign.
+        schedule: what becomes of the rates: "linear" to 0, "cosine" to a twentieth, or "constant".
+        start: the logit at which clips start; 20 is the whole range.
+        steps, batch: optimizer steps, and rows of calibration data in each.
+        seed: of the order of the rows.
+    """
+
+    name: str
+    train: dict[Part, float]
+    inputs: Source
+    steps: int
+    batch: int
+    augmented: bool = False
+    optimizer: Literal["adam", "sign"] = "adam"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    start: float = _FULL
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """The factor of the learning rates at a step."""
+        t = step / self.steps
+        if self.schedule == "linear":
+            return 1 - t
+        return 0.05 + 0.95 * (1 + math.cos(math.pi * t)) / 2 if self.schedule == "cosine" else 1.0
+
+    def forcing(self, step: int) -> float:
+        """The share of the float model in what enters the unit: lambda of MREM, section 3.3."""
+        if self.inputs == "annealed":
+            return max(1 - 2 * step / self.steps, 0.0)
+        return 1.0 if self.inputs == "teacher" else 0.0
+
+
+# ------------------------------------------------------------------------------------------------------- quantized weights
+
+
+def passed(value: Tensor, x: Tensor) -> Tensor:
+    """`value`, with the gradient of x (straight-through)."""
+    return x + (value - x).detach()
+
+
+class Weight:
+    """A linear of the unit, its weight a differentiable function of what trains.
+
+    Attributes:
+        trained: what trains, by part; all float32.
+    """
+
+    def __init__(self, unit: Unit, linear: Linear, plan: Plan) -> None:
+        self.unit, self.linear, self.spec = unit, linear, unit.spec(linear)
+        self.w = unit.weight(linear).clone()
+        q = unit.assigned[linear.name].to(self.w.device)
+        self.grid = Grid(q.scale, q.zero, q.outer)
+        self.ranged = "clips" in plan.train
+        self.trained: dict[Part, Tensor] = {}
+        if plan.train.keys() & {"weights", "rounding"}:
+            self.base = self._shift_to(q)
+            self.trained["weights" if "weights" in plan.train else "rounding"] = torch.zeros_like(self.w)
+        if "scales" in plan.train:
+            self.trained["scales"] = torch.zeros(*q.scale.shape, 1 if q.zero is None else 2, device=self.w.device)
+        if self.ranged:
+            self.trained["clips"] = torch.full((*q.scale.shape, 2), plan.start, device=self.w.device)
+
+    def _shift_to(self, q: QTensor) -> Tensor:
+        """The least shift [out, in], in steps, that rounds the weight to the codes it has, and a margin."""
+        x = self._steps(self.w, self.grid.steps, self.grid.zero)
+        wanted = grouped(self.spec.format.decode(q.codes), self.spec)
+        reach = 0.5 - _MARGIN if self.spec.format.kind == "int" else 0.0
+        moved = torch.clamp(x, wanted - reach, wanted + reach)
+        kept = self.spec.format.round(x) == wanted
+        return ungrouped(torch.where(kept, x, moved) - x, self.w.shape, self.spec)
+
+    def _steps(self, w: Tensor, step: Tensor, zero: Tensor | None) -> Tensor:
+        """`grouped` weights in steps from the lowest code's value."""
+        x = grouped(w, self.spec) / step.unsqueeze(-1)
+        return x if zero is None else x + zero.float().unsqueeze(-1)
+
+    def _grid(self, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scales, as stored but float32 and with their second factor, and zero points, with gradients."""
+        dtype = self.unit.scale_dtype
+        if self.ranged:
+            groups = grouped(w, self.spec)
+            share = torch.sigmoid(self.trained["clips"])
+            low, high = groups.amin(-1).clamp(max=0) * share[..., 0], groups.amax(-1).clamp(min=0) * share[..., 1]
+            step = steps_of_range(low, high, self.spec)
+            step = torch.where(step > 0, step.clamp(min=torch.finfo(dtype).tiny), 1.0)
+            step = passed(step.to(dtype).float(), step)
+            if self.spec.symmetric:
+                return step, None
+            zero = (self.spec.format.min - low / step).clamp(self.spec.format.min, self.spec.format.max)
+            return step, passed(zero.round(), zero)
+        step, given = self.grid.steps, None if self.grid.zero is None else self.grid.zero.float()
+        if "scales" in self.trained:
+            offsets = self.trained["scales"]
+            step = step * torch.exp(offsets[..., 0])
+            step = passed(step.to(dtype).float(), step)
+            if given is not None:
+                zero = (given + offsets[..., 1]).clamp(self.spec.format.min, self.spec.format.max)
+                given = passed(zero.round(), zero)
+        return step, given
+
+    def _codes(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`grouped` weights in steps, before they are rounded; scales; zero points."""
+        step, zero = self._grid(w)
+        x = self._steps(w, step, None)
+        if zero is not None:
+            x = x + zero.unsqueeze(-1)
+        shift = self.trained.get("weights", self.trained.get("rounding"))
+        return x if shift is None else x + grouped(self.base + shift, self.spec), step, zero
+
+    def value(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+        """The quantized weight [out, in] float32, with gradients; of the weight with its rows and columns multiplied."""
+        w = self.w if rows is None else self.w * rows.unsqueeze(1)
+        w = w if columns is None else w * columns
+        x, step, zero = self._codes(w)
+        fmt = self.spec.format
+        inside = x.clamp(fmt.min, fmt.max)
+        code = passed(fmt.round(x.detach()), inside)
+        code = code if zero is None else code - zero.unsqueeze(-1)
+        return ungrouped(code * step.unsqueeze(-1), w.shape, self.spec)
+
+    @torch.no_grad()
+    def result(self) -> QTensor:
+        """What the checkpoint gets; the unit has been rescaled by now."""
+        w = self.unit.weight(self.linear)
+        x, step, zero = self._codes(w)
+        if self.ranged:
+            grid = Grid(step.to(self.unit.scale_dtype), None if zero is None else zero.to(torch.int8), None)
+            return quantize(w, grid, self.spec)
+        codes = ungrouped(self.spec.format.encode(x), w.shape, self.spec)
+        if "scales" not in self.trained:
+            return QTensor(codes, self.grid.scale, self.grid.zero, self.spec, self.grid.outer)
+        return QTensor(codes, step.to(self.unit.scale_dtype), None if zero is None else zero.to(torch.int8), self.spec)
+
+
+# ------------------------------------------------------------------------------------------------------------ the unit
+
+
+@dataclass
+class Span:
+    """The units of consecutive blocks that are trained together, as one function of what trains."""
+
+    units: Sequence[Unit]
+    plan: Plan
+    weights: list[dict[str, Weight]] = field(init=False)
+    links: list[list[Link]] = field(init=False)
+    smoothing: list[list[Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for unit in self.units:
+            _check(unit, self.plan)
+        self.weights = [{linear.name: Weight(unit, linear, self.plan) for linear in unit.linears} for unit in self.units]
+        smooth = "smoothing" in self.plan.train
+        self.links = [unit.chosen_links(self.plan.name) if smooth else [] for unit in self.units]
+        device = self.units[0].arch.device
+        self.smoothing = [[torch.zeros(link.channels, device=device) for link in links] for links in self.links]
+
+    @property
+    def first(self) -> int:
+        """The boundary before the span."""
+        return self.units[0].block.index
+
+    @property
+    def last(self) -> int:
+        """The boundary after it."""
+        return self.units[-1].block.index + 1
+
+    def trained(self) -> Iterator[tuple[str, Part, Tensor]]:
+        """Name, part and tensor of everything that trains."""
+        for weights in self.weights:
+            for name, weight in weights.items():
+                for part, tensor in weight.trained.items():
+                    yield f"{name}.{part}", part, tensor
+        for unit, links, logs in zip(self.units, self.links, self.smoothing, strict=True):
+            for link, log in zip(links, logs, strict=True):
+                yield f"{unit.block.name}.{link.name}.smoothing", "smoothing", log
+
+    def pieces(self) -> list[list["Piece"]]:
+        """Of each block, what differs from the float model's parameters, with gradients."""
+        every = zip(self.units, self.weights, self.links, self.smoothing, strict=True)
+        return [_pieces(unit, weights, _factors(unit, links, logs)) for unit, weights, links, logs in every]
+
+    def assembled(self, pieces: Sequence[Sequence["Piece"]]) -> list[dict[str, Tensor]]:
+        """The parameters of each block, by name within it, with the pieces in their places; without gradients."""
+        return [_assembled(unit, mine) for unit, mine in zip(self.units, pieces, strict=True)]
+
+    def assigned(self) -> list[list["Piece"]]:
+        """What the units have now, as `pieces`."""
+        return [[(linear.param, linear, unit.value(linear.name).float()) for linear in unit.linears] for unit in self.units]
+
+    def forward(self, hidden: Tensor, calls: Sequence[Any], parameters: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Hidden states that leave the span [rows, length, width] float32, the inputs of its linears quantized."""
+        for unit, call, mine in zip(self.units, calls, parameters, strict=True):
+            observe = _observer(unit, mine)
+            hidden = unit.arch.forward(unit.block, hidden, call, observe, mine)
+        return hidden
+
+    @torch.no_grad()
+    def float_forward(self, hidden: Tensor, calls: Sequence[Any]) -> Tensor:
+        """The same of the float unit."""
+        for unit, weights, call in zip(self.units, self.weights, calls, strict=True):
+            floats = _assembled(unit, [(linear.param, linear, weights[linear.name].w) for linear in unit.linears])
+            hidden = unit.arch.forward(unit.block, hidden, call, None, floats)
+        return hidden
+
+    def assign(self) -> None:
+        """Give the units what was trained."""
+        for unit, weights, links, logs in zip(self.units, self.weights, self.links, self.smoothing, strict=True):
+            before = unit.release()
+            for link, log in zip(links, logs, strict=True):
+                unit.rescale(link, torch.exp(log.detach()))
+            for linear in unit.linears:
+                unit.assign(linear, weights[linear.name].result(), method=f"{before[linear.name].method}+{self.plan.name}")
+
+
+def _check(unit: Unit, plan: Plan) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        ValueError: with the linear and what to use instead.
+    """
+    for linear in unit.linears:
+        spec, name = unit.spec(linear), unit.scheme(linear).name
+        if spec.format.codebook:
+            raise ValueError(f"{plan.name}: {linear.name} has the codebook {name}, which is not trained; use gptq")
+        needs = {"scales", "clips"} & plan.train.keys()
+        if needs and spec.scale != "float":
+            raise ValueError(
+                f"{plan.name} trains {' and '.join(sorted(needs))}, but {name} ({linear.name}) has scales of 8 bits; "
+                "use signround or lkd"
+            )
+        given = unit.scheme(linear).input
+        if "smoothing" in plan.train and given is not None and Input(given).calibrated:
+            raise ValueError(
+                f"{plan.name}: the static inputs of {name} ({linear.name}) would change with the smoothing; use dynamic "
+                "inputs, or smooth_rate = 0"
+            )
+
+
+Factors = dict[str, list[tuple[Any, Tensor, bool]]]  # parameter -> (side, factors by channel, whether of rows)
+
+
+def _factors(unit: Unit, links: Sequence[Link], logs: Sequence[Tensor]) -> Factors:
+    found: Factors = {}
+    for link, log in zip(links, logs, strict=True):
+        s = torch.exp(log)
+        for side in link.producers:
+            found.setdefault(f"{unit.block.name}.{side.param}", []).append((side, 1 / s, True))
+        for side in link.consumers:
+            found.setdefault(f"{unit.block.name}.{side.param}", []).append((side, s, False))
+    return found
+
+
+Piece = tuple[str, Linear | None, Tensor]  # a parameter, the linear in it or None for all of it, and the value
+
+
+def _pieces(unit: Unit, weights: dict[str, Weight], factors: Factors) -> list[Piece]:
+    """Every quantized weight of a block [out, in], and its other parameters that links rescale, with gradients."""
+    found: list[Piece] = []
+    quantized = {linear.param for linear in unit.linears if _whole(linear)}
+    for name in sorted(factors.keys() - quantized):
+        value = unit.arch.model.get_parameter(name).detach().float()
+        for side, by_channel, _ in factors[name]:
+            value = side.scaled(value, by_channel)
+        found.append((name, None, value))
+    for linear in unit.linears:
+        rows = columns = None
+        for side, by_channel, of_rows in factors.get(linear.param, []):
+            if side.index not in (None, linear.index):
+                continue
+            scale = side.factors(by_channel)
+            if of_rows:
+                scale = scale[slice(*linear.rows)]
+                rows = scale if rows is None else rows * scale
+            else:
+                columns = scale if columns is None else columns * scale
+        found.append((linear.param, linear, weights[linear.name].value(rows, columns)))
+    return found
+
+
+def _whole(linear: Linear) -> bool:
+    """Whether the linear is all of its parameter, in the same layout."""
+    return linear.index is None and not linear.transposed and linear.rows == (0, linear.out_features)
+
+
+def _assembled(unit: Unit, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+    """Parameters float32 by name within the block."""
+    found: dict[str, Tensor] = {}
+    for name, linear, value in pieces:
+        if linear is None or _whole(linear):
+            found[name] = value.detach().to(unit.arch.device).clone()
+            continue
+        if name not in found:
+            found[name] = unit.arch.model.get_parameter(name).detach().float().clone()
+        linear.view(found[name]).copy_(value.detach())
+    return {name.removeprefix(f"{unit.block.name}."): value for name, value in found.items()}
+
+
+def _gradients(unit: Unit, pieces: Sequence[Piece], leaves: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each piece with the gradient of its place."""
+    parts = {name for name, linear, _ in pieces if linear is not None and not _whole(linear)}
+    for name, linear, value in pieces:
+        grad = leaves[name.removeprefix(f"{unit.block.name}.")].grad
+        if grad is None or not value.requires_grad:
+            continue
+        if linear is not None and not _whole(linear):
+            grad = linear.view(grad)
+        elif linear is None and name in parts:  # what quantized weights have replaced
+            grad = grad.clone()
+            for other, inside, _ in pieces:
+                if other == name and inside is not None:
+                    inside.view(grad).zero_()
+        yield value, grad
+
+
+def _observer(unit: Unit, parameters: dict[str, Tensor]) -> Observe:
+    """Quantize the inputs of the unit's linears, where the parameters are those given."""
+    inputs = unit.inputs_by_site()
+    sites = unit.arch.sites(unit.block)
+    sites |= {value.untyped_storage().data_ptr(): f"{unit.block.name}.{name}" for name, value in parameters.items()}
+
+    def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
+        site = site_of(weight, sites)
+        if site is None or site not in inputs:
+            return x
+        return passed(inputs[site].quantize(x.detach()), x)
+
+    return observe
+
+
+# ---------------------------------------------------------------------------------------------------------- the training
+
+
+def reconstruct(units: Sequence[Unit], plan: Plan) -> None:
+    """Train the assigned linears of consecutive blocks and assign the result, if it is better on rows kept out of training.
+
+    The units' stream has a teacher. Everything is decided by the seed; a killed training goes on from its last record.
+    """
+    span, stream = Span(units, plan), units[0].stream
+    rows = list(stream.parts())
+    held = rows[HELD_OUT - 1 :: HELD_OUT] if len(rows) >= HELD_OUT else rows[-1:]
+    trained = [part for part in rows if part not in held] or rows
+    task = _Task(span, held)
+    before = task.judge(span.assembled(span.assigned()))
+    curve = _train(task, trained)
+    with torch.no_grad():
+        after = task.judge(span.assembled(span.pieces()))
+    kept = after < before
+    if kept:
+        span.assign()
+    else:
+        for unit in units:
+            for linear in unit.linears:
+                unit.warn(
+                    linear, f"{plan.name} did not help (loss {before:.4g} -> {after:.4g} on held-out rows): left as it was"
+                )
+    units[0].notes.append(
+        {
+            "step": plan.name,
+            "blocks": len(units),
+            "rows": sum(stop - start for start, stop in trained),
+            "held_out_rows": sum(stop - start for start, stop in held),
+            "steps": plan.steps,
+            "loss_before": before,
+            "loss_after": after,
+            "kept": kept,
+            "curve": curve,
+        }
+    )
+
+
+class _Task:
+    """Batches of hidden states, and the loss on them, relative to what the float unit adds to its input."""
+
+    def __init__(self, span: Span, held: list[tuple[int, int]]) -> None:
+        self.span, self.plan, self.stream, self.held = span, span.plan, span.units[0].stream, held
+        energy, count = 0.0, 0
+        for part in held:
+            target, source = (self._read(b, part, teacher=True) for b in (span.last, span.first))
+            energy += float((target - source).square().sum(dtype=torch.float64))
+            count += target.numel()
+        self.scale = count / energy if energy else 1.0
+
+    def _read(self, boundary: int, part: tuple[int, int], *, teacher: bool) -> Tensor:
+        return self.stream.read(boundary, *part, teacher=teacher).to(self.span.units[0].arch.device)
+
+    def loss(self, part: tuple[int, int], parameters: Sequence[dict[str, Tensor]], forcing: float) -> Tensor:
+        """The mean squared error of the unit on some rows; `forcing`: see `Plan.forcing`."""
+        first, calls = self.span.first, [self.stream.calls(part, unit.block.index) for unit in self.span.units]
+        taught = self._read(first, part, teacher=True) if forcing > 0 else None
+        own = self._read(first, part, teacher=False) if forcing < 1 else None
+        hidden = own if taught is None else taught if own is None else forcing * taught + (1 - forcing) * own
+        assert hidden is not None
+        found = self.span.forward(hidden, calls, parameters)
+        loss = (found - self._read(self.span.last, part, teacher=True)).square().mean()
+        if self.plan.augmented:
+            loss = loss + (found - self.span.float_forward(hidden, calls)).square().mean()
+        return loss * self.scale
+
+    @torch.no_grad()
+    def judge(self, parameters: Sequence[dict[str, Tensor]]) -> float:
+        """The loss on the held-out rows with the inputs of the last step."""
+        total, count = 0.0, 0
+        forcing = self.plan.forcing(self.plan.steps)
+        with fast_products():
+            for part in self.held:
+                total += float(self.loss(part, parameters, forcing)) * (part[1] - part[0])
+                count += part[1] - part[0]
+        return total / count
+
+
+def _train(task: _Task, rows: list[tuple[int, int]]) -> list[float]:
+    """Train; returns the loss over the steps, at most 50 means."""
+    span, plan, unit = task.span, task.plan, task.span.units[0]
+    named = list(span.trained())
+    optimizer = _optimizer(plan, named)
+    record = unit.stream.folder / f"training-{span.first:05d}-{plan.name}"
+    losses = _resumed(record, named, optimizer)
+    saved = time.monotonic()
+    for _, _, tensor in named:
+        tensor.requires_grad_(True)
+    order = _Order(plan, rows)
+    for step in range(len(losses), plan.steps):
+        unit.say(plan.name, step, plan.steps)
+        losses.append(_step(task, order.at(step), step, named))
+        for group, (_, part, _) in zip(optimizer.param_groups, named, strict=True):
+            group["lr"] = plan.train[part] * plan.rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for _, part, tensor in named:
+                if part == "rounding":
+                    tensor.clamp_(-0.5, 0.5)
+        if time.monotonic() - saved > _SAVED:
+            _save(record, named, optimizer, losses)
+            saved = time.monotonic()
+    for _, _, tensor in named:
+        tensor.requires_grad_(False)
+    record.unlink(missing_ok=True)
+    size = -(-len(losses) // 50)
+    return [sum(losses[i : i + size]) / len(losses[i : i + size]) for i in range(0, len(losses), size)]
+
+
+def _step(task: _Task, parts: list[tuple[int, int]], step: int, named: Sequence[tuple[str, Part, Tensor]]) -> float:
+    """Gradients of one step over some parts of rows; returns the loss.
+
+    Quantized weights are computed once; parts run one after the other, so that memory is that of one.
+    """
+    with fast_products():
+        made = task.span.pieces()
+        leaves = task.span.assembled(made)
+        for mine in leaves:
+            for value in mine.values():
+                value.requires_grad_(True)
+        total, count = 0.0, sum(stop - start for start, stop in parts)
+        for part in parts:
+            loss = task.loss(part, leaves, task.plan.forcing(step)) * ((part[1] - part[0]) / count)
+            loss.backward()
+            total += float(loss.detach())
+    if not math.isfinite(total):
+        raise ValueError(
+            f"{task.plan.name}: the loss of {task.span.units[0].block.name} is not finite at step {step}; use lower rates"
+        )
+    every = zip(task.span.units, made, leaves, strict=True)
+    used = [pair for unit, mine, values in every for pair in _gradients(unit, mine, values)]
+    torch.autograd.backward([value for value, _ in used], [grad for _, grad in used])
+    for _, _, tensor in named:
+        if tensor.grad is None:  # an expert that no token reached
+            tensor.grad = torch.zeros_like(tensor)
+    return total
+
+
+class _Order:
+    """Which rows belong to which step: every epoch in an order of its own."""
+
+    def __init__(self, plan: Plan, rows: list[tuple[int, int]]) -> None:
+        self.rows, self.seed = rows, plan.seed
+        size = max(stop - start for start, stop in rows)
+        self.count = min(len(rows), max(1, -(-plan.batch // size)))
+
+    def at(self, step: int) -> list[tuple[int, int]]:
+        """The parts of one step."""
+        found = []
+        for i in range(step * self.count, (step + 1) * self.count):
+            epoch, place = divmod(i, len(self.rows))
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            found.append(self.rows[int(torch.randperm(len(self.rows), generator=generator)[place])])
+        return found
+
+
+class _Sign(torch.optim.Optimizer):
+    """Steps of the learning rate in the direction of the gradient's sign (signSGD, as SignRound uses it)."""
+
+    def __init__(self, params: list[dict[str, Any]]) -> None:
+        super().__init__(params, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_(group["lr"] * param.grad.sign())
+
+
+def _optimizer(plan: Plan, named: Sequence[tuple[str, Part, Tensor]]) -> torch.optim.Optimizer:
+    groups = [{"params": [tensor], "lr": plan.train[part]} for _, part, tensor in named]
+    return _Sign(groups) if plan.optimizer == "sign" else torch.optim.Adam(groups, betas=(0.9, 0.99))
+
+
+def _save(path: Any, named: Sequence[tuple[str, Part, Tensor]], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+    """Write what trains and the optimizer's state, so that training can go on from here."""
+    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    for name, _, tensor in named:
+        tensors[name] = tensor.detach()
+        tensors |= {f"{name}:{key}": value for key, value in optimizer.state[tensor].items()}
+    save_shard(tensors, path)
+
+
+def _resumed(path: Any, named: Sequence[tuple[str, Part, Tensor]], optimizer: torch.optim.Optimizer) -> list[float]:
+    """Take up what `_save` wrote, if it did; returns the losses so far."""
+    if not path.exists():
+        return []
+    tensors = load_file(path)
+    for name, _, tensor in named:
+        tensor.copy_(tensors[name])
+        for key, value in tensors.items():
+            owner, _, state = key.partition(":")
+            if state and owner == name:
+                # Adam counts its steps on the CPU
+                optimizer.state[tensor][state] = value if state == "step" else value.to(tensor.device)
+    return [float(loss) for loss in tensors["losses"]]
