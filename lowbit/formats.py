@@ -77,10 +77,20 @@ class Format:
             return x.round().clamp_(self.min, self.max)
         if self.kind == "table":
             return self._table(x.device)[self._nearest(x)]
+        step = self.spacing(x)
+        return (x / step).round_().mul_(step).clamp_(self.min, self.max)
+
+    def spacing(self, x: Tensor) -> Tensor:
+        """How far apart the representable values around x are. x: any shape, float32; same shape and dtype out."""
+        if self.kind == "int":
+            return torch.ones_like(x)
+        if self.kind == "table":
+            table = self._table(x.device)
+            above = torch.searchsorted(table, x.contiguous()).clamp_(1, len(table) - 1)
+            return table[above] - table[above - 1]
         # Numbers in [2^e, 2^(e+1)) lie 2^(e - mantissa) apart; below the smallest normal the spacing stays.
         exponent = torch.frexp(x).exponent - 1
-        step = torch.ldexp(torch.ones_like(x), exponent.clamp_(min=self._lowest_exponent) - self.mantissa)
-        return (x / step).round_().mul_(step).clamp_(self.min, self.max)
+        return torch.ldexp(torch.ones_like(x), exponent.clamp_(min=self._lowest_exponent) - self.mantissa)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes (`code_dtype`) of the values nearest to x (float32), the same shape."""

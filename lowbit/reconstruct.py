@@ -9,17 +9,18 @@ points and rescaled float weights is left of what was trained.
 
 Each quantized weight [out, in] is, group by group, a function of what trains:
 
-    ((round(w / s + shift + z) - z) s        rounding passes gradients as if it were not there (straight-through)
+    (round(w / s + shift + z) - z) s        rounding passes gradients as if it were not there (straight-through)
 
-- "weights": shift [out, in] in steps, without bounds: the weight itself in units of its own scale, so that one learning rate
-  serves every matrix, width and format.
+- "weights": shift [out, in] in steps of the grid around each weight, without bounds: the weight itself in units of its own
+  scale, so that one learning rate serves every matrix, width and format.
 - "rounding": the same shift within -1/2 .. 1/2: it decides between the two neighbours (SignRound).
-- "scales": log of a factor of every scale (float scales only), and every zero point.
+- "scales": log of a factor of every scale (float scales only); "zeros": what is added to every zero point, in steps.
 - "clips": what fraction sigmoid(c) of the highest and lowest weight of a group the range covers (OmniQuant's learnable weight
   clipping); s and z follow from the range.
 - "smoothing": log of the scale of every channel of every link (OmniQuant's learnable equivalent transformation).
 
-Shifts start where the codes of the solver before are what rounding gives, so that training starts from its result.
+Shifts start where the codes of the solver before are what rounding gives, so that training starts from its result. Where
+neither shifts nor ranges train, the codes stay.
 """
 
 import math
@@ -38,7 +39,7 @@ from lowbit.links import Link
 from lowbit.qtensor import Grid, QTensor, grouped, quantize, steps_of_range, ungrouped
 from lowbit.unit import Input, Unit, fast_products
 
-Part = Literal["weights", "rounding", "scales", "clips", "smoothing"]
+Part = Literal["weights", "rounding", "scales", "zeros", "clips", "smoothing"]
 Source = Literal["teacher", "student", "annealed"]
 HELD_OUT = 8  # every so many batches of rows, one is kept out of training and judges the result
 _FULL = 20.0  # sigmoid of it is 1 in float32
@@ -110,22 +111,28 @@ class Weight:
         self.grid = Grid(q.scale, q.zero, q.outer)
         self.ranged = "clips" in plan.train
         self.trained: dict[Part, Tensor] = {}
+        self.codes = grouped(self.spec.format.decode(q.codes), self.spec)  # of the solver
         if plan.train.keys() & {"weights", "rounding"}:
-            self.base = self._shift_to(q)
+            self.base = self._shift_to_codes()
             self.trained["weights" if "weights" in plan.train else "rounding"] = torch.zeros_like(self.w)
         if "scales" in plan.train:
-            self.trained["scales"] = torch.zeros(*q.scale.shape, 1 if q.zero is None else 2, device=self.w.device)
+            self.trained["scales"] = torch.zeros(q.scale.shape, device=self.w.device)
+        if "zeros" in plan.train and q.zero is not None:
+            self.trained["zeros"] = torch.zeros(q.scale.shape, device=self.w.device)
         if self.ranged:
             self.trained["clips"] = torch.full((*q.scale.shape, 2), plan.start, device=self.w.device)
 
-    def _shift_to(self, q: QTensor) -> Tensor:
+    def _shift_to_codes(self) -> Tensor:
         """The least shift [out, in], in steps, that rounds the weight to the codes it has, and a margin."""
         x = self._steps(self.w, self.grid.steps, self.grid.zero)
-        wanted = grouped(self.spec.format.decode(q.codes), self.spec)
+        wanted = self.codes
         reach = 0.5 - _MARGIN if self.spec.format.kind == "int" else 0.0
         moved = torch.clamp(x, wanted - reach, wanted + reach)
         kept = self.spec.format.round(x) == wanted
-        return ungrouped(torch.where(kept, x, moved) - x, self.w.shape, self.spec)
+        return ungrouped(torch.where(kept, 0, (moved - x) / self._spacing(x)), self.w.shape, self.spec)
+
+    def _spacing(self, x: Tensor) -> Tensor:
+        return self.spec.format.spacing(x.clamp(self.spec.format.min, self.spec.format.max))
 
     def _steps(self, w: Tensor, step: Tensor, zero: Tensor | None) -> Tensor:
         """`grouped` weights in steps from the lowest code's value."""
@@ -148,22 +155,23 @@ class Weight:
             return step, passed(zero.round(), zero)
         step, given = self.grid.steps, None if self.grid.zero is None else self.grid.zero.float()
         if "scales" in self.trained:
-            offsets = self.trained["scales"]
-            step = step * torch.exp(offsets[..., 0])
+            step = step * torch.exp(self.trained["scales"])
             step = passed(step.to(dtype).float(), step)
-            if given is not None:
-                zero = (given + offsets[..., 1]).clamp(self.spec.format.min, self.spec.format.max)
-                given = passed(zero.round(), zero)
+        if given is not None and "zeros" in self.trained:
+            zero = (given + self.trained["zeros"]).clamp(self.spec.format.min, self.spec.format.max)
+            given = passed(zero.round(), zero)
         return step, given
 
     def _codes(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`grouped` weights in steps, before they are rounded; scales; zero points."""
         step, zero = self._grid(w)
-        x = self._steps(w, step, None)
-        if zero is not None:
-            x = x + zero.unsqueeze(-1)
         shift = self.trained.get("weights", self.trained.get("rounding"))
-        return x if shift is None else x + grouped(self.base + shift, self.spec), step, zero
+        if shift is None and not self.ranged:
+            return self.codes, step, zero
+        x = self._steps(w, step, zero)
+        if shift is not None:
+            x = x + grouped(self.base + shift, self.spec) * self._spacing(x.detach())
+        return x, step, zero
 
     def value(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
         """The quantized weight [out, in] float32, with gradients; of the weight with its rows and columns multiplied."""
@@ -185,7 +193,7 @@ class Weight:
             grid = Grid(step.to(self.unit.scale_dtype), None if zero is None else zero.to(torch.int8), None)
             return quantize(w, grid, self.spec)
         codes = ungrouped(self.spec.format.encode(x), w.shape, self.spec)
-        if "scales" not in self.trained:
+        if not self.trained.keys() & {"scales", "zeros"}:
             return QTensor(codes, self.grid.scale, self.grid.zero, self.spec, self.grid.outer)
         return QTensor(codes, step.to(self.unit.scale_dtype), None if zero is None else zero.to(torch.int8), self.spec)
 

@@ -25,9 +25,9 @@ from lowbit.export import (
     open_checkpoint,
     quantized_sites,
     reason_against,
-    save_shard,
     write_config,
 )
+from lowbit.files import save_shard
 from lowbit.packing import packed_width
 from lowbit.qtensor import QTensor, Scheme, dequantize, find_params, parse_scheme, quantize
 from lowbit.source import Source, open_source
@@ -632,7 +632,7 @@ def test_save_shard_leaves_the_old_one_when_it_fails(tmp_path: Path, monkeypatch
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowbit.export.save_file", fails)
+    monkeypatch.setattr("lowbit.files.save_file", fails)
     with pytest.raises(OSError, match="No space left"):
         save_shard({"a": torch.zeros(3)}, tmp_path / "x.safetensors")
     assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], torch.ones(3))

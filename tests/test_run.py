@@ -411,6 +411,45 @@ def test_resume_with_a_teacher(llama: Path, tmp_path: Path) -> None:
         assert_same_result(out, tmp_path / "whole")
 
 
+TRAINED = {
+    "scheme": "w3a16-g32",
+    "method": "awq+gptq+mrem",
+    "options": {"mrem.steps": 6, "mrem.batch": 2, "mrem.rate": 0.02, "mrem.blocks": 2},
+    "data": DataSpec(source="random", rows=12, length=16),
+    "engine": "transformers",
+}
+
+
+def test_training_blocks_together(llama: Path, tmp_path: Path) -> None:
+    """Three blocks in modules of two: interrupted before the second module, between its blocks' records, and with the first
+    block's record alone, the result is the same to the byte."""
+    report = quantize(str(llama), tmp_path / "whole", **TRAINED)
+    notes = [[note["step"] for note in block["transforms"]] for block in report["blocks"]]
+    assert notes == [["awq", "mrem"], ["awq"], ["awq", "mrem"]]
+    assert [report["blocks"][i]["transforms"][-1]["blocks"] for i in (0, 2)] == [2, 1]
+    kept = report["blocks"][0]["transforms"][-1]["kept"]
+    assert {row["method"] for row in report["linears"] if ".layers.0." in row["name"]} == {"gptq+mrem" if kept else "gptq"}
+    for records in (2, 1, 0):
+        out = tmp_path / f"out-{records}"
+        partial = stopped_run(llama, out, **TRAINED)
+        assert sorted(path.name for path in (partial / ".work").glob("*-00002")) == ["hidden-00002", "teacher-00002"]
+        if records < 2:  # as if killed while the records were written: the hidden states before are still there
+            again = stopped_run(llama, tmp_path / f"again-{records}", block=0, **TRAINED)
+            for path in (again / ".work").glob("hidden-*"):
+                shutil.copy(path, partial / ".work")
+            for path in records_of(partial)[records:]:
+                path.unlink()
+        quantize(str(llama), out, **TRAINED)
+        assert_same_result(out, tmp_path / "whole")
+
+
+def test_a_method_that_trains_needs_a_solver(llama: Path, tmp_path: Path) -> None:
+    refused(
+        llama, tmp_path / "out", "steps mrem: first what", "then one that rounds every weight (rtn, hqq, gptq)",
+        "what trains it further (lkd, mrem, omniquant, signround, block_ap)", **(TRAINED | {"method": "mrem", "options": {}}),
+    )  # fmt: skip
+
+
 def test_resume_after_the_last_block(llama: Path, tmp_path: Path, whole: Callable[[str], Path]) -> None:
     """Interrupted between the blocks and the end: nothing is solved again."""
     partial = stopped_run(llama, tmp_path / "out", block=3)
@@ -603,7 +642,7 @@ def test_full_disk(
     def progress(stage: str, done: int, total: int) -> None:
         if stage == "quantizing" and done == 2:
             if where == "shard":
-                full.setattr("lowbit.export.save_file", no_space)
+                full.setattr("lowbit.files.save_file", no_space)
             elif where == "hidden states":
                 full.setattr(Stream, "_bytes", no_space)
             else:

@@ -26,6 +26,7 @@ LEVELS = (
     ("qtensor", "adapter", "arch", "data", "source", "report", "kv"),
     ("links",),
     ("unit", "kernels"),
+    ("reconstruct",),
     ("methods", "allocate", "export", "runtime"),
     ("recipe",),
     ("run",),

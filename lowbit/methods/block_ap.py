@@ -1,7 +1,7 @@
 """Block-AP: train all parameters of a block, weights, scales and zero points, against the float block's output.
 
-Minimises |f_Q(x) - f(x')|^2 (Chen et al., EfficientQAT, ACL 2025, section 3.2): the first of its two phases; the second trains the
-scales of the whole model.
+Minimises |f_Q(x) - f(x')|^2 (Chen et al., EfficientQAT, ACL 2025, section 3.2). It is the first of two phases; the second
+trains the scales of the whole model (`end_to_end`).
 
 Deviation: weights move in units of their own scales, so that one learning rate serves all bits.
 """
@@ -19,7 +19,7 @@ def block_ap(
     steps: Annotated[int, Between(1, 100_000)] = 400,
     batch: Annotated[int, Between(1, 4096)] = 8,
     rate: Annotated[float, Between(1e-6, 1)] = 0.01,
-    scale_rate: Annotated[float, Between(1e-7, 1)] = 1e-3,
+    scale_rate: Annotated[float, Between(1e-7, 1)] = 3e-3,
     seed: int = 0,
 ) -> None:
     """Train all of a block.
@@ -27,11 +27,11 @@ def block_ap(
     Args:
         steps: of the optimizer (Adam).
         batch: rows of calibration data in each.
-        rate: learning rate of the weights, in steps of the quantization grid.
-        scale_rate: of the logs of the scales, and of zero points.
+        rate: learning rate of weights and zero points, in steps of the quantization grid.
+        scale_rate: of the logs of the scales.
         seed: of the order of the rows.
     """
-    train: dict[Part, float] = {"weights": rate, "scales": scale_rate}
+    train: dict[Part, float] = {"weights": rate, "zeros": rate, "scales": scale_rate}
     reconstruct(
         units,
         Plan(name="block_ap", train=train, inputs="student", steps=steps, batch=batch, schedule="cosine", seed=seed),

@@ -23,7 +23,7 @@ def mrem(
     steps: Annotated[int, Between(1, 100_000)] = 400,
     batch: Annotated[int, Between(1, 4096)] = 8,
     rate: Annotated[float, Between(1e-6, 1)] = 0.01,
-    scale_rate: Annotated[float, Between(1e-7, 1)] = 1e-3,
+    scale_rate: Annotated[float, Between(1e-7, 1)] = 3e-3,
     seed: int = 0,
 ) -> None:
     """Train the weights and scales of a module.
@@ -33,9 +33,9 @@ def mrem(
         inputs: what enters it: "annealed", or "teacher" or "student" throughout.
         steps: of the optimizer (Adam).
         batch: rows of calibration data in each.
-        rate: learning rate of the weights, in steps of the quantization grid.
-        scale_rate: of the logs of the scales, and of zero points.
+        rate: learning rate of weights and zero points, in steps of the quantization grid.
+        scale_rate: of the logs of the scales.
         seed: of the order of the rows.
     """
-    train: dict[Part, float] = {"weights": rate, "scales": scale_rate}
+    train: dict[Part, float] = {"weights": rate, "zeros": rate, "scales": scale_rate}
     reconstruct(units, Plan(name="mrem", train=train, inputs=inputs, steps=steps, batch=batch, seed=seed))

@@ -7,8 +7,8 @@ Minimises |f_Q(x) - f(x')|^2 of one block over (Shao et al., ICLR 2024, section 
   (links.py), and folded into the weights afterwards, so that nothing of it is left at run time.
 
 Starts: the paper's clips begin at sigmoid(4) = 0.982 and its scales at SmoothQuant's; here a `smooth` or `awq` step before
-gives the scales to start from, and `start` the clips. Deviations: no shifts (models without biases have no place for them), and no
-scales between queries and keys: their products are not quantized, so such a scale, tied over rotary pairs as it must be, is
+gives the scales to start from, and `start` the clips. Deviations: no shifts (models without biases have no place for them), and
+no scales between queries and keys: their products are not quantized, so such a scale, tied over rotary pairs as it must be, is
 absorbed by the scales of the rows and changes nothing.
 """
 

@@ -38,5 +38,6 @@ def signround(
     train: dict[Part, float] = {"rounding": rate}
     if scales and floats:
         train["scales"] = rate / 4
+        train["zeros"] = rate
     plan = Plan(name="signround", train=train, inputs="student", steps=steps, batch=batch, optimizer="sign", seed=seed)
     reconstruct(units, plan)
