@@ -1,7 +1,7 @@
 """Quantize a model with llm-compressor, for comparison, and record what it took.
 
-    python peer_llmcompressor.py MODEL TOKENS.safetensors OUT_DIR --scheme W4A16|W4A16_ASYM|W8A8
-                                 [--group-size N] --method gptq|rtn
+    python peer_llmcompressor.py MODEL TOKENS.safetensors OUT_DIR --scheme W4A16|W4A16_ASYM|W8A8|...
+                                 [--group-size N] --method rtn|gptq|awq|smooth|smooth+gptq
 
 For an environment that has llm-compressor and not lowbit: imports nothing of lowbit. TOKENS.safetensors holds `tokens`,
 int64 [rows, length]: each row is one calibration sample, run alone and in order (llm-compressor's batch size is 1); rtn
@@ -34,11 +34,14 @@ from compressed_tensors.quantization import QuantizationScheme, preset_name_to_s
 from llmcompressor import oneshot  # noqa: E402
 from llmcompressor.modifiers.gptq import GPTQModifier  # noqa: E402
 from llmcompressor.modifiers.quantization import QuantizationModifier  # noqa: E402
+from llmcompressor.modifiers.transform.awq import AWQModifier  # noqa: E402
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 DAMPENING = 0.01
+SCHEMES = ["W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W8A8", "FP8_DYNAMIC", "MXFP4A16", "NVFP4A16"]
 PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers", "accelerate")
 
 
@@ -69,15 +72,17 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("tokens", type=Path)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--scheme", choices=["W4A16", "W4A16_ASYM", "W8A8"], required=True)
+    parser.add_argument("--scheme", choices=SCHEMES, required=True)
     parser.add_argument("--group-size", type=int, metavar="N", help="the preset's (128) by default; W8A8 has none")
-    parser.add_argument("--method", choices=["gptq", "rtn"], required=True)
+    parser.add_argument("--method", choices=["rtn", "gptq", "awq", "smooth", "smooth+gptq"], required=True)
     args = parser.parse_args()
     if args.group_size is not None and (args.scheme == "W8A8" or args.group_size < 1):
         parser.error("--group-size is a positive number, and W8A8 has one scale for each row of the weight")
     if args.out_dir.exists() and any(args.out_dir.iterdir()):
         parser.error(f"{args.out_dir} is not empty")
 
+    if not torch.accelerator.is_available():  # AWQ asks for pinned memory wherever it runs, which machines without one refuse
+        torch.Tensor.pin_memory = lambda self, *rest: self  # type: ignore[method-assign,assignment]
     tokens = load_file(args.tokens)["tokens"]
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
@@ -86,12 +91,14 @@ def main() -> None:
 
     groups = {"group_0": make_scheme(args.scheme, args.group_size)}
     loader: DataLoader | None = None
-    if args.method == "gptq":
-        recipe = GPTQModifier(config_groups=groups, ignore=["lm_head"], dampening_frac=DAMPENING)
+    rounding = QuantizationModifier(config_groups=groups, ignore=["lm_head"])
+    if args.method.endswith("gptq"):
+        rounding = GPTQModifier(config_groups=groups, ignore=["lm_head"], dampening_frac=DAMPENING)
+    before = {"awq": [AWQModifier()], "smooth": [SmoothQuantModifier()], "smooth+gptq": [SmoothQuantModifier()]}
+    recipe = [*before.get(args.method, []), rounding]
+    if args.method != "rtn":
         samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
         loader = DataLoader(samples, batch_size=1)
-    else:
-        recipe = QuantizationModifier(config_groups=groups, ignore=["lm_head"])
     start = time.perf_counter()
     oneshot(model=model, tokenizer=tokenizer, recipe=recipe, dataset=loader)
     seconds["oneshot"] = time.perf_counter() - start
@@ -108,12 +115,12 @@ def main() -> None:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "method": args.method,
         "scheme": args.scheme,
-        "dampening": DAMPENING if args.method == "gptq" else None,
+        "dampening": DAMPENING if args.method.endswith("gptq") else None,
         "weights": saved["quantization_config"]["config_groups"]["group_0"]["weights"],
         "dtype": str(model.dtype).removeprefix("torch."),
         "rows": tokens.shape[0],
         "length": tokens.shape[1],
-        "tokens_used": args.method == "gptq",
+        "tokens_used": args.method != "rtn",
         "threads": torch.get_num_threads(),
         "seconds": seconds,
         "memory": memory,

@@ -19,7 +19,9 @@ RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 SECTIONS = {
     "accuracy": ("Accuracy", "results.py"),
     "techniques": ("How techniques combine", "techniques.py"),
-    "peer": ("Beside llm-compressor", "side_by_side.py"),
+    "peer": ("Beside llm-compressor: time and memory", "side_by_side.py"),
+    "peers": ("Beside llm-compressor and AutoRound: accuracy", "peers.py"),
+    "learned": ("Learned reconstruction", "techniques.py --settings ... --section learned"),
     "streaming": ("Memory on a model larger than its blocks", "streaming_memory.py"),
 }
 PACKAGES = ("torch", "transformers", "accelerate", "compressed-tensors", "safetensors", "numpy")
