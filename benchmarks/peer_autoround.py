@@ -3,8 +3,8 @@
     python peer_autoround.py MODEL TOKENS.safetensors OUT_DIR --bits 4 --group-size 128 [--asym] --iters 0|50|200
 
 For an environment that has AutoRound and not lowbit: imports nothing of lowbit. TOKENS.safetensors holds `tokens`, int64
-[rows, length], the calibration samples. --iters 0 is AutoRound's rounding to nearest, 200 its default, 50 its light setting; the
-other choices are its defaults, but the number and the length of samples, which are those of the file.
+[rows, length], the calibration samples. --iters 0 is AutoRound's rounding to nearest, 200 its default, 50 its light setting;
+the other choices are its defaults, but the number and the length of samples, which are those of the file.
 
 OUT_DIR gets a float checkpoint with the quantized weights (format "fake"), which every program reads, and peer.json.
 """

@@ -4,8 +4,8 @@
 
 PYTHON is that of an environment with llm-compressor and AutoRound; peer_llmcompressor.py and peer_autoround.py run in it. Each
 setting of `TABLE` names their ways and ours. All results are read by `lowbit.load` and evaluated in float32 over the same
-windows. --out gets peers.json, the table goes into the section `peers` of --markdown. The exit status is 1 where the best of ours
-is worse than the best of theirs.
+windows. --out gets peers.json, the table goes into the section `peers` of --markdown. The exit status is 1 where the best of
+ours is worse than the best of theirs.
 
 Seconds contain no imports: of the peers no loading either, of lowbit all of `quantize`.
 """
@@ -86,15 +86,15 @@ def markdown(result: dict[str, Any]) -> str:
     text, data = result["text"], result["data"]
     lines = [
         f'- Model: {result["model"]}; rows marked "outliers" are of its twin with planted outliers (plant_outliers.py)',
-        f"- Calibration of all: {data['source']}, {data['rows']} rows x {data['length']} tokens, seed {data['seed']}, tokens sha256 "
-        f"{data['tokens_sha256'][:16]}",
+        f"- Calibration of all: {data['source']}, {data['rows']} rows x {data['length']} tokens, seed {data['seed']}, tokens "
+        f"sha256 {data['tokens_sha256'][:16]}",
         f"- Text: {text['source']}, {text['windows']} windows of {text['window']} tokens without overlap and without bos, "
         f"{text['targets']:,} targets; float32; the float model has perplexity {text['float_perplexity']:.4f}",
         *describe(result["environment"]),
         f"- The peers' versions: {', '.join(f'{name} {number}' for name, number in result['peer_versions'].items())}",
         "",
-        "Ratios are perplexities over that of the float model, KL is KL(float || quantized) in nats; seconds without imports and, of "
-        "the peers, without loading and saving. Bold: the best of a setting by KL.",
+        "Ratios are perplexities over that of the float model, KL is KL(float || quantized) in nats; seconds without imports "
+        "and, of the peers, without loading and saving. Bold: the best of a setting by KL.",
         "",
     ]
     rows = []
