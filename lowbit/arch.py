@@ -300,10 +300,9 @@ class Arch:
             out = torch.func.functional_call(module, parameters, given, kwargs) if parameters else module(*given, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    @torch.no_grad()
     def finish(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Run what comes after the blocks: logits [rows, length, vocabulary] of `hidden`, the last block's output, or the
-        final hidden states of a model without a head. tokens [rows, length] as given to `embed`."""
+        final hidden states of a model without a head. tokens [rows, length] as given to `embed`. Gradients pass."""
 
         def stub(block: Block, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = _split_call(args, kwargs)[0]

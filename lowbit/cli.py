@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
     sub.add_argument("--overwrite", action="store_true", help="replace DIR, and forget an unfinished run of something else")
     sub.add_argument("--device", default="cpu", help="where blocks are solved: cpu (default), cuda, cuda:1, ...")
+    sub.add_argument("--parallel", type=int, default=1, metavar="N", help="processes that train side by side, for mrem")
+    sub.add_argument("--deterministic", action="store_true", help="have the result of --parallel not depend on timing")
     what = sub.add_argument_group("what to do: a recipe, or the short form")
     what.add_argument("--recipe", metavar="FILE.toml", help="rules, steps, data and format as TOML")
     what.add_argument("--scheme", help="w4a16, w4a16-g64-asym, w8a8, fp8, fp8-block, mxfp4, nvfp4a16, nf4, ... (README)")
@@ -164,9 +166,13 @@ def _quantize(arguments: argparse.Namespace) -> None:
             recipe=recipe,
             revision=arguments.revision,
             device=arguments.device,
+            parallel=arguments.parallel,
+            deterministic=arguments.deterministic,
             overwrite=arguments.overwrite,
             progress=progress,
         )
+    if not report:  # not the first of the processes of torchrun
+        return
     sizes = report["sizes"]
     for row in report["linears"]:
         for warning in row["warnings"]:

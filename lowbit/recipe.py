@@ -41,6 +41,7 @@ from lowbit.data import DataSpec
 from lowbit.methods.awq import awq
 from lowbit.methods.block_ap import block_ap
 from lowbit.methods.embed import embed
+from lowbit.methods.end_to_end import end_to_end
 from lowbit.methods.gptq import gptq
 from lowbit.methods.hqq import hqq
 from lowbit.methods.lkd import lkd
@@ -69,12 +70,12 @@ class Method:
         teacher: teacher(options) tells whether it needs the hidden states of the float model too.
         kind: "model" and "transform" rewrite float weights and leave the function as it was, "search" finds out how best to,
             "outside" rounds what is outside the blocks, "solver" assigns every weight in them, "trainer" goes on from there by
-            gradients, "correction" adds to the result.
+            gradients, "correction" adds to the result, "finish" trains all blocks at once.
     """
 
     apply: Callable[..., Any]
     calibrated: Callable[[dict[str, Any]], bool]
-    kind: Literal["model", "outside", "search", "transform", "solver", "trainer", "correction"]
+    kind: Literal["model", "outside", "search", "transform", "solver", "trainer", "correction", "finish"]
     teacher: Callable[[dict[str, Any]], bool] = lambda options: False
 
 
@@ -99,9 +100,10 @@ METHODS = {
         trainer.__name__: Method(apply=trainer, calibrated=_always, kind="trainer", teacher=_always)
         for trainer in (lkd, mrem, omniquant, signround, block_ap)
     },
+    "end_to_end": Method(apply=end_to_end, calibrated=_always, kind="finish", teacher=_always),
     "lorc": Method(apply=lorc, calibrated=lambda options: bool(options.get("whiten")), kind="correction"),
 }
-_ORDER = ("model", "outside", "search", "transform", "solver", "trainer", "correction")
+_ORDER = ("model", "outside", "search", "transform", "solver", "trainer", "correction", "finish")
 FORMATS = ("compressed-tensors", "lowbit")
 ENGINES = ("vllm", "transformers")
 FLOAT = "float"
@@ -178,8 +180,12 @@ class Recipe:
             raise ValueError(
                 f"steps {given}: first what rewrites the model (rotate), then embed, then what rewrites blocks (smooth_search, "
                 f"smooth, awq), then one that rounds every weight ({solvers}), what trains it further ({trainers}), last what "
-                "corrects it (lorc)"
+                "corrects it (lorc) or trains all at once (end_to_end)"
             )
+        if {"correction", "finish"} <= set(kinds):
+            raise ValueError("end_to_end trains scales, on which the corrections of lorc would no longer fit; leave one out")
+        if kinds.count("finish") > 1:
+            raise ValueError("end_to_end is there twice; leave one out")
         if "outside" in kinds and self.format != "lowbit":
             raise ValueError('embed: no engine loads quantized embeddings; use format = "lowbit"')
         needs = self._needs_data()

@@ -27,7 +27,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -255,10 +255,24 @@ class Span:
 
     def forward(self, hidden: Tensor, calls: Sequence[Any], parameters: Sequence[dict[str, Tensor]]) -> Tensor:
         """Hidden states that leave the span [rows, length, width] float32, the inputs of its linears quantized."""
-        for unit, call, mine in zip(self.units, calls, parameters, strict=True):
-            observe = _observer(unit, mine)
-            hidden = unit.arch.forward(unit.block, hidden, call, observe, mine)
+        for i, (unit, call, mine) in enumerate(zip(self.units, calls, parameters, strict=True)):
+            hidden = unit.arch.forward(unit.block, hidden, call, self.observer(i, mine), mine)
         return hidden
+
+    def observer(self, index: int, parameters: dict[str, Tensor]) -> Observe:
+        """What quantizes the inputs of a unit's linears, where the unit's parameters are those given."""
+        unit = self.units[index]
+        inputs = unit.inputs_by_site()
+        sites = unit.arch.sites(unit.block)
+        sites |= {value.untyped_storage().data_ptr(): f"{unit.block.name}.{name}" for name, value in parameters.items()}
+
+        def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
+            site = site_of(weight, sites)
+            if site is None or site not in inputs:
+                return x
+            return passed(inputs[site].quantize(x.detach()), x)
+
+        return observe
 
     @torch.no_grad()
     def float_forward(self, hidden: Tensor, calls: Sequence[Any]) -> Tensor:
@@ -378,21 +392,6 @@ def _gradients(unit: Unit, pieces: Sequence[Piece], leaves: dict[str, Tensor]) -
         yield value, grad
 
 
-def _observer(unit: Unit, parameters: dict[str, Tensor]) -> Observe:
-    """Quantize the inputs of the unit's linears, where the parameters are those given."""
-    inputs = unit.inputs_by_site()
-    sites = unit.arch.sites(unit.block)
-    sites |= {value.untyped_storage().data_ptr(): f"{unit.block.name}.{name}" for name, value in parameters.items()}
-
-    def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
-        site = site_of(weight, sites)
-        if site is None or site not in inputs:
-            return x
-        return passed(inputs[site].quantize(x.detach()), x)
-
-    return observe
-
-
 # ---------------------------------------------------------------------------------------------------------- the training
 
 
@@ -401,15 +400,22 @@ def reconstruct(units: Sequence[Unit], plan: Plan) -> None:
 
     The units' stream has a teacher. Everything is decided by the seed; a killed training goes on from its last record.
     """
-    span, stream = Span(units, plan), units[0].stream
-    rows = list(stream.parts())
-    held = rows[HELD_OUT - 1 :: HELD_OUT] if len(rows) >= HELD_OUT else rows[-1:]
-    trained = [part for part in rows if part not in held] or rows
-    task = _Task(span, held)
-    before = task.judge(span.assembled(span.assigned()))
-    curve = _train(task, trained)
+    trained, held = divided(list(units[0].stream.parts()))
+    order = Order(plan, trained)
+    fit(_Filed(Span(units, plan), order.at(0)), order, held)
+
+
+def fit(task: "Task", order: "Order", held: list[tuple[int, int]]) -> None:
+    """Take the steps of a plan and assign the result, if it is better on the held-out rows."""
+    span, units, plan = task.span, task.span.units, task.span.plan
+    training = Training(span)
+    before = _judged(task, held, span.assembled(span.assigned()))
+    while not training.done:
+        units[0].say(plan.name, len(training.losses), plan.steps)
+        training.step(task, order.at(len(training.losses)))
+    training.path.unlink()
     with torch.no_grad():
-        after = task.judge(span.assembled(span.pieces()))
+        after = _judged(task, held, span.assembled(span.pieces()))
     kept = after < before
     if kept:
         span.assign()
@@ -423,90 +429,122 @@ def reconstruct(units: Sequence[Unit], plan: Plan) -> None:
         {
             "step": plan.name,
             "blocks": len(units),
-            "rows": sum(stop - start for start, stop in trained),
+            "rows": sum(stop - start for start, stop in order.rows),
             "held_out_rows": sum(stop - start for start, stop in held),
             "steps": plan.steps,
             "loss_before": before,
             "loss_after": after,
             "kept": kept,
-            "curve": curve,
+            "curve": training.curve(),
         }
     )
 
 
-class _Task:
-    """Batches of hidden states, and the loss on them, relative to what the float unit adds to its input."""
+def divided(rows: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The batches that train, and those that judge."""
+    held = rows[HELD_OUT - 1 :: HELD_OUT] if len(rows) >= HELD_OUT else rows[-1:]
+    return [part for part in rows if part not in held] or rows, held
 
-    def __init__(self, span: Span, held: list[tuple[int, int]]) -> None:
-        self.span, self.plan, self.stream, self.held = span, span.plan, span.units[0].stream, held
-        energy, count = 0.0, 0
-        for part in held:
-            target, source = (self._read(b, part, teacher=True) for b in (span.last, span.first))
-            energy += float((target - source).square().sum(dtype=torch.float64))
-            count += target.numel()
-        self.scale = count / energy if energy else 1.0
+
+def scale_of(pairs: Sequence[tuple[Tensor, ...]]) -> float:
+    """What makes losses relative: one over the mean square of what a module adds, from pairs (what leaves it, what enters)."""
+    energy = sum(float((after - before).square().mean()) for after, before in pairs) / len(pairs)
+    return 1 / energy if energy else 1.0
+
+
+def mixed(taught: Tensor, own: Tensor, forcing: float) -> Tensor:
+    """What enters a module: hidden states of the float model and of the quantized one, by teacher forcing."""
+    return taught if forcing == 1 else own if forcing == 0 else forcing * taught + (1 - forcing) * own
+
+
+class Task(Protocol):
+    """Where the loss on some rows comes from."""
+
+    span: Span
+
+    def loss(self, part: tuple[int, int], parameters: Sequence[dict[str, Tensor]], forcing: float) -> Tensor:
+        """The mean squared error of the span with these parameters on some rows; `forcing`: see `Plan.forcing`."""
+
+
+class _Filed:
+    """Hidden states from the stream's files, and the loss on them, relative to what the float unit adds in the first step."""
+
+    def __init__(self, span: Span, first: list[tuple[int, int]]) -> None:
+        """first: the rows of the first step."""
+        self.span, self.plan, self.stream = span, span.plan, span.units[0].stream
+        pairs = [tuple(self._read(b, part, teacher=True) for b in (span.last, span.first)) for part in first]
+        self.scale = scale_of(pairs)
 
     def _read(self, boundary: int, part: tuple[int, int], *, teacher: bool) -> Tensor:
         return self.stream.read(boundary, *part, teacher=teacher).to(self.span.units[0].arch.device)
 
     def loss(self, part: tuple[int, int], parameters: Sequence[dict[str, Tensor]], forcing: float) -> Tensor:
-        """The mean squared error of the unit on some rows; `forcing`: see `Plan.forcing`."""
+        """See `Task`."""
         first, calls = self.span.first, [self.stream.calls(part, unit.block.index) for unit in self.span.units]
-        taught = self._read(first, part, teacher=True) if forcing > 0 else None
-        own = self._read(first, part, teacher=False) if forcing < 1 else None
-        hidden = own if taught is None else taught if own is None else forcing * taught + (1 - forcing) * own
-        assert hidden is not None
+        hidden = mixed(self._read(first, part, teacher=True), self._read(first, part, teacher=False), forcing)
         found = self.span.forward(hidden, calls, parameters)
         loss = (found - self._read(self.span.last, part, teacher=True)).square().mean()
         if self.plan.augmented:
             loss = loss + (found - self.span.float_forward(hidden, calls)).square().mean()
         return loss * self.scale
 
-    @torch.no_grad()
-    def judge(self, parameters: Sequence[dict[str, Tensor]]) -> float:
-        """The loss on the held-out rows with the inputs of the last step."""
-        total, count = 0.0, 0
-        forcing = self.plan.forcing(self.plan.steps)
-        with fast_products():
-            for part in self.held:
-                total += float(self.loss(part, parameters, forcing)) * (part[1] - part[0])
-                count += part[1] - part[0]
-        return total / count
+
+@torch.no_grad()
+def _judged(task: Task, held: list[tuple[int, int]], parameters: Sequence[dict[str, Tensor]]) -> float:
+    """The loss on the held-out rows with the inputs of the last step."""
+    total, plan = 0.0, task.span.plan
+    with fast_products():
+        for part in held:
+            total += float(task.loss(part, parameters, plan.forcing(plan.steps))) * (part[1] - part[0])
+    return total / sum(stop - start for start, stop in held)
 
 
-def _train(task: _Task, rows: list[tuple[int, int]]) -> list[float]:
-    """Train; returns the loss over the steps, at most 50 means."""
-    span, plan, unit = task.span, task.plan, task.span.units[0]
-    named = list(span.trained())
-    optimizer = _optimizer(plan, named)
-    record = unit.stream.folder / f"training-{span.first:05d}-{plan.name}"
-    losses = _resumed(record, named, optimizer)
-    saved = time.monotonic()
-    for _, _, tensor in named:
-        tensor.requires_grad_(True)
-    order = _Order(plan, rows)
-    for step in range(len(losses), plan.steps):
-        unit.say(plan.name, step, plan.steps)
-        losses.append(_step(task, order.at(step), step, named))
-        for group, (_, part, _) in zip(optimizer.param_groups, named, strict=True):
-            group["lr"] = plan.train[part] * plan.rate(step)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for _, part, tensor in named:
-                if part == "rounding":
-                    tensor.clamp_(-0.5, 0.5)
-        if time.monotonic() - saved > _SAVED:
-            _save(record, named, optimizer, losses)
-            saved = time.monotonic()
-    for _, _, tensor in named:
-        tensor.requires_grad_(False)
-    record.unlink(missing_ok=True)
-    size = -(-len(losses) // 50)
-    return [sum(losses[i : i + size]) / len(losses[i : i + size]) for i in range(0, len(losses), size)]
+class Training:
+    """The steps of one span: what trains, its optimizer, and the record from which a killed training goes on.
+
+    Attributes:
+        losses: of every step done.
+        done: whether all of them are.
+    """
+
+    def __init__(self, span: Span) -> None:
+        self.span, self.plan = span, span.plan
+        self.path = span.units[0].stream.folder / f"training-{span.first:05d}-{span.plan.name}"
+        self.named = list(span.trained())
+        self.optimizer = _optimizer(span.plan, self.named)
+        self.losses = _resumed(self.path, self.named, self.optimizer)
+        self.saved = time.monotonic()
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return len(self.losses) >= self.plan.steps
+
+    def step(self, task: "Task", parts: list[tuple[int, int]]) -> None:
+        """Train on some rows."""
+        step = len(self.losses)
+        for _, _, tensor in self.named:
+            tensor.requires_grad_(True)
+        self.losses.append(_step(task, parts, step, self.named))
+        for group, (_, part, _) in zip(self.optimizer.param_groups, self.named, strict=True):
+            group["lr"] = self.plan.train[part] * self.plan.rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for _, part, tensor in self.named:
+            tensor.requires_grad_(False)
+            if part == "rounding":
+                tensor.clamp_(-0.5, 0.5)
+        if time.monotonic() - self.saved > _SAVED or self.done:
+            _save(self.path, self.named, self.optimizer, self.losses)
+            self.saved = time.monotonic()
+
+    def curve(self) -> list[float]:
+        """The loss over the steps, at most 50 means."""
+        size = -(-len(self.losses) // 50)
+        return [sum(self.losses[i : i + size]) / len(self.losses[i : i + size]) for i in range(0, len(self.losses), size)]
 
 
-def _step(task: _Task, parts: list[tuple[int, int]], step: int, named: Sequence[tuple[str, Part, Tensor]]) -> float:
+def _step(task: Task, parts: list[tuple[int, int]], step: int, named: Sequence[tuple[str, Part, Tensor]]) -> float:
     """Gradients of one step over some parts of rows; returns the loss.
 
     Quantized weights are computed once; parts run one after the other, so that memory is that of one.
@@ -519,12 +557,12 @@ def _step(task: _Task, parts: list[tuple[int, int]], step: int, named: Sequence[
                 value.requires_grad_(True)
         total, count = 0.0, sum(stop - start for start, stop in parts)
         for part in parts:
-            loss = task.loss(part, leaves, task.plan.forcing(step)) * ((part[1] - part[0]) / count)
+            loss = task.loss(part, leaves, task.span.plan.forcing(step)) * ((part[1] - part[0]) / count)
             loss.backward()
             total += float(loss.detach())
     if not math.isfinite(total):
         raise ValueError(
-            f"{task.plan.name}: the loss of {task.span.units[0].block.name} is not finite at step {step}; use lower rates"
+            f"{task.span.plan.name}: the loss of {task.span.units[0].block.name} is not finite at step {step}; use lower rates"
         )
     every = zip(task.span.units, made, leaves, strict=True)
     used = [pair for unit, mine, values in every for pair in _gradients(unit, mine, values)]
@@ -535,7 +573,7 @@ def _step(task: _Task, parts: list[tuple[int, int]], step: int, named: Sequence[
     return total
 
 
-class _Order:
+class Order:
     """Which rows belong to which step: every epoch in an order of its own."""
 
     def __init__(self, plan: Plan, rows: list[tuple[int, int]]) -> None:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -40,10 +41,11 @@ from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, return_freed_memory
 from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
 from lowbit.export import NATIVE, QuantizedSource, check_export, encode, load, write_config
-from lowbit.files import TEMPORARY, save_shard, write_json
+from lowbit.files import TEMPORARY, replacing, save_shard, write_json
 from lowbit.methods.embed import Rounded
-from lowbit.qtensor import Scheme, check_shape
-from lowbit.recipe import METHODS, Recipe, Step, short_recipe
+from lowbit.parallel import Team, launch, parallel_step, say_step, shares, train
+from lowbit.qtensor import QTensor, Scheme, check_shape
+from lowbit.recipe import METHODS, Recipe, Step, default_of, recipe_from_dict, short_recipe
 from lowbit.report import write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
 from lowbit.unit import LinearRecord, Stream, Unit, fast_products, quantized_inputs
@@ -72,6 +74,8 @@ def quantize(
     kv_cache: str | None = None,
     revision: str | None = None,
     device: str = "cpu",
+    parallel: int = 1,
+    deterministic: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -84,6 +88,8 @@ def quantize(
             `engine`, `kv_cache` (see `recipe.short_recipe`).
         revision: branch, tag or commit of a hub model.
         device: where blocks run and are solved, such as "cpu" or "cuda"; memory there is that of one block.
+        parallel: processes that train modules of blocks side by side, for recipes with mrem; on GPUs, one each.
+        deterministic: have their result not depend on timing.
         overwrite: replace `out`, and forget an unfinished run of another recipe or model.
         progress: called with (stage, steps done, steps in all).
 
@@ -115,6 +121,18 @@ def quantize(
     clock = _Clock()
     say = progress or (lambda stage, done, total: None)
     _check_device(device)
+    team = Team.here()
+    if team is not None:
+        if parallel not in (1, team.world):
+            raise ValueError(f"parallel = {parallel}, but torchrun started {team.world} processes; leave it out")
+        parallel = team.world
+        if team.rank > 0:
+            work = team.called()
+            if work is not None:
+                train_rank(work, team, lambda done: None)
+            return {}
+    if parallel < 1 or (deterministic and parallel == 1):
+        raise ValueError(f"parallel = {parallel}: give the number of processes; deterministic is for two or more")
     source = open_source(model, revision)
     _check_apart(out, source.folder)
     arch = Arch(source, device=device)
@@ -122,30 +140,22 @@ def quantize(
     recipe.schemes(candidates)
     data_used, solver_tokens = _calibration(recipe, source, out, device, say)
     with (
-        _journal(out, _job(source, recipe, data_used, device), overwrite) as folder,
+        _journal(out, _job(source, recipe, data_used, device, parallel, deterministic), overwrite) as folder,
         _saying_what_is_kept(folder),
         _quick_collections(),
     ):
         _check_disk(folder, source, solver_tokens, boundaries=4 if recipe.teacher else 2)
-        arch.probe(lambda done, total: say("reading the model", done, total))
-        clock.lap("probe")
-        for step in recipe.steps:
-            kind = METHODS[step.method].kind
-            if kind in ("model", "outside"):
-                say(step.method, 0, 1)
-                source = METHODS[step.method].apply(arch, **step.options)
-                blocks, arch = arch.blocks, Arch(source, device=device)
-                if kind == "model":
-                    arch.probe(lambda done, total: say("reading the rewritten model", done, total))
-                else:
-                    arch.adopt(blocks)
-                clock.lap(step.method)
+        arch = _rewritten(arch, recipe, say, clock)
+        source = arch.source
         linears = [linear for block in arch.blocks for linear in block.linears]
         schemes = recipe.schemes(linear.name for linear in linears)
         _check_linears(linears, schemes)
         check_export(recipe.format, recipe.engine, linears, schemes)
         _check_memory(arch)
         source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
+        if parallel > 1:
+            _in_parallel(arch, recipe, schemes, solver_tokens, folder, parallel, team, deterministic, say)
+            clock.lap("parallel training")
 
         stream = Stream(arch, solver_tokens, folder / ".work", teacher=recipe.teacher)
         stream.start()
@@ -156,12 +166,111 @@ def quantize(
         clock.lap("blocks")
         _assemble(arch, recipe, linears, schemes, folder)
         clock.lap("assembly")
+        records = _finish(arch, recipe, schemes, stream, folder, say) or records
+        clock.lap("whole model")
         gate = _gate(arch, stream, records, folder, say)
         clock.lap("gate")
         report = _report(source, model, revision, recipe, data_used, arch, records, searches, gate, clock, folder)
         write_report(folder, report)
         _publish(folder, out)
     return report
+
+
+def _rewritten(arch: Arch, recipe: Recipe, say: Progress, clock: "_Clock | None" = None) -> Arch:
+    """Discover the model, and rewrite it as the steps for the whole model say."""
+    arch.probe(lambda done, total: say("reading the model", done, total))
+    if clock is not None:
+        clock.lap("probe")
+    for step in recipe.steps:
+        kind = METHODS[step.method].kind
+        if kind not in ("model", "outside"):
+            continue
+        say(step.method, 0, 1)
+        source = METHODS[step.method].apply(arch, **step.options)
+        blocks, arch = arch.blocks, Arch(source, device=str(arch.device))
+        if kind == "model":
+            arch.probe(lambda done, total: say("reading the rewritten model", done, total))
+        else:
+            arch.adopt(blocks)
+        if clock is not None:
+            clock.lap(step.method)
+    return arch
+
+
+# ------------------------------------------------------------------------------------------------------ parallel training
+
+
+def _in_parallel(
+    arch: Arch,
+    recipe: Recipe,
+    schemes: dict[str, Scheme],
+    tokens: Tensor,
+    folder: Path,
+    world: int,
+    team: Team | None,
+    deterministic: bool,
+    say: Progress,
+) -> None:
+    """Have so many processes train all modules; their records are in the journal afterwards, where the walk over the blocks
+    finds them. The processes are those of the team, or are started.
+
+    Raises:
+        ValueError: the recipe or the model cannot be trained so, or a process died: which, with its blocks and its last words.
+    """
+    work = folder / ".work"
+    step = parallel_step(recipe, schemes)
+    blocks = shares(len(arch.blocks), recipe.span, world)
+    done = work / "parallel-done"
+    if done.exists():
+        if team is not None:
+            team.call(None)
+        return
+    save_shard({"tokens": tokens}, work / "tokens")
+    job = {
+        "model": str(arch.source.folder),
+        "recipe": recipe.to_dict(),
+        "device": str(arch.device),
+        "deterministic": deterministic,
+        "world": world,
+        "meeting": str(work / f"meeting-{os.getpid()}-{time.time_ns()}"),
+    }
+    write_json(work / "parallel.json", job)
+    total = int(step.options.get("steps", default_of(step, "steps")))
+    stage = f"{step.method} in {world} processes"
+    say(stage, 0, total)
+    if team is not None:
+        team.call(work)
+        train_rank(work, team, lambda done: say(stage, done, total))
+    else:
+        script = f"from pathlib import Path; from lowbit.run import train_rank; train_rank(Path({str(work)!r}))"
+        launch(script, work, blocks, lambda done: say(stage, done, total))
+    done.touch()
+    for rank in range(world):
+        shutil.rmtree(work / f"rank-{rank}")
+
+
+def train_rank(work: Path, team: Team | None = None, progress: Callable[[int], None] = say_step) -> None:
+    """What each process of a parallel training runs: its part of what `_in_parallel` described in the folder `work`.
+
+    Its rank is that in the team, or RANK in the environment.
+    """
+    job = json.loads((work / "parallel.json").read_text(encoding="utf-8"))
+    world, device = job["world"], job["device"]
+    if team is not None:
+        rank, store = team.rank, team.store
+    else:
+        rank, store = int(os.environ["RANK"]), dist.FileStore(job["meeting"], world)
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    recipe = recipe_from_dict(job["recipe"])
+    arch = _rewritten(Arch(open_source(job["model"]), device=device), recipe, lambda stage, done, total: None)
+    linears = [linear for block in arch.blocks for linear in block.linears]
+    schemes = recipe.schemes(linear.name for linear in linears)
+    arch.source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
+    tokens = load_file(work / "tokens")["tokens"]
+    train(arch, recipe, schemes, tokens, work, progress, deterministic=job["deterministic"])
+    dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------------------ the searches
@@ -322,6 +431,8 @@ def _write_block(unit: Unit, values: dict[str, Tensor], recipe: Recipe, folder: 
     for name, q in unit.assigned.items():
         tensors |= encode(name, q, unit.schemes[name], recipe.format, inputs.get(name))
     save_shard(tensors, folder / _shard(unit.arch, recipe, unit.block.index))
+    if any(METHODS[step.method].kind == "finish" for step in recipe.steps):
+        save_shard(_parts(unit.assigned), _solved(folder / ".work", unit.block.index))
     parts = {f"{name}.{part}": value for name, low in unit.corrections.items() for part, value in low._asdict().items()}
     if parts:
         save_shard(parts, _correction(folder / ".work", unit.block.index))
@@ -425,6 +536,93 @@ def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[s
         target = folder / path.relative_to(arch.source.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+
+
+# -------------------------------------------------------------------------------------------------------- the whole model
+
+
+def _finish(
+    arch: Arch, recipe: Recipe, schemes: dict[str, Scheme], stream: Stream, folder: Path, say: Progress
+) -> list[dict[str, Any]]:
+    """Train all blocks of the checkpoint in `folder` at once, where the recipe has such a step; returns their new records.
+
+    New shards are written beside the old and renamed only when all are there, so that a killed run finds either.
+    """
+    step = next((step for step in recipe.steps if METHODS[step.method].kind == "finish"), None)
+    if step is None:
+        return []
+    work = folder / ".work"
+    own, done = work / "whole", work / "whole.json"
+    if not done.exists():
+        own.mkdir(exist_ok=True)
+        records = [json.loads(_record(work, block.index).read_text(encoding="utf-8")) for block in arch.blocks]
+        units = _reopened(arch, schemes, records, stream.tokens, folder, own)
+        for unit in units:
+            unit.say = say
+        last = len(units)
+        METHODS[step.method].apply(units, lambda part: stream.read(last, *part, teacher=True).to(arch.device), **step.options)
+        with fast_products(), replacing(stream.file(last)) as path, path.open("wb") as file:
+            for part in stream.parts():
+                hidden = units[0].stream.read(0, *part)
+                for unit in units:
+                    unit.put()
+                    observe = quantized_inputs(unit.arch.sites(unit.block), unit.inputs_by_site())
+                    hidden = stream.rounded(unit.arch.call(unit.block, hidden, stream.calls(part, unit.block.index), observe))
+                file.write(stream.bytes(hidden))
+        for unit, record in zip(units, records, strict=True):
+            shard = _shard(arch, recipe, unit.block.index)
+            tensors = load_file(folder / shard)
+            for name, q in unit.assigned.items():
+                tensors |= encode(name, q, schemes[name], recipe.format)
+                record["sha256"][name] = _sha256(unit.value(name))
+            save_shard(tensors, own / shard)
+            record["transforms"] += unit.notes
+            record["linears"] = [asdict(row) for row in unit.records.values()]
+        write_json(done, records)
+    for block in arch.blocks:
+        shard = _shard(arch, recipe, block.index)
+        if (own / shard).exists():
+            (own / shard).replace(folder / shard)
+    return json.loads(done.read_text(encoding="utf-8"))
+
+
+def _reopened(
+    arch: Arch, schemes: dict[str, Scheme], records: list[dict[str, Any]], tokens: Tensor, folder: Path, own: Path
+) -> list[Unit]:
+    """The blocks of the checkpoint in `folder`, all in memory, as they were solved, with a stream in the folder `own`."""
+    checkpoint = QuantizedSource(folder)
+    twin = Arch(checkpoint, device=str(arch.device))
+    twin.adopt(arch.blocks)
+    stream = Stream(twin, tokens, own)
+    stream.start()
+    twin.load_outside()
+    inputs = checkpoint.inputs()
+    units = []
+    for block, record in zip(twin.blocks, records, strict=True):
+        twin.load(block.tensors)
+        chosen = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
+        unit = Unit(twin, block, chosen, stream, arch.source.dtype())
+        parts = load_file(_solved(folder / ".work", block.index))
+        rows = {row["name"]: LinearRecord(**row) for row in record["linears"]}
+        unit.reopen({name: _from_parts(name, parts, schemes[name]) for name in rows}, rows, inputs)
+        units.append(unit)
+    return units
+
+
+def _solved(work: Path, index: int) -> Path:
+    """Where the quantized matrices of a block wait for the step that trains them all."""
+    return work / f"solved-{index:05d}.safetensors"
+
+
+def _parts(assigned: dict[str, QTensor]) -> dict[str, Tensor]:
+    found = {f"{name}.{part}": getattr(q, part) for name, q in assigned.items() for part in ("codes", "scale", "zero", "outer")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _from_parts(name: str, parts: dict[str, Tensor], scheme: Scheme) -> QTensor:
+    codes, scale, zero, outer = (parts.get(f"{name}.{part}") for part in ("codes", "scale", "zero", "outer"))
+    assert codes is not None and scale is not None
+    return QTensor(codes, scale, zero, scheme.weight, outer)
 
 
 def _rounded(arch: Arch) -> Rounded | None:
@@ -668,7 +866,7 @@ def _available_memory() -> int | None:
 # ------------------------------------------------------------------------------------------------------------ the journal
 
 
-def _job(source: Source, recipe: Recipe, data: Calibration, device: str) -> dict[str, Any]:
+def _job(source: Source, recipe: Recipe, data: Calibration, device: str, parallel: int, deterministic: bool) -> dict[str, Any]:
     """What makes two runs the same run."""
     settings = recipe.to_dict()
     settings["data"] = data.describe()
@@ -679,6 +877,7 @@ def _job(source: Source, recipe: Recipe, data: Calibration, device: str) -> dict
         "versions": {"lowbit": __version__} | {name: version(name) for name in libraries},
         "device": device,
         "threads": torch.get_num_threads(),
+        "parallel": [parallel, deterministic] if parallel > 1 else None,
     }
 
 

@@ -92,6 +92,9 @@ class Stream:
     `TOKENS_PER_BATCH` tokens (at least one row), whatever the number of rows.
 
     Beside those of the partly quantized model (the student) there may be those of the float model (the teacher).
+
+    Attributes:
+        width: of a hidden state, once `start` was called.
     """
 
     def __init__(self, arch: Arch, tokens: Tensor, folder: Path, *, teacher: bool = False) -> None:
@@ -102,7 +105,7 @@ class Stream:
         self.teacher = teacher
         self.dtype = arch.source.dtype()
         self._rows = min(len(tokens), max(1, TOKENS_PER_BATCH // tokens.shape[1]))
-        self._width = 0
+        self.width = 0
         self._calls: dict[int, list[Any]] = {}
         self._short_calls: list[Any] = []
         # Links by the structure of the blocks that have them; see `Unit.links`.
@@ -128,8 +131,8 @@ class Stream:
                 with fast_products():
                     hidden, calls = self.arch.embed(rows)
                 self._calls.setdefault(len(rows), calls)
-                self._width = hidden.shape[-1]
-                file.write(self._bytes(hidden))
+                self.width = hidden.shape[-1]
+                file.write(self.bytes(hidden))
         self._short_calls = self.arch.embed(self.tokens[:1, :STAND_IN_TOKENS])[1]
         self.arch.free_outside()
 
@@ -137,15 +140,15 @@ class Stream:
         """A short row of random hidden states [1, length, width] float32 and the other arguments of the block's call."""
         generator = torch.Generator().manual_seed(0)
         length = min(self.tokens.shape[1], STAND_IN_TOKENS)
-        return torch.randn(1, length, self._width, generator=generator), self._short_calls[boundary]
+        return torch.randn(1, length, self.width, generator=generator), self._short_calls[boundary]
 
     def read(self, boundary: int, start: int, stop: int, *, teacher: bool = False) -> Tensor:
         """Rows start..stop of a boundary: float32 [stop - start, length, width]."""
         length = self.tokens.shape[1]
-        row = length * self._width * self.dtype.itemsize
+        row = length * self.width * self.dtype.itemsize
         file = self.file(boundary, teacher=teacher)
         data = np.fromfile(file, np.uint8, count=(stop - start) * row, offset=start * row)
-        return torch.from_numpy(data).view(self.dtype).view(stop - start, length, self._width).float()
+        return torch.from_numpy(data).view(self.dtype).view(stop - start, length, self.width).float()
 
     def rounded(self, hidden: Tensor) -> Tensor:
         """Hidden states as they come back after being written."""
@@ -170,9 +173,10 @@ class Stream:
         target = self.file(block.index + 1, teacher=teacher)
         with fast_products(), replacing(target) as path, path.open("wb") as file:
             for hidden, call in self.batches(block.index, teacher=teacher):
-                file.write(self._bytes(forward(hidden, call)))
+                file.write(self.bytes(forward(hidden, call)))
 
-    def _bytes(self, hidden: Tensor) -> memoryview:
+    def bytes(self, hidden: Tensor) -> memoryview:
+        """Hidden states as they are written."""
         return hidden.to(self.dtype).cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
 
     def drop(self, boundary: int) -> None:
@@ -223,6 +227,7 @@ class Unit:
         order = {linear.name: i for i, linear in enumerate(block.linears)}
         chosen = [linear for linear in block.linears if linear.name in schemes]
         self.linears = tuple(sorted(chosen, key=lambda linear: (order[linear.shares], order[linear.name])))
+        self._earlier: dict[str, LinearRecord] = {}
         self._warnings: dict[str, list[str]] = {}
         self._grams: dict[Any, Tensor] = {}
         self._inputs: dict[str, Input] | None = None
@@ -307,7 +312,7 @@ class Unit:
         key = self._gram_key(linear)
         if key not in self._grams:
             if sequential:
-                self._apply()
+                self.put()
             self._grams = self._gather(linear, alone=sequential)
         return self._grams[key]
 
@@ -505,6 +510,11 @@ class Unit:
             self._warnings[name] = record.warnings
         return before
 
+    def reopen(self, assigned: dict[str, QTensor], records: dict[str, LinearRecord], inputs: dict[str, Input]) -> None:
+        """Take up what was assigned to this block in a checkpoint, to be trained further; errors stay those of that time."""
+        self.assigned, self.records, self._earlier = assigned, records, dict(records)
+        self._inputs = {linear.name: inputs[linear.name] for linear in self.linears if linear.name in inputs}
+
     def keep(self) -> None:
         """Remember the float weights beyond `finish`, so that linears can be assigned again."""
         for linear in self.linears:
@@ -530,6 +540,9 @@ class Unit:
 
     def _errors(self, linear: Linear, value: Tensor) -> tuple[float, float, str]:
         """error, error_rtn and error_kind of `LinearRecord` for a linear that becomes `value`."""
+        if linear.name in self._earlier:
+            known = self._earlier[linear.name]
+            return known.error, known.error_rtn, known.error_kind
         w = self.weight(linear)
         gram = self._grams.get(self._gram_key(linear))
         nearest = self.nearest(linear, w, largest=self.largest(linear))
@@ -579,7 +592,7 @@ class Unit:
         """
         self._grams, self._crosses = {}, {}
         inputs = self.inputs_by_site()
-        self._apply()
+        self.put()
         observe = quantized_inputs(self.arch.sites(self.block), inputs)
         ranges = CacheRanges(self.arch.model.get_submodule(self.block.name), self.block.name) if cache else None
         with ranges or nullcontext():
@@ -591,7 +604,7 @@ class Unit:
         return ranges.scales()
 
     @torch.no_grad()
-    def _apply(self) -> None:
+    def put(self) -> None:
         """Put the dequantized weights of the linears assigned so far, as the checkpoint will hold them, into the block."""
         for linear in self.linears:
             if linear.name in self.assigned:

@@ -175,7 +175,7 @@ def test_what_enters(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hidden states of the float model, those of the quantized one, or their mix, to the bit."""
     units = setting.units(first=1)
     span = Span(units, plan(inputs="annealed"))
-    task = module._Task(span, [(0, 2)])
+    task = module._Filed(span, [(0, 2)])
     seen: list[Tensor] = []
     plain = Span.forward
 
@@ -194,11 +194,11 @@ def test_what_enters(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_loss_by_hand(setting: Setting) -> None:
-    """|f_Q(x) - f(x')|^2 and |f_Q(x) - f(x)|^2, relative to what the float blocks add to their input on held-out rows."""
+    """|f_Q(x) - f(x')|^2 and |f_Q(x) - f(x)|^2, relative to what the float blocks add to their input in the first step."""
     units = setting.units(first=1, count=2)
     found = {}
     for augmented in (False, True):
-        task = module._Task(Span(units, plan(augmented=augmented)), [(6, 8)])
+        task = module._Filed(Span(units, plan(augmented=augmented)), [(6, 8)])
         with torch.no_grad():
             found[augmented] = float(task.loss((0, 2), task.span.assembled(task.span.assigned()), 0.0))
     span, stream = Span(units, plan()), setting.stream

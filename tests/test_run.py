@@ -869,7 +869,7 @@ def test_experts_of_one_matrix_have_one_input(tmp_path: Path) -> None:
 KILLER = """
 import hashlib, json, os, random, shutil, signal, sys, traceback
 from pathlib import Path
-import lowbit.export, lowbit.unit
+import lowbit.files, lowbit.unit
 from lowbit.cli import main
 
 job = json.load(sys.stdin)
@@ -897,22 +897,22 @@ def child(out, extra, kill_at, pipe):
         if touches and (str(path).startswith(str(out)) or event in ("os.remove", "os.rmdir")):
             step(event)
 
-    save, read, write = lowbit.export.save_file, lowbit.unit.Stream.read, Path.write_text
+    save, read, write = lowbit.files.save_file, lowbit.unit.Stream.read, Path.write_text
 
     def save_file(tensors, path, metadata=None):
         save(tensors, path, metadata=metadata)
         step("half", lambda: os.truncate(path, Path(path).stat().st_size // 2))
 
-    def reading(self, *which):
+    def reading(self, *which, **more):
         step("read")
-        return read(self, *which)
+        return read(self, *which, **more)
 
     def write_text(self, text, *rest, **options):
         write(self, text[: len(text) // 2], *rest, **options)
         step("half")
         return write(self, text, *rest, **options)
 
-    lowbit.export.save_file, lowbit.unit.Stream.read, Path.write_text = save_file, reading, write_text
+    lowbit.files.save_file, lowbit.unit.Stream.read, Path.write_text = save_file, reading, write_text
     sys.addaudithook(hook)
     code = main([*command, str(out), *extra])
     os.write(pipe, json.dumps(steps).encode())

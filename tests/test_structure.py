@@ -29,6 +29,7 @@ LEVELS = (
     ("reconstruct",),
     ("methods", "allocate", "export", "runtime"),
     ("recipe",),
+    ("parallel",),
     ("run",),
     ("evaluate",),
     ("cli",),

@@ -8,8 +8,9 @@ quantized one (section 3.3).
 Deviation: the learning rates are in steps of the grid, and in logs of the scales.
 """
 
+import inspect
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from lowbit.reconstruct import Part, Plan, Source, reconstruct
 from lowbit.unit import Between, Unit
@@ -37,5 +38,13 @@ def mrem(
         scale_rate: of the logs of the scales.
         seed: of the order of the rows.
     """
-    train: dict[Part, float] = {"weights": rate, "zeros": rate, "scales": scale_rate}
-    reconstruct(units, Plan(name="mrem", train=train, inputs=inputs, steps=steps, batch=batch, seed=seed))
+    del blocks  # decided before, by the run
+    reconstruct(units, plan_of(inputs=inputs, steps=steps, batch=batch, rate=rate, scale_rate=scale_rate, seed=seed))
+
+
+def plan_of(**options: Any) -> Plan:
+    """The plan of a module, from the options of `mrem`."""
+    given = {name: parameter.default for name, parameter in inspect.signature(mrem).parameters.items()} | options
+    train: dict[Part, float] = {"weights": given["rate"], "zeros": given["rate"], "scales": given["scale_rate"]}
+    same = {name: given[name] for name in ("inputs", "steps", "batch", "seed")}
+    return Plan(name="mrem", train=train, **same)

@@ -31,13 +31,13 @@ def test_module_of_two_blocks(setting: Setting) -> None:
 def test_teacher_forcing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """lambda falls from 1 to 0 over the first half of the steps; the result is judged without the teacher."""
     seen: list[float] = []
-    plain = module._Task.loss
+    plain = module._Filed.loss
 
-    def loss(self: module._Task, part: tuple[int, int], parameters: list[dict[str, Tensor]], forcing: float) -> Tensor:
+    def loss(self: module._Filed, part: tuple[int, int], parameters: list[dict[str, Tensor]], forcing: float) -> Tensor:
         seen.append(forcing)
         return plain(self, part, parameters, forcing)
 
-    monkeypatch.setattr(module._Task, "loss", loss)
+    monkeypatch.setattr(module._Filed, "loss", loss)
     units: list[Unit] = setting.units(first=1)
     mrem(units, blocks=1, steps=8, batch=2)
     assert seen == [0.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0, 0.0]

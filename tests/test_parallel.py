@@ -1,0 +1,252 @@
+"""Parallel training: what queues keep, that ranks agree with one process where they must, and that a dead one costs nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from training import Setting
+
+from lowbit import parallel
+from lowbit.data import DataSpec
+from lowbit.parallel import Message, Passed, Queue, parallel_step, shares
+from lowbit.qtensor import parse_scheme
+from lowbit.recipe import short_recipe
+from lowbit.reconstruct import Plan, Span, Training
+from lowbit.run import quantize
+
+DATA = DataSpec(source="random", rows=16, length=16)
+
+
+def options(**given: Any) -> dict[str, Any]:
+    """A run of mrem on modules of one block."""
+    return {
+        "scheme": "w3a16-g32",
+        "method": "rtn+mrem",
+        "data": DATA,
+        "engine": "transformers",
+        "options": {
+            f"mrem.{key}": value for key, value in ({"blocks": 1, "steps": 6, "batch": 2, "rate": 0.02} | given).items()
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    tiny.save("llama", folder, dtype=torch.float32, seed=3)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def notes(folder: Path) -> list[dict[str, Any]]:
+    blocks = json.loads((folder / "report.json").read_text())["blocks"]
+    return [note for block in blocks for note in block["transforms"]]
+
+
+# ------------------------------------------------------------------------------------------------------------- in a process
+
+
+@pytest.mark.parametrize(
+    ("count", "span", "world", "expected"),
+    [
+        (12, 1, 4, [range(0, 3), range(3, 6), range(6, 9), range(9, 12)]),
+        (7, 2, 2, [range(0, 4), range(4, 7)]),
+        (5, 2, 3, [range(0, 2), range(2, 4), range(4, 5)]),
+        (8, 3, 1, [range(0, 8)]),
+    ],
+)
+def test_shares(count: int, span: int, world: int, expected: list[range]) -> None:
+    assert shares(count, span, world) == expected
+    with pytest.raises(ValueError, match=f"{count + 1} processes, but {count} blocks in modules of {span} are"):
+        shares(count, span, count + 1)
+
+
+def queue(capacity: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> Queue:
+    """A queue whose thread receives nothing."""
+    monkeypatch.setattr(Queue, "_receive", lambda self: None)
+    return Queue(1, 100, (4, 8), source=0, deterministic=deterministic, capacity=capacity)
+
+
+def message(number: int) -> Message:
+    part = (number, number + 1)
+    return Message([part], {part: torch.full((1,), float(number))}, {part: torch.zeros(1)})
+
+
+def test_queue_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deterministic: first in, first out, each once; who puts into a full one waits until there is room."""
+    mine = queue(2, True, monkeypatch)
+    mine.put(message(0))
+    mine.put(message(1))
+    waits: list[float | None] = []
+
+    def wait(timeout: float | None = None) -> bool:
+        waits.append(timeout)
+        mine.messages.popleft()
+        return True
+
+    monkeypatch.setattr(mine.changed, "wait", wait)
+    mine.put(message(2))
+    assert len(waits) == 1 and [m.parts for m in mine.messages] == [[(1, 2)], [(2, 3)]]
+    assert [mine.get().parts[0][0] for _ in range(2)] == [1, 2] and not mine.messages
+
+
+def test_queue_of_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the oldest makes room, and taking leaves what is taken; nothing is taken before the queue has warmed up."""
+    mine = queue(5, False, monkeypatch)
+    for number in range(parallel.WARM_UP - 1):
+        mine.put(message(number))
+    late = [message(number) for number in range(parallel.WARM_UP - 1, 9)]
+
+    def wait(timeout: float | None = None) -> bool:
+        mine.put(late.pop(0))
+        return True
+
+    monkeypatch.setattr(mine.changed, "wait", wait)
+    mine.get()
+    assert mine.received == parallel.WARM_UP
+    while late:
+        mine.put(late.pop(0))
+    assert [m.parts[0][0] for m in mine.messages] == [4, 5, 6, 7, 8]
+    assert {mine.get().parts[0][0] for _ in range(200)} == {4, 5, 6, 7, 8} and len(mine.messages) == 5
+
+
+def test_queue_whose_source_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = queue(2, True, monkeypatch)
+    mine.failure = RuntimeError("connection closed")
+    with pytest.raises(RuntimeError, match="rank 0 sends no more"):
+        mine.get()
+
+
+def test_no_gradient_crosses(tmp_path: Path) -> None:
+    """What is sent on is rounded, and of what went before nothing trains with it; only the module's own parameters change."""
+    setting = Setting(tmp_path)
+    units = setting.units(count=2)
+    plan = Plan(name="mrem", train={"weights": 0.05}, inputs="student", steps=4, batch=2)
+    spans = [Span([unit], plan) for unit in units]
+    tasks, trainings = [Passed(span) for span in spans], [Training(span) for span in spans]
+    part = (0, 2)
+    states = {part: setting.stream.read(0, *part)}
+    tasks[0].take(Message([part], states, states))
+    trainings[0].step(tasks[0], [part])
+    sent = tasks[0].sent()
+    assert not sent.own[part].requires_grad and sent.own[part].grad_fn is None
+    assert torch.allclose(sent.taught[part], setting.stream.read(1, *part, teacher=True), rtol=1e-5, atol=1e-6)
+    before = [tensor.clone() for _, _, tensor in spans[0].trained()]
+    tasks[1].take(sent)
+    trainings[1].step(tasks[1], [part])
+    assert all(torch.equal(old, new) for old, (_, _, new) in zip(before, spans[0].trained(), strict=True))
+    assert all(bool(tensor.any()) for span in spans for _, _, tensor in span.trained())
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "message"),
+    [
+        ("rtn+lkd", "w3a16-g32", "for recipes with one step that trains, mrem"),
+        ("rtn", "w3a16-g32", "for recipes with one step that trains, mrem"),
+        ("gptq+mrem", "w3a16-g32", "gptq needs the inputs of a quantized model"),
+        ("smooth+rtn+mrem", "w3a16-g32", "smooth needs the inputs of a quantized model"),
+        ("rtn+mrem", "w8a8-astatic", "the static inputs of w8a8-astatic need calibration first"),
+    ],
+)
+def test_recipes_that_cannot_be_parallel(method: str, scheme: str, message: str) -> None:
+    recipe = short_recipe(scheme=scheme, method=method, data=DATA, engine="transformers")
+    with pytest.raises(ValueError, match=message):
+        parallel_step(recipe, {"a": parse_scheme(scheme)})
+
+
+@pytest.mark.parametrize(("world", "deterministic"), [(0, False), (-1, False), (1, True)])
+def test_numbers_that_mean_nothing(world: int, deterministic: bool, llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"parallel = {world}: give the number of processes"):
+        quantize(str(llama), tmp_path / "out", parallel=world, deterministic=deterministic, **options())
+
+
+# ------------------------------------------------------------------------------------------------------------ in processes
+
+
+@pytest.mark.slow
+def test_with_the_teacher_alone_processes_do_not_matter(llama: Path, tmp_path: Path) -> None:
+    """Fed by the float model throughout, modules know nothing of each other: three processes give the bits of one."""
+    what = options(inputs="teacher")
+    quantize(str(llama), tmp_path / "one", **what)
+    quantize(str(llama), tmp_path / "three", parallel=3, deterministic=True, **what)
+    assert weights(tmp_path / "three") == weights(tmp_path / "one")
+    assert notes(tmp_path / "three") == notes(tmp_path / "one")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.fixture(scope="module")
+def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes make of it in a fixed order."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    quantize(str(llama), out, parallel=2, deterministic=True, **options(steps=12))
+    return out
+
+
+@pytest.mark.slow
+def test_torchrun(llama: Path, whole: Path, tmp_path: Path) -> None:
+    """The processes of torchrun give the bits of those that lowbit starts, and better modules; only the first speaks."""
+    what = options(steps=12)
+    given = [text for key, value in what["options"].items() for text in ("--option", f"{key}={value}")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "lowbit",
+        "quantize",
+    ]
+    command += [str(llama), "--out", str(tmp_path / "out"), "--scheme", what["scheme"], "--method", what["method"], *given]
+    command += ["--data", "random", "--rows", "16", "--length", "16", "--engine", "transformers", "--deterministic"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("read back and equal") == 1
+    assert weights(tmp_path / "out") == weights(whole)
+    assert all(note["steps"] == 12 and note["loss_after"] < note["loss_before"] for note in notes(whole))
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_wait(llama: Path, tmp_path: Path) -> None:
+    """Without an order of messages, training helps all the same."""
+    report = quantize(str(llama), tmp_path / "out", parallel=2, **options(steps=40, rate=0.03))
+    found = notes(tmp_path / "out")
+    assert len(found) == 3 and all(note["loss_after"] < note["loss_before"] for note in found)
+    assert "parallel training" in [stage["stage"] for stage in report["stages"]]
+
+
+@pytest.mark.slow
+def test_a_dead_process(llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the process and its blocks; the same command goes on and gives what an undisturbed run gives."""
+    what = options(steps=12)
+    started: list[Any] = []
+    plain: Callable[..., Any] = parallel.subprocess.Popen
+
+    def popen(*given: Any, **named: Any) -> Any:
+        started.append(plain(*given, **named))
+        return started[-1]
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if "processes" in stage and done >= 3:
+            os.kill(started[1].pid, signal.SIGKILL)
+
+    monkeypatch.setattr(parallel.subprocess, "Popen", popen)
+    with pytest.raises(
+        ValueError, match=r"process 1 of 2, which trains blocks 1 to 2, ended with status -9: .*goes on from there"
+    ):
+        quantize(str(llama), tmp_path / "out", parallel=2, deterministic=True, progress=progress, **what)
+    assert all(process.poll() is not None for process in started)
+    quantize(str(llama), tmp_path / "out", parallel=2, deterministic=True, **what)
+    assert weights(tmp_path / "out") == weights(whole)
