@@ -507,8 +507,25 @@ def steps_of_range(low: Tensor, high: Tensor, spec: Spec) -> Tensor:
     fmt = spec.format
     if not spec.symmetric:
         return (high - low) / (fmt.max - fmt.min)
+    reach = torch.maximum(-low, high)
+    if signed(spec):
+        return torch.where(high > -low, -reach, reach) / -fmt.min
     # Integers have one negative code more than positive ones: half of the whole range is (2^b - 1) / 2 steps.
-    return torch.maximum(-low, high) / ((fmt.max - fmt.min) / 2)
+    return reach / ((fmt.max - fmt.min) / 2)
+
+
+def signed(spec: Spec) -> bool:
+    """Whether scales have a sign: integers of few bits, where the code -2^(b-1), which has no positive counterpart, is worth
+    having. The largest magnitude of a group gets it: a negative scale makes it positive (as llama.cpp's and AutoRound's
+    formats have it). Engines multiply by a scale, whatever its sign."""
+    few = spec.format.kind == "int" and spec.format.bits < 8 and not spec.format.largest
+    return few and spec.symmetric and spec.scale == "float"
+
+
+def usable_steps(step: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as they are stored: none is 0, also not rounded to `dtype`, and groups of zeros have 1."""
+    least = torch.finfo(dtype).tiny
+    return torch.where(step == 0, 1.0, torch.where(step.abs() < least, step.sign() * least, step))
 
 
 def _power_of_two(largest: Tensor, reach: float, fmt: Format, rule: Rule) -> Tensor:
@@ -533,7 +550,7 @@ def _params_from_range(
         return _power_of_two(torch.maximum(-low, high), spec.format.max, spec.format, spec.rule), None
     step = steps_of_range(low, high, spec)
     if spec.scale == "float":
-        scale = torch.where(step > 0, step.clamp(min=torch.finfo(dtype).tiny), 1.0).to(dtype)
+        scale = usable_steps(step, dtype).to(dtype)
     elif spec.scale == "e4m3":
         assert outer is not None
         scale = FP8_E4M3.round(torch.where(step > 0, step / outer, 1.0)).clamp_(min=2.0**-9)
@@ -641,7 +658,8 @@ def fake_quantize_input(x: Tensor, spec: Spec, largest: float | None = None) -> 
 def validate(q: QTensor, name: str) -> None:
     """Raise ValueError when q could not be loaded or would decode to nonsense."""
     scale = _whole(q.scale, q.outer)
-    if not bool(torch.isfinite(scale).all()) or not (q.spec.format.codebook or bool((scale > 0).all())):
-        raise ValueError(f"{name}: a scale is zero, negative or not finite")
+    usable = scale != 0 if signed(q.spec) else scale > 0
+    if not bool(torch.isfinite(scale).all()) or not (q.spec.format.codebook or bool(usable.all())):
+        raise ValueError(f"{name}: a scale is zero, not finite, or negative where it must not be")
     if q.codes.dtype != q.spec.format.code_dtype:
         raise ValueError(f"{name}: codes are {q.codes.dtype}, {q.spec.format.name} needs {q.spec.format.code_dtype}")

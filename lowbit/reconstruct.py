@@ -36,7 +36,7 @@ from torch import Tensor
 from lowbit.arch import Linear, Observe, site_of
 from lowbit.files import save_shard
 from lowbit.links import Link
-from lowbit.qtensor import Grid, QTensor, grouped, quantize, steps_of_range, ungrouped
+from lowbit.qtensor import Grid, QTensor, grouped, quantize, steps_of_range, ungrouped, usable_steps
 from lowbit.unit import Input, Unit, fast_products
 
 Part = Literal["weights", "rounding", "scales", "zeros", "clips", "smoothing"]
@@ -147,7 +147,7 @@ class Weight:
             share = torch.sigmoid(self.trained["clips"])
             low, high = groups.amin(-1).clamp(max=0) * share[..., 0], groups.amax(-1).clamp(min=0) * share[..., 1]
             step = steps_of_range(low, high, self.spec)
-            step = torch.where(step > 0, step.clamp(min=torch.finfo(dtype).tiny), 1.0)
+            step = usable_steps(step, dtype)
             step = passed(step.to(dtype).float(), step)
             if self.spec.symmetric:
                 return step, None
