@@ -89,12 +89,12 @@ def markdown(result: dict[str, Any]) -> str:
             f"{text['targets']:,} targets; float32; the float model has perplexity {text['float_perplexity']:.4f}"
             for text in result["texts"]
         ),
-        f"- Calibration of all rows: {data['source']}, {data['rows']} rows x {data['length']} tokens, seed {data['seed']}, tokens "
-        f"sha256 {data['tokens_sha256'][:16]}; of rows with data=random, as many random tokens",
+        f"- Calibration of all rows: {data['source']}, {data['rows']} rows x {data['length']} tokens, seed {data['seed']}, "
+        f"tokens sha256 {data['tokens_sha256'][:16]}; of rows with data=random, as many random tokens",
         *describe(result["environment"]),
         "",
-        "Ratios are perplexities over that of the float model, KL is the mean of KL(float || quantized) in nats. Seconds, on a GPU "
-        "only, are of `quantize` with other processes beside. Bold: the best of a setting by KL on the first text.",
+        "Ratios are perplexities over that of the float model, KL is the mean of KL(float || quantized) in nats. Seconds, on a "
+        "GPU only, are of `quantize` with other processes beside. Bold: the best of a setting by KL on the first text.",
         "",
     ]
     timed = not result["environment"]["device"].startswith("CPU")

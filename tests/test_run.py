@@ -644,7 +644,7 @@ def test_full_disk(
             if where == "shard":
                 full.setattr("lowbit.files.save_file", no_space)
             elif where == "hidden states":
-                full.setattr(Stream, "_bytes", no_space)
+                full.setattr(Stream, "bytes", no_space)
             else:
                 full.setattr(run, "write_json", no_space)
 

@@ -414,7 +414,7 @@ def test_assign_refuses_scales_that_are_no_scales(folder: Callable[[str], Path],
     scale, zero, _ = find_params(w, spec, scale_dtype=torch.float32)
     q = quantize(w, Grid(scale, zero, None), spec)
     q.scale[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=f"{linear.name}: a scale is zero, negative or not finite"):
+    with pytest.raises(ValueError, match=f"{linear.name}: a scale is zero, not finite"):
         unit.assign(linear, q, method="rtn")
     assert not unit.records and not unit.assigned
 

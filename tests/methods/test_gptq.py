@@ -115,6 +115,8 @@ def slow_grid(w: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
         low, high = part.amin(dim=1).clamp(max=0), part.amax(dim=1).clamp(min=0)
         width = torch.maximum(-low, high) * 2 if spec.symmetric else high - low
         scale = (width / (most - least)).bfloat16().float()
+        if spec.symmetric and spec.format.bits < 8:  # the largest magnitude is the lowest code
+            scale = (torch.where(high > -low, -high, -low) / -least).bfloat16().float()
         return scale, torch.zeros_like(scale) if spec.symmetric else (least - low / scale).round().clamp(least, most)
 
     group = None if spec.group in (CHANNEL, TENSOR) else spec.group

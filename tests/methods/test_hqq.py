@@ -26,7 +26,7 @@ def test_no_group_is_worse_than_min_max(scheme: str, p: float) -> None:
     w[:, 5] *= 5  # an outlier in a group
     found, plain = norms(w, scheme, p)
     assert bool((found <= plain * (1 + 1e-5)).all())
-    assert float(found.sum()) < 0.98 * float(plain.sum())
+    assert float(found.sum()) < 0.985 * float(plain.sum())
 
 
 def test_more_iterations_are_never_worse() -> None:

@@ -29,9 +29,11 @@ def expected_weights(w: Tensor, scheme: str) -> Tensor:
     bits = spec.format.bits
 
     def half_range(part: Tensor) -> tuple[Tensor, Tensor]:
-        """lowbit's symmetric rule: half of the code range for the largest magnitude."""
-        scale = part.abs().amax(dim=1) / ((2**bits - 1) / 2)
-        return scale, torch.zeros_like(scale)
+        """lowbit's symmetric rule: of 8 bits, half of the code range for the largest magnitude; of fewer, the lowest code."""
+        largest = part.abs().amax(dim=1)
+        scale = largest / ((2**bits - 1) / 2) if bits == 8 else largest * -(2.0 ** (1 - bits))
+        positive = (part == largest.unsqueeze(1)).any(1)
+        return torch.where(positive, scale, scale.abs()), torch.zeros_like(scale)
 
     found = textbook.nearest_textbook(
         w,
