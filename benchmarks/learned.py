@@ -37,7 +37,21 @@ TEXTS = ("wikitext2_test.txt", "test.jsonl", "ood_law.jsonl")
 # setting -> rules
 MIXED = {"w4/8a8": {"mlp": "w4a8-channel-r16", "": "w8a8-r16"}}
 ROWS = [
-    *(f"w4a16-g128 {chain}" for chain in ("gptq", "rtn+lkd", "gptq+signround", "gptq+block_ap", "gptq+block_ap+end_to_end")),
+    "w2a16-g64 gptq",
+    "w2a16-g64 gptq+end_to_end:steps=800,scale_rate=0.002,rate=0.03",
+    "w2a16-g64 gptq+end_to_end:steps=800,scale_rate=0.002,rate=0.01",
+    "w2a16-g64 gptq+block_ap:steps=150+end_to_end:steps=400,scale_rate=0.001,rate=0.004",
+    "w3a16-g128 gptq",
+    "w3a16-g128 gptq+signround:steps=60",
+    "w3a16-g128 gptq+end_to_end:steps=700,scale_rate=0.001,rate=0.01",
+    "w4a4-g128-ag128 gptq",
+    "w4a4-g128-ag128 rotate+gptq:asymmetry=0.25+end_to_end:steps=600,scale_rate=0.001,rate=0.01",
+    "w4a16-g128 gptq",
+    "w4a16-g128 rtn:importance=true+signround:steps=60",
+    "w4a16-g128 rtn:importance=true+end_to_end:steps=700,scale_rate=0.0005,rate=0.004",
+    "w4/8a8 rtn",
+    "w4/8a8 rtn+lkd:steps=120",
+    "w4/8a8 rtn+lkd:steps=120 data=random",
 ]
 # setting -> (the bar in words, what the best learned row may have: share of gptq's gap to float, or largest ratio)
 GAPS = {"w2a16-g64": 1 / 5, "w3a16-g128": 1 / 2, "w4a4-g128-ag128": 1 / 3}
@@ -121,7 +135,7 @@ def main() -> int:
         "--texts", type=Path, nargs="+", default=[SHARED / "text" / name for name in TEXTS], help="to evaluate on"
     )
     parser.add_argument("--calibration", type=Path, default=SHARED / "text" / "calibration.jsonl")
-    parser.add_argument("--rows", type=int, default=256, help="calibration sequences (default 256)")
+    parser.add_argument("--rows", type=int, default=768, help="calibration sequences (default 768)")
     parser.add_argument("--length", type=int, default=512, help="tokens of each (default 512)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows-of", nargs="+", default=ROWS, metavar="ROW", help="rows of the table (default: all)")
