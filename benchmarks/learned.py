@@ -20,21 +20,19 @@ from typing import Any
 
 import torch
 from results import code_hash, measure, say, summarize
-from sections import RESULTS, ROOT, SHARED, describe, environment, write_section
-from techniques import parse_chain
+from sections import RESULTS, ROOT, SHARED, describe, environment, joined, keep
+from techniques import make_recipe
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from lowbit.data import DataSpec, calibration_tokens, evaluation_tokens
 from lowbit.evaluate import plan_windows
 from lowbit.export import load
-from lowbit.files import write_json
-from lowbit.recipe import Recipe, Rule
 from lowbit.report import table
 from lowbit.run import quantize
 
 TEXTS = ("wikitext2_test.txt", "test.jsonl", "ood_law.jsonl")
-# setting -> rules
+# setting -> schemes by the names they match
 MIXED = {"w4/8a8": {"mlp": "w4a8-channel-r16", "": "w8a8-r16"}}
 ROWS = [
     "w2a16-g64 gptq",
@@ -53,23 +51,11 @@ ROWS = [
     "w4/8a8 rtn+lkd:steps=120",
     "w4/8a8 rtn+lkd:steps=120 data=random",
 ]
-# setting -> (the bar in words, what the best learned row may have: share of gptq's gap to float, or largest ratio)
+# setting -> what the best learned row may have: share of the gap of `BASE` to float, or ratio
 GAPS = {"w2a16-g64": 1 / 5, "w3a16-g128": 1 / 2, "w4a4-g128-ag128": 1 / 3}
 RATIOS = {"w4a16-g128": 1.015}
 LEARNED = ("lkd", "mrem", "omniquant", "signround", "block_ap", "end_to_end")
 BASE = "gptq"
-
-
-def make_recipe(setting: str, chain: str, data: DataSpec) -> Recipe:
-    """The recipe of one row."""
-    rules = MIXED.get(setting, {"": setting})
-    recipe = Recipe(
-        rules=tuple(Rule(match=match, scheme=scheme) for match, scheme in rules.items()),
-        steps=parse_chain(chain),
-        data=data,
-        format="lowbit",
-    )
-    return recipe if recipe.calibrated else replace(recipe, data=None)
 
 
 def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -147,7 +133,7 @@ def main() -> int:
     parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="measure nothing, join these results")
     args = parser.parse_args()
     if args.merge:
-        return write(merged([json.loads(path.read_text(encoding="utf-8")) for path in args.merge]), args)
+        return write(joined(args.merge), args)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     where = environment(args.device) | {"code_sha256": code_hash()}
@@ -168,7 +154,7 @@ def main() -> int:
         report = quantize(
             str(args.model),
             work / str(number),
-            recipe=make_recipe(setting, chain, data),
+            recipe=make_recipe(MIXED.get(setting, {"": setting}), chain, data),
             device=args.device,
             parallel=int(flags.get("parallel", 1)),
         )
@@ -196,34 +182,16 @@ def main() -> int:
         "data": calibration.describe(),
         "environment": where,
         "rows": rows,
-        "bars": bars(rows),
     }
     return write(result, args)
 
 
-def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result of several that differ in their rows alone.
-
-    Raises:
-        ValueError: they differ in more.
-    """
-    for part in parts[1:]:
-        for key in ("model", "texts", "data", "environment"):
-            if part[key] != parts[0][key]:
-                raise ValueError(f"the results are not of one measurement: {key} is {part[key]} and {parts[0][key]}")
-    rows = [row for part in parts for row in part["rows"]]
-    order = list(dict.fromkeys(row["setting"] for row in rows))
-    rows.sort(key=lambda row: order.index(row["setting"]))
-    return parts[0] | {"rows": rows, "bars": bars(rows)}
-
-
 def write(result: dict[str, Any], args: argparse.Namespace) -> int:
-    """Write JSON and Markdown; 1 if a bar is missed."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "learned.json", result)
-    section = markdown(result)
-    write_section(args.markdown, "learned", section)
-    print(section)
+    """Order the rows by setting, judge and write them; 1 if a bar is missed."""
+    order = list(dict.fromkeys(row["setting"] for row in result["rows"]))
+    result["rows"].sort(key=lambda row: order.index(row["setting"]))
+    result["bars"] = bars(result["rows"])
+    keep(result, args.out / "learned.json", markdown(result), page=args.markdown, name="learned")
     return 0 if all(bar["met"] for bar in result["bars"]) else 1
 
 

@@ -25,7 +25,7 @@ import torch
 from plant_outliers import plant
 from results import checkpoint, code_hash, measure, say, summarize
 from safetensors.torch import save_file
-from sections import RESULTS, ROOT, SHARED, describe, environment, write_section
+from sections import RESULTS, ROOT, SHARED, describe, environment, keep
 from techniques import make_recipe
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -33,7 +33,6 @@ from transformers.utils import logging
 from lowbit.data import DataSpec, calibration_tokens, evaluation_tokens
 from lowbit.evaluate import plan_windows
 from lowbit.export import load
-from lowbit.files import write_json
 from lowbit.report import table
 
 A = "gptq:asymmetry=0.25"
@@ -174,7 +173,7 @@ def main() -> int:
         for chain in chains:
             folder = work / setting / "lowbit" / chain.replace(":", "-").replace("=", "-")
             began = time.monotonic()
-            checkpoint(model, folder, make_recipe(setting, chain, spec), calibration, where, "cpu")
+            checkpoint(model, folder, make_recipe({"": setting}, chain, spec), calibration, where, "cpu")
             mine.append({"who": "lowbit", "how": chain, "seconds": time.monotonic() - began})
             models[f"lowbit {chain}"] = load(str(folder), dtype=torch.float32)
             say(f"{setting} lowbit {chain}: {mine[-1]['seconds']:.0f} s")
@@ -206,10 +205,7 @@ def main() -> int:
         "bars": bars,
     }
     shutil.rmtree(work)
-    write_json(args.out / "peers.json", result)
-    section = markdown(result)
-    write_section(args.markdown, "peers", section)
-    print(section)
+    keep(result, args.out / "peers.json", markdown(result), page=args.markdown, name="peers")
     return 0 if all(bar["met"] for bar in bars) else 1
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sections import RESULTS, ROOT, SHARED, describe, environment, write_section
+from sections import RESULTS, ROOT, SHARED, describe, environment, keep
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -388,10 +388,7 @@ def main() -> int:
         "evaluation_seconds": seconds,
         "window_sums": {"columns": ["nll", "float nll", "KL", "same top token"], "models": sums},
     }
-    write_json(args.out / "accuracy.json", result)
-    section = markdown(result)
-    write_section(args.markdown, "accuracy", section)
-    print(section)
+    keep(result, args.out / "accuracy.json", markdown(result), page=args.markdown, name="accuracy")
     return 0 if all(bar["met"] for row in rows for bar in row["bars"]) else 1
 
 

@@ -1,9 +1,10 @@
-"""What the benchmark scripts share: the sections of RESULTS.md, peak memory, and the record of where something was measured.
+"""What the benchmark scripts share: results, the sections of RESULTS.md, peak memory, and where something was measured.
 
 RESULTS.md has one section for each script, between the lines `<!-- NAME -->` and `<!-- /NAME -->`. A script replaces what is
 between its own two lines and leaves every other byte as it is.
 """
 
+import json
 import os
 import platform
 import subprocess
@@ -11,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lowbit.files import replacing
+from lowbit.files import replacing, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # larger models and texts; the default of arguments only
@@ -21,10 +22,33 @@ SECTIONS = {
     "techniques": ("How techniques combine", "techniques.py"),
     "peer": ("Beside llm-compressor: time and memory", "side_by_side.py"),
     "peers": ("Beside llm-compressor and AutoRound: accuracy", "peers.py"),
-    "learned": ("Learned reconstruction", "techniques.py --settings ... --section learned"),
+    "learned": ("Learned reconstruction", "learned.py"),
     "streaming": ("Memory on a model larger than its blocks", "streaming_memory.py"),
 }
 PACKAGES = ("torch", "transformers", "accelerate", "compressed-tensors", "safetensors", "numpy")
+
+
+def keep(result: dict[str, Any], path: Path, section: str, *, page: Path, name: str) -> None:
+    """Write a result as JSON to `path`, and its Markdown into the section `name` of `page` and to the terminal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    write_section(page, name, section)
+    print(section)
+
+
+def joined(paths: list[Path]) -> dict[str, Any]:
+    """One result of several that differ in their "rows", which come one after the other, and in "bars", which are left out.
+
+    Raises:
+        ValueError: they differ in more.
+    """
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    same = parts[0].keys() - {"rows", "bars"}
+    for part in parts[1:]:
+        for key in same:
+            if part[key] != parts[0][key]:
+                raise ValueError(f"the results are not of one measurement: {key} is {part[key]} and {parts[0][key]}")
+    return {key: parts[0][key] for key in same} | {"rows": [row for part in parts for row in part["rows"]]}
 
 
 def write_section(path: Path, name: str, text: str) -> None:

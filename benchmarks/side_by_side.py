@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from results import measure, summarize
 from safetensors.torch import load_file, save_file
-from sections import RESULTS, ROOT, SHARED, describe, environment, write_section
+from sections import RESULTS, ROOT, SHARED, describe, environment, keep
 from streaming_memory import child_environment, in_child
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -39,7 +39,6 @@ from transformers.utils import logging
 from lowbit.data import Calibration, DataSpec, calibration_tokens, evaluation_tokens
 from lowbit.evaluate import plan_windows
 from lowbit.export import load
-from lowbit.files import write_json
 from lowbit.report import table
 
 # lowbit's name of a scheme and the peer's options for the same
@@ -236,11 +235,7 @@ def main() -> int:
         "repeats": args.repeats,
         "rows": rows,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "peer.json", result)
-    section = markdown(result)
-    write_section(args.markdown, "peer", section)
-    print(section)
+    keep(result, args.out / "peer.json", markdown(result), page=args.markdown, name="peer")
     return 0 if all(bar["met"] for row in rows for bar in row["bars"]) else 1
 
 

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sections import RESULTS, ROOT, describe, environment, peak_memory, write_section
+from sections import RESULTS, ROOT, describe, environment, keep, peak_memory
 
 from lowbit.files import write_json
 from lowbit.report import table
@@ -233,11 +233,7 @@ def main() -> int:
         "imports": imports,
         "runs": runs,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "streaming.json", result)
-    section = markdown(result)
-    write_section(args.markdown, "streaming", section)
-    print(section)
+    keep(result, args.out / "streaming.json", markdown(result), page=args.markdown, name="streaming")
     return 0 if all(run["met"] for run in runs) else 1
 
 

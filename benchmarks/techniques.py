@@ -26,14 +26,13 @@ from typing import Any
 import torch
 from plant_outliers import plant
 from results import Score, checkpoint, code_hash, measure, say, summarize
-from sections import RESULTS, ROOT, SHARED, describe, environment, write_section
+from sections import RESULTS, ROOT, SHARED, describe, environment, joined, keep
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from lowbit.data import DataSpec, calibration_tokens, evaluation_tokens
 from lowbit.evaluate import plan_windows
 from lowbit.export import load
-from lowbit.files import write_json
 from lowbit.recipe import METHODS, Recipe, Rule, Step
 from lowbit.report import table
 
@@ -96,9 +95,10 @@ def parse_chain(text: str) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def make_recipe(setting: str, chain: str, data: DataSpec) -> Recipe:
-    """The recipe of one row."""
-    recipe = Recipe(rules=(Rule(match="", scheme=setting),), steps=parse_chain(chain), data=data, format="lowbit")
+def make_recipe(schemes: dict[str, str], chain: str, data: DataSpec) -> Recipe:
+    """The recipe of one row; the schemes by the names of linears that they match."""
+    rules = tuple(Rule(match=match, scheme=scheme) for match, scheme in schemes.items())
+    recipe = Recipe(rules=rules, steps=parse_chain(chain), data=data, format="lowbit")
     return recipe if recipe.calibrated else replace(recipe, data=None)
 
 
@@ -170,7 +170,7 @@ def main() -> int:
     parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="measure nothing, join these results")
     args = parser.parse_args()
     if args.merge:
-        return write(merged([json.loads(path.read_text(encoding="utf-8")) for path in args.merge]), args)
+        return write(joined(args.merge), args)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -200,7 +200,7 @@ def main() -> int:
             name = re.sub(r"[:=,]", "-", f"{setting}-{chain}")
             folder = args.out / "checkpoints" / kind / name
             began = time.monotonic()
-            recipe = make_recipe(setting, chain, spec)
+            recipe = make_recipe({"": setting}, chain, spec)
             reports[kind, setting, chain] = checkpoint(model, folder, recipe, calibration, where, args.device)
             say(f"{kind} {setting} {chain}: {time.monotonic() - began:.0f} s")
             models[f"{setting} {chain}"] = load(str(folder), dtype=torch.float32, device=args.device)
@@ -232,33 +232,16 @@ def main() -> int:
         "data": calibration.describe(),
         "environment": where,
         "rows": rows,
-        "bars": bars(rows),
     }
     return write(result, args)
 
 
-def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result of several that differ in their rows alone.
-
-    Raises:
-        ValueError: they differ in more.
-    """
-    for part in parts[1:]:
-        for key in ("model", "planted", "float_perplexity", "text", "data", "environment"):
-            if part[key] != parts[0][key]:
-                raise ValueError(f"the results are not of one measurement: {key} is {part[key]} and {parts[0][key]}")
-    rows = [row for part in parts for row in part["rows"]]
-    rows.sort(key=lambda row: list(TABLE).index(row["setting"]))
-    return parts[0] | {"rows": rows, "bars": bars(rows)}
-
-
 def write(result: dict[str, Any], args: argparse.Namespace) -> int:
-    """Write JSON and Markdown; 1 if a bar is missed."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "techniques.json", result)
-    section = markdown(result)
-    write_section(args.markdown, args.section, section)
-    print(section)
+    """Order the rows by setting, judge and write them; 1 if a bar is missed."""
+    order = list(TABLE)
+    result["rows"].sort(key=lambda row: order.index(row["setting"]))
+    result["bars"] = bars(result["rows"])
+    keep(result, args.out / "techniques.json", markdown(result), page=args.markdown, name=args.section)
     return 0 if all(bar["met"] for bar in result["bars"]) else 1
 
 

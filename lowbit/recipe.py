@@ -203,6 +203,11 @@ class Recipe:
         return any(METHODS[step.method].teacher(step.options) for step in self.steps)
 
     @property
+    def finish(self) -> Step | None:
+        """The step that trains the whole model, if there is one."""
+        return next((step for step in self.steps if METHODS[step.method].kind == "finish"), None)
+
+    @property
     def span(self) -> int:
         """How many consecutive blocks are quantized together."""
         return max((step.options.get("blocks", default_of(step, "blocks") or 1) for step in self.steps), default=1)

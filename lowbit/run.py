@@ -147,12 +147,10 @@ def quantize(
         _check_disk(folder, source, solver_tokens, boundaries=4 if recipe.teacher else 2)
         arch = _rewritten(arch, recipe, say, clock)
         source = arch.source
-        linears = [linear for block in arch.blocks for linear in block.linears]
-        schemes = recipe.schemes(linear.name for linear in linears)
+        linears, schemes = _chosen(arch, recipe)
         _check_linears(linears, schemes)
         check_export(recipe.format, recipe.engine, linears, schemes)
         _check_memory(arch)
-        source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
         if parallel > 1:
             _in_parallel(arch, recipe, schemes, solver_tokens, folder, parallel, team, deterministic, say)
             clock.lap("parallel training")
@@ -166,8 +164,9 @@ def quantize(
         clock.lap("blocks")
         _assemble(arch, recipe, linears, schemes, folder)
         clock.lap("assembly")
-        records = _finish(arch, recipe, schemes, stream, folder, say) or records
-        clock.lap("whole model")
+        if recipe.finish is not None:
+            records = _finish(arch, recipe, recipe.finish, schemes, stream, records, folder, say)
+            clock.lap("whole model")
         gate = _gate(arch, stream, records, folder, say)
         clock.lap("gate")
         report = _report(source, model, revision, recipe, data_used, arch, records, searches, gate, clock, folder)
@@ -195,6 +194,14 @@ def _rewritten(arch: Arch, recipe: Recipe, say: Progress, clock: "_Clock | None"
         if clock is not None:
             clock.lap(step.method)
     return arch
+
+
+def _chosen(arch: Arch, recipe: Recipe) -> tuple[list[Linear], dict[str, Scheme]]:
+    """All linears of the model, and the schemes of those that the rules quantize, which are then read as exactly as known."""
+    linears = [linear for block in arch.blocks for linear in block.linears]
+    schemes = recipe.schemes(linear.name for linear in linears)
+    arch.source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
+    return linears, schemes
 
 
 # ------------------------------------------------------------------------------------------------------ parallel training
@@ -265,9 +272,7 @@ def train_rank(work: Path, team: Team | None = None, progress: Callable[[int], N
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     recipe = recipe_from_dict(job["recipe"])
     arch = _rewritten(Arch(open_source(job["model"]), device=device), recipe, lambda stage, done, total: None)
-    linears = [linear for block in arch.blocks for linear in block.linears]
-    schemes = recipe.schemes(linear.name for linear in linears)
-    arch.source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
+    _, schemes = _chosen(arch, recipe)
     tokens = load_file(work / "tokens")["tokens"]
     train(arch, recipe, schemes, tokens, work, progress, deterministic=job["deterministic"])
     dist.destroy_process_group()
@@ -431,7 +436,7 @@ def _write_block(unit: Unit, values: dict[str, Tensor], recipe: Recipe, folder: 
     for name, q in unit.assigned.items():
         tensors |= encode(name, q, unit.schemes[name], recipe.format, inputs.get(name))
     save_shard(tensors, folder / _shard(unit.arch, recipe, unit.block.index))
-    if any(METHODS[step.method].kind == "finish" for step in recipe.steps):
+    if recipe.finish is not None:
         save_shard(_parts(unit.assigned), _solved(folder / ".work", unit.block.index))
     parts = {f"{name}.{part}": value for name, low in unit.corrections.items() for part, value in low._asdict().items()}
     if parts:
@@ -542,30 +547,34 @@ def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[s
 
 
 def _finish(
-    arch: Arch, recipe: Recipe, schemes: dict[str, Scheme], stream: Stream, folder: Path, say: Progress
+    arch: Arch,
+    recipe: Recipe,
+    step: Step,
+    schemes: dict[str, Scheme],
+    stream: Stream,
+    records: list[dict[str, Any]],
+    folder: Path,
+    say: Progress,
 ) -> list[dict[str, Any]]:
-    """Train all blocks of the checkpoint in `folder` at once, where the recipe has such a step; returns their new records.
+    """Train all blocks of the checkpoint in `folder` at once, as `step` says; returns their records anew.
 
     New shards are written beside the old and renamed only when all are there, so that a killed run finds either.
     """
-    step = next((step for step in recipe.steps if METHODS[step.method].kind == "finish"), None)
-    if step is None:
-        return []
     work = folder / ".work"
     own, done = work / "whole", work / "whole.json"
     if not done.exists():
         own.mkdir(exist_ok=True)
-        records = [json.loads(_record(work, block.index).read_text(encoding="utf-8")) for block in arch.blocks]
         units = _reopened(arch, schemes, records, stream.tokens, folder, own)
         for unit in units:
             unit.say = say
         last = len(units)
         METHODS[step.method].apply(units, lambda part: stream.read(last, *part, teacher=True).to(arch.device), **step.options)
+        for unit in units:
+            unit.put()
         with fast_products(), replacing(stream.file(last)) as path, path.open("wb") as file:
             for part in stream.parts():
                 hidden = units[0].stream.read(0, *part)
                 for unit in units:
-                    unit.put()
                     observe = quantized_inputs(unit.arch.sites(unit.block), unit.inputs_by_site())
                     hidden = stream.rounded(unit.arch.call(unit.block, hidden, stream.calls(part, unit.block.index), observe))
                 file.write(stream.bytes(hidden))
