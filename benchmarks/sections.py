@@ -23,6 +23,8 @@ SECTIONS = {
     "peer": ("Beside llm-compressor: time and memory", "side_by_side.py"),
     "peers": ("Beside llm-compressor and AutoRound: accuracy", "peers.py"),
     "learned": ("Learned reconstruction", "learned.py"),
+    "mixed": ("Mixed precision", "mixed.py"),
+    "mixed-encoder": ("Mixed precision of an encoder", "mixed.py --encoder --section mixed-encoder --model MINILM"),
     "streaming": ("Memory on a model larger than its blocks", "streaming_memory.py"),
 }
 PACKAGES = ("torch", "transformers", "accelerate", "compressed-tensors", "safetensors", "numpy")

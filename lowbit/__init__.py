@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lowbit.evaluate import evaluate
     from lowbit.export import load
     from lowbit.formats import Format
+    from lowbit.planner import Plan, plan
     from lowbit.qtensor import QTensor, Scheme, Spec
     from lowbit.recipe import Recipe
     from lowbit.run import quantize
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Arch",
     "Format",
+    "Plan",
     "QTensor",
     "Recipe",
     "Scheme",
@@ -30,12 +32,14 @@ __all__ = [
     "__version__",
     "evaluate",
     "load",
+    "plan",
     "quantize",
 ]
 
 _MODULE_OF = {
     "Arch": "lowbit.arch",
     "Format": "lowbit.formats",
+    "Plan": "lowbit.planner",
     "QTensor": "lowbit.qtensor",
     "Recipe": "lowbit.recipe",
     "Scheme": "lowbit.qtensor",
@@ -43,6 +47,7 @@ _MODULE_OF = {
     "Unit": "lowbit.unit",
     "evaluate": "lowbit.evaluate",
     "load": "lowbit.export",
+    "plan": "lowbit.planner",
     "quantize": "lowbit.run",
 }
 

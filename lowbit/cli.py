@@ -1,10 +1,11 @@
-"""The command line: lowbit quantize | eval | inspect | generate.
+"""The command line: lowbit quantize | plan | eval | inspect | generate.
 
 Every import that costs time happens inside the command that needs it, so that --help answers at once.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ _DESCRIPTION = "Post-training quantization of Hugging Face transformer models to
 _EXAMPLES = """examples:
   lowbit quantize MODEL --out OUT --scheme w4a16 --method gptq --data calibration.jsonl
   lowbit quantize MODEL --out OUT --recipe recipes/gptq-w4a16.toml
+  lowbit plan MODEL --bits 4.5 --data calibration.jsonl --out plan.toml
   lowbit eval OUT --data test.txt --reference MODEL
   lowbit generate OUT --prompt "Once upon a time"
 """
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     commands: dict[str, Callable[[argparse.Namespace], None]] = {
         "quantize": _quantize,
+        "plan": _plan,
         "eval": _eval,
         "inspect": _inspect,
         "generate": _generate,
@@ -88,6 +91,27 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--rows", type=int, metavar="N", help="sequences (default 128)")
     data.add_argument("--length", type=int, metavar="N", help="tokens of each (default 1024)")
     data.add_argument("--seed", type=int, metavar="N", help="which sequences (default 0)")
+
+    sub = commands.add_parser("plan", help="choose a scheme for every linear: a recipe for a size or an accuracy")
+    sub.add_argument("model", metavar="MODEL", help="folder or hub id of a float checkpoint")
+    sub.add_argument("--out", required=True, metavar="FILE.toml", help="the recipe to write")
+    goal = sub.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--bits", type=float, metavar="B", help="stored bits for each weight of the linears, at most")
+    goal.add_argument("--size", metavar="SIZE", help="of all weight files, at most: 2.1GB, 800MB, 1.5GiB, or bytes")
+    goal.add_argument("--max-ppl-ratio", type=float, metavar="R", help="perplexity over the original's, at most: 1.02")
+    sub.add_argument("--schemes", nargs="+", metavar="SCHEME", help="candidates; float leaves a linear as it is")
+    sub.add_argument("--signal", default="kl", help="kl (default, measured), eigenvalue (Q-BERT), trace (HAWQ-V2), fisher")
+    sub.add_argument("--data", required=True, metavar="SOURCE", help="calibration data of measurement and recipe")
+    sub.add_argument("--rows", type=int, default=8, metavar="N", help="sequences to measure on (default 8)")
+    sub.add_argument("--length", type=int, default=256, metavar="N", help="tokens of each (default 256)")
+    sub.add_argument("--method", default="gptq", help="steps of the recipe (default gptq)")
+    sub.add_argument("--option", action="append", metavar="NAME=VALUE", help="of the steps, as for quantize; repeatable")
+    sub.add_argument("--format", choices=("compressed-tensors", "lowbit"), default="compressed-tensors")
+    sub.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="who must load it (default: vllm)")
+    sub.add_argument("--sensitivities", metavar="FILE.json", help="what was measured (default: beside the recipe)")
+    sub.add_argument("--revision", help="branch, tag or commit of a hub model")
+    sub.add_argument("--device", default="cpu", help="default cpu")
+    sub.add_argument("--overwrite", action="store_true", help="replace the recipe, and measure anew")
 
     sub = commands.add_parser("eval", help="perplexity, divergence from the original, tasks")
     sub.add_argument("model", metavar="DIR_OR_MODEL", help="quantized or float checkpoint")
@@ -181,6 +205,47 @@ def _quantize(arguments: argparse.Namespace) -> None:
         f"{arguments.out}: {sizes['source_bytes'] / 1e6:.1f} MB -> {sizes['output_bytes'] / 1e6:.1f} MB, "
         f"{len(report['linears'])} linears at {sizes['bits_per_quantized_weight']:.2f} bits; read back and equal. "
         "See report.md there."
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from lowbit.files import replacing
+    from lowbit.planner import plan
+
+    out = Path(arguments.out)
+    if out.exists() and not arguments.overwrite:
+        raise ValueError(f"{out} exists; choose another --out, or replace it with --overwrite")
+    sensitivities = Path(arguments.sensitivities) if arguments.sensitivities else out.with_suffix(".sensitivities.json")
+    _quiet_libraries()
+    with _progress() as progress:
+        made = plan(
+            arguments.model,
+            bits=arguments.bits,
+            size=_bytes(arguments.size) if arguments.size else None,
+            max_ppl_ratio=arguments.max_ppl_ratio,
+            schemes=arguments.schemes,
+            signal=arguments.signal,
+            data=arguments.data,
+            rows=arguments.rows,
+            length=arguments.length,
+            method=arguments.method,
+            options=_options(arguments.option or []),
+            format=arguments.format,
+            engine=arguments.engine,
+            sensitivities=sensitivities,
+            revision=arguments.revision,
+            device=arguments.device,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
+    with replacing(out) as temporary:
+        temporary.write_text(made.recipe.to_toml(), encoding="utf-8")
+    for name, scheme in made.schemes.items():
+        print(f"  {name}  {scheme}  {made.costs[name]:.3e}")
+    ratio = "" if made.ppl_ratio is None else f"; rounded to nearest, {made.ppl_ratio:.4f} times the perplexity"
+    print(
+        f"{out}: {made.bits:.3f} bits a weight in the linears, {made.output_bytes / 1e6:.2f} MB of weight files{ratio}. "
+        f"Measured costs are in {sensitivities}."
     )
 
 
@@ -289,6 +354,18 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _bytes(text: str) -> int:
+    """A size such as 2.1GB (powers of ten) or 1.5GiB (of two) in bytes."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    try:
+        number = float(match[1]) if match else -1.0
+    except ValueError:
+        number = -1.0
+    if match is None or number <= 0 or (match[3] and not match[2]):
+        raise ValueError(f"--size {text!r}: write a number of bytes, or something like 2.1GB or 800MiB")
+    return int(number * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 def _options(given: list[str]) -> dict[str, Any]:

@@ -222,6 +222,15 @@ class Recipe:
         """Plain JSON values."""
         return asdict(self)
 
+    def to_toml(self) -> str:
+        """What `read_recipe` reads as this recipe."""
+        import tomli_w
+
+        plain = self.to_dict()
+        plain["steps"] = [{"method": step["method"], **step["options"]} for step in plain["steps"]]
+        plain["rules"] = [{key: value for key, value in rule.items() if value is not False} for rule in plain["rules"]]
+        return tomli_w.dumps(_without_none(plain))
+
     def hash(self) -> str:
         """sha256 of the recipe."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
@@ -253,6 +262,13 @@ class Recipe:
         if not chosen:
             raise ValueError("the rules leave every linear float; nothing to quantize")
         return chosen
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null; what is None is the default."""
+    if isinstance(value, dict):
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    return [_without_none(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def short_recipe(

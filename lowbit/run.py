@@ -354,14 +354,9 @@ class _Trials:
         last, total, count = len(self.arch.blocks), 0.0, 0.0
         for row in range(len(stream.tokens)):
             tokens = stream.tokens[row : row + 1]
-            found, wanted = (self.arch.finish(tokens, each.read(last, row, row + 1))[0].float() for each in (stream, reference))
-            if self.arch.model.get_output_embeddings() is not None:
-                a, b = found.log_softmax(-1), wanted.log_softmax(-1)
-                total += float((b.exp() * (b - a)).sum(dtype=torch.float64))
-                count += len(found)
-            else:
-                total += float((found - wanted).square().sum(dtype=torch.float64))
-                count += float(wanted.square().sum(dtype=torch.float64))
+            found, wanted = (each.read(last, row, row + 1) for each in (stream, reference))
+            sums = self.arch.divergence(tokens, found, wanted)
+            total, count = total + sums[0], count + sums[1]
         self.arch.free_outside()
         return total / count
 
@@ -760,25 +755,38 @@ def _candidates(arch: Arch) -> list[str]:
 
 def _calibration(recipe: Recipe, source: Source, out: Path, device: str, say: Progress) -> tuple[Calibration, Tensor]:
     """The calibration data, and the rows of it that stream through the model [rows, length] int64."""
-    vocabulary = source.config.get("vocab_size") or source.config.get("text_config", {}).get("vocab_size")
-    if not isinstance(vocabulary, int):
-        raise ValueError(f"{source.folder / 'config.json'} has no vocab_size")
     spec = recipe.data
     if spec is None:
         limit = source.config.get("max_position_embeddings") or source.config.get("n_positions") or GATE_TOKENS
         spec = DataSpec(source="random", rows=GATE_ROWS, length=max(2, min(GATE_TOKENS, limit // 2)))
     if not recipe.calibrated:
         spec = replace(spec, rows=min(spec.rows, GATE_ROWS))
-    tokenizer = _tokenizer(source.folder) if spec.source != "random" else None
     if spec.kind == "self":
         say("writing calibration text", 0, 1)
-        calibration = _written(spec, source, tokenizer, vocabulary, out, device)
+        calibration = _written(spec, source, out, device)
     else:
-        calibration = calibration_tokens(spec, tokenizer, vocab_size=vocabulary)
+        calibration = drawn(spec, source)
     return calibration, calibration.tokens
 
 
-def _written(spec: DataSpec, source: Source, tokenizer: Any, vocabulary: int, out: Path, device: str) -> Calibration:
+def drawn(spec: DataSpec, source: Source) -> Calibration:
+    """Calibration data from a file, a hub or at random, in the tokens of a model.
+
+    Raises:
+        ValueError: the model has no tokenizer, or there is too little text.
+    """
+    tokenizer = _tokenizer(source.folder) if spec.source != "random" else None
+    return calibration_tokens(spec, tokenizer, vocab_size=_vocabulary(source))
+
+
+def _vocabulary(source: Source) -> int:
+    vocabulary = source.config.get("vocab_size") or source.config.get("text_config", {}).get("vocab_size")
+    if not isinstance(vocabulary, int):
+        raise ValueError(f"{source.folder / 'config.json'} has no vocab_size")
+    return vocabulary
+
+
+def _written(spec: DataSpec, source: Source, out: Path, device: str) -> Calibration:
     """Calibration text by the model itself, kept in the journal: it is costly, and a resumed run must have the same.
 
     The float model is whole in memory meanwhile, in its own dtype.
@@ -790,7 +798,7 @@ def _written(spec: DataSpec, source: Source, tokenizer: Any, vocabulary: int, ou
     model = load(str(source.folder), device=device)
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} writes no text; calibrate it on a text file, or on random tokens")
-    tokens = written_tokens(spec, model, tokenizer, vocab_size=vocabulary)
+    tokens = written_tokens(spec, model, _tokenizer(source.folder), vocab_size=_vocabulary(source))
     del model
     return_freed_memory()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -915,7 +923,7 @@ def _journal(out: Path, job: dict[str, Any], overwrite: bool) -> Iterator[Path]:
         if known is not None and known != current:
             if not overwrite and any(work.glob("block-*.json")):
                 raise ValueError(
-                    f"{folder} holds an unfinished run of something else: {'; '.join(_differences(known, current))}. Run that "
+                    f"{folder} holds an unfinished run of something else: {'; '.join(differences(known, current))}. Run that "
                     "again to finish it, or start anew with --overwrite"
                 )
             described.unlink()  # from here on, whatever else is left counts for nothing
@@ -926,15 +934,15 @@ def _journal(out: Path, job: dict[str, Any], overwrite: bool) -> Iterator[Path]:
         yield folder
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Where two JSON values differ, as 'path: old -> new'."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in [*old, *(key for key in new if key not in old)]:
-            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         return found
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(a, b, f"{path}[{i}]")]
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{path}[{i}]")]
     return [] if old == new else [f"{path} was {_short(old)}, is {_short(new)}"]
 
 

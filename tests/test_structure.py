@@ -31,6 +31,8 @@ LEVELS = (
     ("recipe",),
     ("parallel",),
     ("run",),
+    ("sensitivity",),
+    ("planner",),
     ("evaluate",),
     ("cli",),
 )

@@ -1,0 +1,351 @@
+"""Plan: the recipe with which a model fits a number of bits, a size, or an accuracy.
+
+`sensitivity` measures what each scheme costs at each linear, `allocate` chooses; the result is a recipe with one rule for every
+decision. What was measured is kept in a JSON file, block by block, so that an interrupted run goes on and another budget
+needs no new measurement; a person may edit it.
+
+Sizes are those of the files that `quantize` will write, to the byte but for the headers of the shards, which are counted as if
+every offset had the most digits.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit import __version__
+from lowbit.allocate import allocate
+from lowbit.arch import Arch
+from lowbit.data import DataSpec
+from lowbit.export import NATIVE, encode, reason_against
+from lowbit.files import write_json
+from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
+from lowbit.recipe import FLOAT, Recipe, Rule, short_recipe
+from lowbit.run import Progress, differences, drawn
+from lowbit.sensitivity import SIGNALS, Decision, Effort, Inputs, Signal, Whole, check_candidates, decisions, measure, put
+from lowbit.source import Source, open_source, read_json
+
+# Offered where none are named, as far as the engine loads them.
+SCHEMES = ("w2a16-g64", "w3a16-g128", "w4a16-g128", "w4a16-g32", "w8a16-g128", FLOAT)
+_OFFSET = 10**13  # of the most digits in a shard's header
+_SHARD = 1024  # bytes for what else is in the headers of a shard, and its padding
+_TRIALS = 10  # budgets tried for a ratio of perplexities
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A recipe and what is expected of it.
+
+    Attributes:
+        recipe: one rule for every decision.
+        schemes: by decision.
+        costs: what each decision costs with its scheme, in the unit of the signal.
+        measured: what all candidates cost, as written to the file of sensitivities.
+        output_bytes: of all safetensors files, at most.
+        bits: stored bits for each weight of the linears, those left float included.
+        ppl_ratio: perplexity over that of the float model on the calibration text, with weights rounded to nearest; None
+            where it was not asked for.
+        seconds: the solver took.
+    """
+
+    recipe: Recipe
+    schemes: dict[str, str]
+    costs: dict[str, float]
+    measured: dict[str, Any]
+    output_bytes: int
+    bits: float
+    ppl_ratio: float | None
+    seconds: float
+
+
+def plan(
+    model: str,
+    *,
+    bits: float | None = None,
+    size: float | None = None,
+    max_ppl_ratio: float | None = None,
+    schemes: Iterable[str] | None = None,
+    signal: Signal = "kl",
+    effort: Effort | None = None,
+    data: DataSpec | str | None = None,
+    rows: int = 8,
+    length: int = 256,
+    method: str = "gptq",
+    options: dict[str, Any] | None = None,
+    format: str = "compressed-tensors",
+    engine: str = "vllm",
+    sensitivities: str | Path | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Choose a scheme for every linear.
+
+    Args:
+        model: a folder or hub id.
+        bits: stored bits for each weight of the linears, scales and zero points included, at most.
+        size: of all safetensors files of the result, bytes, at most.
+        max_ppl_ratio: perplexity over that of the float model, at most; the smallest mix is chosen for which it holds on the
+            calibration text with weights rounded to nearest. Give one of these three.
+        schemes: the candidates; "float" leaves a linear as it is. By default what the engine loads of `SCHEMES`.
+        signal: what a scheme's cost is measured by, see `sensitivity`.
+        data: calibration data of the recipe; the first `rows` of `length` tokens of it are what is measured on.
+        method: what the recipe does, such as "gptq" or "awq+gptq", with `options` as in `recipe.short_recipe`.
+        sensitivities: the file that keeps what was measured; a present one is gone on with, or used if complete.
+        overwrite: measure anew where the file is of something else.
+
+    Raises:
+        ValueError: something is wrong with the input, or no mix is that small or that good.
+    """
+    if [bits, size, max_ppl_ratio].count(None) != 2:
+        raise ValueError("give one of bits, size and max_ppl_ratio")
+    if max_ppl_ratio is not None and max_ppl_ratio <= 1:
+        raise ValueError(f"max_ppl_ratio = {max_ppl_ratio}: give more than 1, such as 1.02")
+    if signal not in SIGNALS:
+        raise ValueError(f"unknown signal {signal!r}; allowed are {', '.join(SIGNALS)}")
+    say = progress or (lambda stage, done, total: None)
+    offered = candidates(schemes, format, engine)
+    check_candidates(offered, signal)
+    spec = DataSpec(source=data) if isinstance(data, str) else data
+    if spec is None or spec.kind == "self":
+        raise ValueError("a plan is measured on calibration data: give a text, or random")
+    base = short_recipe(
+        scheme=next(iter(offered)), method=method, options=options, ignore=[], data=spec, format=format, engine=engine
+    )
+    effort = effort or Effort()
+    source = open_source(model, revision)
+    arch = Arch(source, device=device)
+    arch.probe(lambda done, total: say("reading the model", done, total))
+    calibration = drawn(replace(spec, rows=rows, length=length), source)
+    if signal != "kl":
+        arch.matrix_dtype = torch.float32
+    job = {
+        "lowbit": __version__,
+        "model": source.fingerprint(),
+        "data": calibration.describe(),
+        "signal": signal,
+        "effort": vars(effort),
+        "schemes": [*offered],
+    }
+    path = Path(sensitivities) if sensitivities is not None else None
+    known = _known(path, job, overwrite)
+    every = decisions(arch)
+    whole = None
+    if max_ppl_ratio is not None or any(decision.name not in known for decision in every):
+        say("loading the model", 0, 1)
+        whole = Whole(arch, calibration.tokens, effort.subsets)
+
+    def keep(measured: dict[str, Any]) -> None:
+        if path is not None:
+            write_json(path, job | {"decisions": measured})
+
+    found = known
+    if whole is not None and any(decision.name not in known for decision in every):
+        found = measure(
+            whole,
+            offered,
+            signal,
+            effort,
+            known=known,
+            keep=keep,
+            progress=lambda done, total: say(f"measuring {signal}", done, total),
+        )
+    choices = Choices(arch, every, found, offered, format)
+    ratio = None
+    began = time.monotonic()
+    if max_ppl_ratio is not None:
+        assert whole is not None
+        chosen, ratio = _smallest(whole, choices, offered, max_ppl_ratio, say)
+    elif size is not None:
+        chosen = choices.within(int(size) - choices.fixed)
+    else:
+        assert bits is not None
+        chosen = choices.within(int(bits * choices.weights / 8), headers=False)
+    return Plan(
+        recipe=replace(base, rules=_rules(every, chosen)),
+        schemes={decision.name: scheme for decision, scheme in zip(every, chosen, strict=True)},
+        costs={d.name: found[d.name]["cost"][scheme] for d, scheme in zip(every, chosen, strict=True)},
+        measured=job | {"decisions": found},
+        output_bytes=choices.fixed + choices.bytes_of(chosen),
+        bits=8 * choices.bytes_of(chosen, headers=False) / choices.weights,
+        ppl_ratio=ratio,
+        seconds=time.monotonic() - began,
+    )
+
+
+def candidates(names: Iterable[str] | None, format: str, engine: str) -> dict[str, Scheme]:
+    """The schemes to choose from, by name; "float", which is always among them, is left out.
+
+    Raises:
+        ValueError: no such scheme, the engine does not load one, or there is none.
+    """
+    found: dict[str, Scheme] = {}
+    for name in SCHEMES if names is None else names:
+        if name == FLOAT:
+            continue
+        scheme = parse_scheme(name)
+        reason = None if format == NATIVE else reason_against(scheme, engine)
+        if reason is not None and names is not None:
+            raise ValueError(f"{name} is no candidate for {engine}: {reason}; leave it out, or use --format lowbit")
+        if reason is None:
+            found[name] = scheme
+    if not found:
+        raise ValueError("no candidates: name at least one scheme, such as w4a16-g128")
+    return found
+
+
+def _known(path: Path | None, job: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The rows of a file of sensitivities that is of this job."""
+    if path is None or not path.exists():
+        return {}
+    found = read_json(path, "measured sensitivities")
+    rows = found.pop("decisions", {})
+    unlike = differences(found, json.loads(json.dumps(job)))
+    if unlike and not overwrite:
+        raise ValueError(
+            f"{path} is of something else: {'; '.join(unlike)}. Name another file, or measure anew with --overwrite"
+        )
+    return {} if unlike else rows
+
+
+class Choices:
+    """The decisions with their costs and sizes.
+
+    Attributes:
+        weights: of all linears.
+        fixed: bytes of what is not decided here: embeddings, norms, heads, headers.
+    """
+
+    def __init__(
+        self, arch: Arch, every: Sequence[Decision], rows: dict[str, Any], offered: dict[str, Scheme], format: str
+    ) -> None:
+        self.every, self.rows = every, rows
+        self.weights = sum(decision.weights for decision in every)
+        self.names = [[name for name in (*offered, FLOAT) if name in rows[decision.name]["cost"]] for decision in every]
+        sizes = _Sizes(arch.source, format)
+        self.sizes = [
+            {name: sizes.of(decision, None if name == FLOAT else offered[name]) for name in names}
+            for decision, names in zip(every, self.names, strict=True)
+        ]
+        linears = {linear.tensor for decision in every for linear in decision.linears}
+        others = [info for name, info in arch.source.tensors.items() if name not in linears]
+        entries = sum(_entry(name, info.dtype, info.shape) for name, info in arch.source.tensors.items() if name not in linears)
+        self.fixed = sum(info.nbytes for info in others) + entries + _SHARD * (len(arch.blocks) + 1)
+
+    def within(self, budget: int, *, headers: bool = True) -> list[str]:
+        """The cheapest mix of at most `budget` bytes."""
+        sizes = [
+            [self._bytes(size[name], headers) for name in names] for size, names in zip(self.sizes, self.names, strict=True)
+        ]
+        costs = [[self.rows[d.name]["cost"][name] for name in names] for d, names in zip(self.every, self.names, strict=True)]
+        try:
+            found = allocate(costs, sizes, budget)
+        except ValueError as error:
+            least = sum(min(row) for row in sizes)
+            raise ValueError(
+                f"{error}: the smallest mix of these candidates has {8 * least / self.weights:.3f} bits a weight in the "
+                f"linears, {(least + self.fixed) / 1e6:.2f} MB in all; allow more, or offer smaller schemes (--schemes, "
+                "--format lowbit)"
+            ) from None
+        return [names[j] for names, j in zip(self.names, found, strict=True)]
+
+    def bytes_of(self, chosen: Sequence[str], *, headers: bool = True) -> int:
+        """Bytes of the linears in a mix."""
+        return sum(self._bytes(size[name], headers) for size, name in zip(self.sizes, chosen, strict=True))
+
+    @staticmethod
+    def _bytes(size: tuple[int, int], headers: bool) -> int:
+        return size[0] + size[1] if headers else size[0]
+
+
+class _Sizes:
+    """Bytes of a decision's tensors in a checkpoint, and of their entries in the headers."""
+
+    def __init__(self, source: Source, format: str) -> None:
+        self.source, self.format = source, format
+        self._seen: dict[tuple[int, int, str], dict[str, Any]] = {}
+
+    def of(self, decision: Decision, scheme: Scheme | None) -> tuple[int, int]:
+        """scheme None: as in the source."""
+        data = entries = 0
+        for tensor in dict.fromkeys(linear.tensor for linear in decision.linears if scheme is None):
+            info = self.source.tensors[tensor]
+            data, entries = data + info.nbytes, entries + _entry(tensor, info.dtype, info.shape)
+        for linear in decision.linears if scheme is not None else ():
+            assert scheme is not None
+            for part, tensor in self._tensors(linear.out_features, linear.in_features, scheme).items():
+                data += tensor.nbytes
+                entries += _entry(linear.name + part, str(tensor.dtype), tuple(tensor.shape))
+        return data, entries
+
+    def _tensors(self, rows: int, columns: int, scheme: Scheme) -> dict[str, Any]:
+        key = (rows, columns, scheme.name)
+        if key not in self._seen:
+            w = torch.zeros(rows, columns)
+            q = quantize(w, find_params(w, scheme.weight, scale_dtype=self.source.dtype()), scheme.weight)
+            made = encode("", q, scheme, self.format)
+            self._seen[key] = {name: tensor.to("meta") for name, tensor in made.items()}
+        return self._seen[key]
+
+
+def _entry(name: str, dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor in the header of a shard, at most."""
+    return len(json.dumps({name: {"dtype": dtype, "shape": [*shape], "data_offsets": [_OFFSET, _OFFSET]}}))
+
+
+def _smallest(
+    whole: Whole, choices: Choices, offered: dict[str, Scheme], most: float, say: Progress
+) -> tuple[list[str], float]:
+    """The smallest mix whose perplexity, with rounded weights, is at most `most` times that of the float model."""
+    whole.restart()
+    base = whole.loss_of_text(whole.ends)
+    low = sum(min(size[name][0] for name in names) for size, names in zip(choices.sizes, choices.names, strict=True))
+    high = sum(max(size[name][0] for name in names) for size, names in zip(choices.sizes, choices.names, strict=True))
+    best: tuple[list[str], float] | None = None
+    for trial in range(_TRIALS):
+        say("trying budgets", trial, _TRIALS)
+        middle = low if trial == 0 else (low + high) // 2  # first of all the smallest: it may do
+        chosen = choices.within(middle, headers=False)
+        ratio = exp(_loss(whole, choices.every, chosen, offered) - base)
+        if ratio <= most:
+            best, high = (chosen, ratio), middle
+            if trial == 0:
+                break
+        else:
+            low = middle
+    say("trying budgets", _TRIALS, _TRIALS)
+    if best is None:
+        raise ValueError(f"no mix of these candidates keeps the perplexity within {most} of the float model; offer wider ones")
+    return best
+
+
+def _loss(whole: Whole, every: Sequence[Decision], chosen: Sequence[str], offered: dict[str, Scheme]) -> float:
+    """The loss of the text with all decisions taken, weights rounded to nearest."""
+    inputs: Inputs = {}
+    with ExitStack() as stack:
+        for decision, name in zip(every, chosen, strict=True):
+            if name != FLOAT:
+                inputs |= put(whole.arch, decision, offered[name], stack)
+        return whole.loss_of_text([whole.end(k, inputs) for k in range(len(whole.parts))])
+
+
+def _rules(every: Sequence[Decision], chosen: Sequence[str]) -> tuple[Rule, ...]:
+    return tuple(Rule(match=_pattern(d), scheme=name) for d, name in zip(every, chosen, strict=True))
+
+
+def _pattern(decision: Decision) -> str:
+    """A regular expression for exactly the names of a decision."""
+    names = [linear.name for linear in decision.linears]
+    prefixes = {name.rpartition(".")[0] for name in names}
+    if len(prefixes) > 1:
+        return f"^(?:{'|'.join(map(re.escape, names))})$"
+    prefix, leaves = prefixes.pop(), [re.escape(name.rpartition(".")[2]) for name in names]
+    return f"^{re.escape(prefix)}\\.{leaves[0] if len(leaves) == 1 else '(?:' + '|'.join(leaves) + ')'}$"

@@ -1,0 +1,407 @@
+"""How much it costs to quantize each linear: what a plan decides by.
+
+Four signals, all measured on calibration text with the float model:
+
+    kl           put one decision's rounded weights (and quantized inputs) into the model: mean KL(float || quantized) of the
+                 next token, in nats. Nothing is assumed about the loss, but that decisions add up. One pass from the
+                 decision's block to the end for every candidate.
+    eigenvalue   Q-BERT (Shen et al., AAAI 2020, section 3.1): Omega = |mean| + std, over subsets of the text, of the largest
+                 eigenvalue of the loss's Hessian of a linear, times |W - Q|^2
+    trace        HAWQ-V2 (Dong et al., NeurIPS 2020, section 3): mean of the Hessian's diagonal (Hutchinson) times |W - Q|^2
+    fisher       sum of F (W - Q)^2 / 2, F the mean of the squared gradient of a token's loss: an estimate of that KL
+
+A decision is one or more linears that get one scheme, because engines keep them in one matrix: linears with one input, and
+all experts of a block.
+
+The last three see weights only. Their loss is that of the text (nats a token); of models without a head, the relative squared
+distance of the output from the float model's, whose Hessian is that of the distance alone. Deviation from Q-BERT: Omega alone
+ranks linears, but says nothing about how large an error a scheme makes, so it is multiplied with that error.
+
+Memory: the whole float model (float32 but for `kl`), hidden states of the text at one block, and for `eigenvalue` and
+`trace` the second-order graph from one block to the end of the model, for one subset of the text: it cannot be smaller, since
+the loss is the model's. Attention runs unfused, because fused kernels have no second derivative.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lowbit.arch import Arch, Block, Linear, Site
+from lowbit.qtensor import Scheme, check_shape, dequantize, find_params, quantize
+from lowbit.recipe import FLOAT
+from lowbit.unit import Input, fast_products, quantized_inputs
+
+Signal = Literal["kl", "eigenvalue", "trace", "fisher"]
+SIGNALS = get_args(Signal)
+Inputs = dict[Site, Input]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Linears of one block that get one scheme."""
+
+    name: str
+    block: int
+    linears: tuple[Linear, ...]
+
+    @property
+    def weights(self) -> int:
+        """How many weights they have."""
+        return sum(linear.out_features * linear.in_features for linear in self.linears)
+
+    def fits(self, scheme: Scheme) -> bool:
+        """Whether the scheme's groups divide the rows of all."""
+        try:
+            for linear in self.linears:
+                check_shape(linear.name, linear.out_features, linear.in_features, scheme)
+        except ValueError:
+            return False
+        return True
+
+
+def decisions(arch: Arch) -> list[Decision]:
+    """The decisions of a probed model, in the order in which they run."""
+    found = []
+    for block in arch.blocks:
+        together: dict[str, list[Linear]] = {}
+        for linear in block.linears:
+            expert = linear.index is not None
+            together.setdefault("experts" if expert else linear.shares, []).append(linear)
+        for linears in together.values():
+            found.append(Decision(name=_name(linears), block=block.index, linears=tuple(linears)))
+    return found
+
+
+def _name(linears: Sequence[Linear]) -> str:
+    """The first linear's name, and the last parts of the others'."""
+    first = linears[0].name
+    if linears[0].index is not None:
+        return f"{first} and {len(linears) - 1} more experts' matrices"
+    return "+".join([first, *(linear.name.rpartition(".")[2] for linear in linears[1:])])
+
+
+class Whole:
+    """The float model, whole in memory, which can be run from any block to its end.
+
+    Attributes:
+        parts: the rows of every subset of the text.
+        at: the block that `states` enter, the hidden states of every subset.
+    """
+
+    def __init__(self, arch: Arch, tokens: Tensor, subsets: int) -> None:
+        """tokens: [rows, length] int64."""
+        self.arch, self.tokens = arch, tokens
+        self.parts = [(int(rows[0]), int(rows[-1]) + 1) for rows in torch.arange(len(tokens)).chunk(subsets)]
+        arch.load_outside()
+        for block in arch.blocks:
+            arch.load(block.tensors)
+        self.at = 0
+        self._calls: dict[int, list[Any]] = {}
+        self.states: list[Tensor] = []
+        for start, stop in self.parts:
+            hidden, calls = arch.embed(tokens[start:stop])
+            self.states.append(hidden.cpu())
+            self._calls.setdefault(stop - start, calls)
+        self.ends = [self.end(k).cpu() for k in range(len(self.parts))]
+
+    @torch.no_grad()
+    def end(self, k: int, inputs: Inputs | None = None) -> Tensor:
+        """Hidden states that leave the last block, of subset `k`, from `at` on; `inputs` of linears are quantized."""
+        with fast_products():
+            return self._through(k, inputs or {}, {})
+
+    def _through(self, k: int, inputs: Inputs, parameters: dict[str, Tensor]) -> Tensor:
+        """`parameters` replace some of block `at`, by name within it."""
+        start, stop = self.parts[k]
+        calls, hidden = self._calls[stop - start], self.states[k]
+        for block in self.arch.blocks[self.at :]:
+            observe = quantized_inputs(self.arch.sites(block), inputs) if inputs else None
+            given = parameters if block.index == self.at else {}
+            hidden = self.arch.forward(block, hidden, calls[block.index], observe, given)
+        return hidden
+
+    def restart(self) -> None:
+        """Go back to the first block."""
+        self.at = 0
+        self.states = [self.arch.embed(self.tokens[slice(*part)])[0].cpu() for part in self.parts]
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Move on to the next block."""
+        block = self.arch.blocks[self.at]
+        with fast_products():
+            for k, (start, stop) in enumerate(self.parts):
+                call = self._calls[stop - start][block.index]
+                self.states[k] = self.arch.call(block, self.states[k], call).cpu()
+        self.at += 1
+
+    @torch.no_grad()
+    def divergence(self, inputs: Inputs) -> float:
+        """How far the model, from `at` on, is from the float model; see `Arch.divergence`."""
+        total = count = 0.0
+        for k, (start, stop) in enumerate(self.parts):
+            found = self.end(k, inputs)
+            for row in range(stop - start):
+                part = slice(row, row + 1)
+                sums = self.arch.divergence(self.tokens[start:stop][part], found[part], self.ends[k][part])
+                total, count = total + sums[0], count + sums[1]
+        return total / count
+
+    @torch.no_grad()
+    def loss_of_text(self, ends: Sequence[Tensor]) -> float:
+        """Mean negative log-likelihood of the text's tokens, in nats."""
+        losses = [self._nll(self.tokens[slice(*part)], end) for part, end in zip(self.parts, ends, strict=True)]
+        weights = [stop - start for start, stop in self.parts]
+        return float(sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights))
+
+    def _nll(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        logits = self.arch.finish(tokens, hidden).float()[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(logits.device))
+
+    def loss(self, k: int, parameters: dict[str, Tensor]) -> Tensor:
+        """The loss of subset `k` as a function of parameters of block `at`, differentiable twice."""
+        hidden = self._through(k, {}, parameters)
+        tokens = self.tokens[slice(*self.parts[k])]
+        if self.arch.model.get_output_embeddings() is not None:
+            return self._nll(tokens, hidden)
+        wanted = self.arch.finish(tokens, self.ends[k])
+        return (self.arch.finish(tokens, hidden) - wanted).square().sum() / wanted.square().sum()
+
+
+# ---------------------------------------------------------------------------------------------------------- second order
+
+
+def top_eigenvalue(
+    product: Callable[[Tensor], Tensor], start: Tensor, *, iterations: int = 100, tolerance: float = 1e-3
+) -> float:
+    """The eigenvalue of largest magnitude, with its sign, of a symmetric operator, by power iteration.
+
+    Args:
+        product: v -> H v, tensors of one shape.
+        start: where to begin, not 0.
+        iterations: at most.
+        tolerance: relative change of the eigenvalue at which to stop.
+    """
+    v = start / start.norm().clamp(min=1e-30)
+    value = 0.0
+    for _ in range(iterations):
+        hv = product(v)
+        before, value = value, float((v * hv).sum(dtype=torch.float64))
+        length = hv.norm()
+        if not float(length) > 0 or abs(value - before) <= tolerance * abs(value):
+            break
+        v = hv / length
+    return value
+
+
+def trace(product: Callable[[Tensor], Tensor], probes: Sequence[Tensor]) -> float:
+    """The trace of a symmetric operator, by Hutchinson's estimator: the mean of v^T H v over `probes` of +1 and -1."""
+    return sum(float((v * product(v)).sum(dtype=torch.float64)) for v in probes) / len(probes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How long to iterate: subsets of the text, power iterations and Hutchinson's probes on each, relative tolerance."""
+
+    subsets: int = 4
+    iterations: int = 20
+    probes: int = 4
+    tolerance: float = 1e-2
+
+
+class _Curvature:
+    """What a block's linears do to the loss: one graph of first derivatives per subset, from which all products come."""
+
+    def __init__(self, whole: Whole, block: Block, linears: Sequence[Linear]) -> None:
+        self.whole, self.prefix = whole, block.name + "."
+        self.linears = linears
+        names = dict.fromkeys(linear.param for linear in linears)
+        self.parameters = {name: whole.arch.model.get_parameter(name).detach().float() for name in names}
+        self.generator = torch.Generator().manual_seed(block.index)
+
+    def _gradients(self, k: int, *, graph: bool) -> dict[str, Tensor]:
+        self.leaves = {name: value.clone().requires_grad_() for name, value in self.parameters.items()}
+        given = {name.removeprefix(self.prefix): leaf for name, leaf in self.leaves.items()}
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = self.whole.loss(k, given)
+            found = torch.autograd.grad(loss, list(self.leaves.values()), create_graph=graph)
+        return dict(zip(self.leaves, found, strict=True))
+
+    def _product(self, gradients: dict[str, Tensor], linear: Linear) -> Callable[[Tensor], Tensor]:
+        """v [out, in] -> H v, H of one linear."""
+        gradient, leaf = gradients[linear.param], self.leaves[linear.param]
+
+        def product(v: Tensor) -> Tensor:
+            whole = torch.zeros_like(leaf)
+            linear.view(whole).copy_(v)
+            with sdpa_kernel(SDPBackend.MATH):
+                found = torch.autograd.grad(gradient, leaf, whole, retain_graph=True)[0]
+            return linear.view(found)
+
+        return product
+
+    def _shape(self, linear: Linear) -> tuple[int, int]:
+        return linear.out_features, linear.in_features
+
+    def measure(self, signal: Signal, effort: Effort) -> dict[str, dict[str, Any]]:
+        """The signal's values for every linear: what is written down, and as "weigh" what weighs errors [out, in]."""
+        values: dict[str, list[float]] = {linear.name: [] for linear in self.linears}
+        squares: dict[str, Tensor] = {}
+        device = self.whole.arch.device
+        for k, (start, stop) in enumerate(self.whole.parts):
+            if signal == "fisher":
+                # The gradient is of the mean over tokens: its square times their number estimates that of single tokens.
+                targets = (stop - start) * (self.whole.tokens.shape[1] - 1)
+                for name, gradient in self._gradients(k, graph=False).items():
+                    squares[name] = squares.get(name, 0) + gradient.square() * targets / len(self.whole.parts)
+                continue
+            gradients = self._gradients(k, graph=True)
+            for linear in self.linears:
+                product = self._product(gradients, linear)
+                if signal == "eigenvalue":
+                    v = torch.randn(self._shape(linear), generator=self.generator).to(device)
+                    found = top_eigenvalue(product, v, iterations=effort.iterations, tolerance=effort.tolerance)
+                else:
+                    probes = [
+                        (torch.randint(2, self._shape(linear), generator=self.generator) * 2.0 - 1.0).to(device)
+                        for _ in range(effort.probes)
+                    ]
+                    found = trace(product, probes)
+                values[linear.name].append(found)
+        return {linear.name: self._summary(signal, linear, values[linear.name], squares) for linear in self.linears}
+
+    def _summary(self, signal: Signal, linear: Linear, values: list[float], squares: dict[str, Tensor]) -> dict[str, Any]:
+        if signal == "fisher":
+            diagonal = linear.view(squares[linear.param])
+            return {"fisher": float(diagonal.mean()), "weigh": diagonal / 2}
+        mean = sum(values) / len(values)
+        if signal == "trace":
+            average = mean / (linear.out_features * linear.in_features)
+            return {"trace": mean, "subsets": values, "weigh": max(average, 0.0)}
+        std = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
+        return {"mean": mean, "std": std, "omega": abs(mean) + std, "subsets": values, "weigh": abs(mean) + std}
+
+
+# ----------------------------------------------------------------------------------------------------------- the costs
+
+
+@torch.no_grad()
+def rounded(arch: Arch, decision: Decision, scheme: Scheme) -> dict[str, Tensor]:
+    """The weights of a decision rounded to nearest, as a checkpoint would hold them: [out, in] float32 by name."""
+    weights = {linear.name: linear.view(arch.param(linear)).float() for linear in decision.linears}
+    found = {}
+    for linear in decision.linears:
+        same = [weights[other.name] for other in decision.linears if other.shares == linear.shares]
+        largest = max(float(w.abs().max()) for w in same) if scheme.weight.scale == "e4m3" else None
+        w = weights[linear.name]
+        grid = find_params(w, scheme.weight, scale_dtype=arch.source.dtype(), largest=largest)
+        found[linear.name] = dequantize(quantize(w, grid, scheme.weight), arch.source.dtype()).float()
+    return found
+
+
+def check_candidates(schemes: dict[str, Scheme], signal: Signal) -> None:
+    """Refuse schemes whose cost cannot be measured.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    for name, scheme in schemes.items():
+        if scheme.input is None:
+            continue
+        if Input(scheme.input).calibrated:
+            raise ValueError(f"{name}: a plan calibrates no static inputs; use a scheme that quantizes them for each token")
+        if signal != "kl":
+            raise ValueError(f"{name}: {signal} sees weights only, not quantized inputs; use --signal kl")
+
+
+def measure(
+    whole: Whole,
+    schemes: dict[str, Scheme],
+    signal: Signal,
+    effort: Effort,
+    *,
+    known: dict[str, dict[str, Any]],
+    keep: Callable[[dict[str, dict[str, Any]]], None],
+    progress: Callable[[int, int], None],
+) -> dict[str, dict[str, Any]]:
+    """The cost of every decision under every scheme that fits it.
+
+    Args:
+        known: rows measured before, by decision; they are not measured again.
+        keep: called with all rows whenever those of a block are finished.
+        progress: called with (decisions done, in all).
+
+    Returns:
+        by decision: its block, linears, number of weights, "cost" by scheme, and of second-order signals their values by linear
+        as "sensitivity".
+    """
+    arch, rows = whole.arch, dict(known)
+    every = decisions(arch)
+    progress(len(rows), len(every))
+    for block in arch.blocks:
+        new = [decision for decision in every if decision.block == block.index and decision.name not in rows]
+        if new:
+            values: dict[str, dict[str, Any]] = {}
+            if signal != "kl":
+                linears = [linear for decision in new for linear in decision.linears]
+                values = _Curvature(whole, block, linears).measure(signal, effort)
+            for decision in new:
+                rows[decision.name] = _row(whole, decision, schemes, values)
+                progress(len(rows), len(every))
+            keep(rows)
+        whole.advance()
+    return {decision.name: rows[decision.name] for decision in every}
+
+
+def _row(whole: Whole, decision: Decision, schemes: dict[str, Scheme], values: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    cost = {FLOAT: 0.0}
+    for name, scheme in schemes.items():
+        if not decision.fits(scheme):
+            continue
+        if values:
+            cost[name] = _error(whole.arch, decision, scheme, values)
+        else:
+            cost[name] = _measured(whole, decision, scheme)
+    row: dict[str, Any] = {
+        "block": decision.block,
+        "linears": [linear.name for linear in decision.linears],
+        "weights": decision.weights,
+        "cost": cost,
+    }
+    if values:
+        names = [linear.name for linear in decision.linears]
+        row["sensitivity"] = {n: {key: value for key, value in values[n].items() if key != "weigh"} for n in names}
+    return row
+
+
+@torch.no_grad()
+def _error(arch: Arch, decision: Decision, scheme: Scheme, values: dict[str, dict[str, Any]]) -> float:
+    """The squared errors of the weights, weighed by what was measured."""
+    total = 0.0
+    quantized = rounded(arch, decision, scheme)
+    for linear in decision.linears:
+        error = (linear.view(arch.param(linear)).float() - quantized[linear.name]).square()
+        total += float((error * values[linear.name]["weigh"]).sum(dtype=torch.float64))
+    return total
+
+
+def _measured(whole: Whole, decision: Decision, scheme: Scheme) -> float:
+    """The divergence of the model with one decision quantized."""
+    with ExitStack() as stack:
+        return max(whole.divergence(put(whole.arch, decision, scheme, stack)), 0.0)
+
+
+@torch.no_grad()
+def put(arch: Arch, decision: Decision, scheme: Scheme, stack: ExitStack) -> Inputs:
+    """Put the rounded weights of a decision into the model until the stack is left; returns how its inputs are quantized."""
+    quantized = rounded(arch, decision, scheme)
+    for linear in decision.linears:
+        view = linear.view(arch.param(linear))
+        stack.callback(view.copy_, view.clone())
+        view.copy_(quantized[linear.name])
+    return {} if scheme.input is None else {linear.site: Input(scheme.input) for linear in decision.linears}

@@ -1,0 +1,221 @@
+"""What decides a plan: eigenvalues and traces against dense algebra, second derivatives, measured divergences, decisions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch import Tensor
+
+from lowbit.arch import Arch
+from lowbit.qtensor import parse_scheme
+from lowbit.recipe import FLOAT
+from lowbit.sensitivity import (
+    SIGNALS,
+    Effort,
+    Whole,
+    _Curvature,
+    check_candidates,
+    decisions,
+    measure,
+    top_eigenvalue,
+    trace,
+)
+from lowbit.source import open_source
+
+SCHEMES = {name: parse_scheme(name) for name in ("w2a16-g16", "w4a16-g16", "w8a16-channel")}
+
+
+def arch_of(folder: Path) -> Arch:
+    arch = Arch(open_source(str(folder)))
+    arch.probe()
+    arch.matrix_dtype = torch.float32
+    return arch
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama so small that the Hessian of a linear can be written down."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    )
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+def whole_of(folder: Path, *, rows: int = 4, length: int = 12, subsets: int = 2, vocabulary: int = 32) -> Whole:
+    generator = torch.Generator().manual_seed(0)
+    return Whole(arch_of(folder), torch.randint(3, vocabulary, (rows, length), generator=generator), subsets)
+
+
+def symmetric(size: int, *, definite: float | None = None) -> Tensor:
+    a = torch.randn(size, size, dtype=torch.float64)
+    return a + a.T if definite is None else definite * (a @ a.T + torch.eye(size))
+
+
+@pytest.mark.parametrize("definite", [1.0, -1.0, None])
+def test_top_eigenvalue(definite: float | None) -> None:
+    """That of largest magnitude, with its sign, as a dense solver finds it."""
+    a = symmetric(24, definite=definite)
+    every = torch.linalg.eigvalsh(a)
+    wanted = float(every[every.abs().argmax()])
+    found = top_eigenvalue(lambda v: a @ v, torch.randn(24, dtype=torch.float64), iterations=2000, tolerance=1e-9)
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+def test_top_eigenvalue_of_nothing() -> None:
+    """A Hessian that is zero has eigenvalue 0, not NaN."""
+    assert top_eigenvalue(lambda v: v * 0, torch.ones(3)) == 0
+
+
+def test_trace() -> None:
+    """All probes of +1 and -1 together give the trace exactly."""
+    a = symmetric(4)
+    probes = [torch.tensor(signs, dtype=torch.float64) for signs in torch.cartesian_prod(*[torch.tensor([-1, 1])] * 4).tolist()]
+    assert trace(lambda v: a @ v, probes) == pytest.approx(float(a.trace()))
+
+
+def curvature(whole: Whole) -> _Curvature:
+    block = whole.arch.blocks[whole.at]
+    return _Curvature(whole, block, block.linears)
+
+
+def dense(whole: Whole, linear: Any, k: int) -> Tensor:
+    """The Hessian of a linear, by automatic differentiation of the whole model, row by row."""
+    made = curvature(whole)
+    product = made._product(made._gradients(k, graph=True), linear)
+    size = linear.out_features * linear.in_features
+    rows = [product(unit.view(linear.out_features, linear.in_features)).flatten() for unit in torch.eye(size)]
+    return torch.stack(rows).double()
+
+
+def test_eigenvalue_and_trace_of_a_real_layer(small: Path) -> None:
+    """Of every kind of linear, within 1e-3 of the dense Hessian's."""
+    whole = whole_of(small, subsets=1)
+    for linear in whole.arch.blocks[0].linears[:4]:
+        hessian = dense(whole, linear, 0)
+        assert torch.allclose(hessian, hessian.T, atol=1e-5 * float(hessian.abs().max()))
+        every = torch.linalg.eigvalsh((hessian + hessian.T) / 2)
+        effort = Effort(subsets=1, iterations=3000, probes=200, tolerance=1e-7)
+        found = curvature(whole).measure("eigenvalue", effort)[linear.name]
+        assert found["mean"] == pytest.approx(float(every[every.abs().argmax()]), rel=1e-3)
+        assert found["std"] == 0 and found["omega"] == abs(found["mean"])
+        estimated = curvature(whole).measure("trace", effort)[linear.name]["trace"]
+        deviation = (2 * float(hessian.square().sum()) / 200) ** 0.5  # of Hutchinson's estimator
+        assert estimated == pytest.approx(float(hessian.trace()), abs=4 * deviation)
+
+
+def test_products_are_second_derivatives(small: Path) -> None:
+    """H v equals the difference of gradients at w + e v and w - e v."""
+    whole = whole_of(small)
+    made = curvature(whole)
+    linear = whole.arch.blocks[0].linears[0]
+    v = torch.randn(linear.out_features, linear.in_features)
+    found = made._product(made._gradients(0, graph=True), linear)(v)
+    step, gradients = 2e-3, []
+    for sign in (1, -1):
+        made.parameters[linear.param] += sign * step * v
+        gradients.append(linear.view(made._gradients(0, graph=False)[linear.param]))
+        made.parameters[linear.param] -= sign * step * v
+    wanted = (gradients[0] - gradients[1]) / (2 * step)
+    assert torch.allclose(found, wanted, atol=3e-3 * float(wanted.abs().max()))
+
+
+def test_spread_counts(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Omega = |mean| + std: of two linears of one mean, that whose eigenvalue varies with the data is more sensitive."""
+    whole = whole_of(small)
+    made = curvature(whole)
+    a, b = whole.arch.blocks[0].linears[:2]
+    steady, varying = made._summary("eigenvalue", a, [2.0, 2.0], {}), made._summary("eigenvalue", b, [0.0, 4.0], {})
+    assert steady["mean"] == varying["mean"] == 2 and steady["omega"] == 2 and varying["omega"] == 4
+    assert made._summary("eigenvalue", a, [-3.0, -3.0], {})["omega"] == 3
+
+
+def test_fisher_estimates_the_divergence(small: Path) -> None:
+    """The three signals with a unit of nats, and the measured one, agree on what is worst, and roughly on how bad."""
+    whole = whole_of(small, rows=32, length=32, subsets=32)
+    rows = {}
+    for signal in ("kl", "fisher"):
+        whole.restart()
+        rows[signal] = measure(whole, SCHEMES, signal, Effort(), known={}, keep=lambda rows: None, progress=lambda a, b: None)
+    for name, row in rows["kl"].items():
+        assert row["cost"][FLOAT] == 0
+        assert row["cost"]["w2a16-g16"] > row["cost"]["w4a16-g16"] > row["cost"]["w8a16-channel"] >= 0
+        ratio = rows["fisher"][name]["cost"]["w4a16-g16"] / row["cost"]["w4a16-g16"]
+        assert 0.1 < ratio < 10, (name, ratio)
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_rows_and_going_on(small: Path, signal: Any) -> None:
+    """Rows are plain JSON, kept after every block; what is known is not measured again."""
+    kept: list[str] = []
+    effort = Effort(subsets=2, iterations=2, probes=1)
+
+    def run(known: dict[str, Any]) -> dict[str, Any]:
+        whole = whole_of(small)
+        before = [p.clone() for p in whole.arch.model.parameters()]
+        keep = lambda rows: kept.append(json.dumps(rows))  # noqa: E731
+        rows = measure(whole, SCHEMES, signal, effort, known=known, keep=keep, progress=lambda a, b: None)
+        assert all(torch.equal(a, b) for a, b in zip(before, whole.arch.model.parameters(), strict=True)), "weights are back"
+        return rows
+
+    rows = run({})
+    assert len(kept) == 2 and len(json.loads(kept[0])) == 4
+    assert ("sensitivity" in next(iter(rows.values()))) == (signal != "kl")
+    first = json.loads(kept[0])
+    next(iter(first.values()))["cost"]["w4a16-g16"] = 123.0
+    again = run(first)
+    assert next(iter(again.values()))["cost"]["w4a16-g16"] == 123.0
+    untouched = list(rows)[1:]
+    assert {name: again[name] for name in untouched} == {name: rows[name] for name in untouched}
+
+
+def test_decisions_follow_engines(tmp_path: Path) -> None:
+    """What has one input is one decision, and so are all experts of a block; every linear is in exactly one."""
+    for name in ("llama", "mixtral", "gpt2", "bert", "mamba2"):
+        folder = tmp_path / name
+        tiny.save(name, folder)
+        arch = arch_of(folder)
+        found = decisions(arch)
+        assert sorted(x.name for d in found for x in d.linears) == sorted(x.name for b in arch.blocks for x in b.linears)
+        leaves = [{linear.name.rpartition(".")[2] for linear in decision.linears} for decision in found]
+        if name == "llama":
+            assert {"q_proj", "k_proj", "v_proj"} in leaves and {"gate_proj", "up_proj"} in leaves and {"o_proj"} in leaves
+        if name == "mixtral":
+            assert {"w1", "w2", "w3"} in leaves
+            assert sum(len(decision.linears) > 3 for decision in found) == len(arch.blocks)
+
+
+def test_schemes_that_cannot_be_measured() -> None:
+    """Static inputs need calibration, and gradients of weights do not see inputs."""
+    with pytest.raises(ValueError, match="calibrates no static inputs"):
+        check_candidates({"w8a8-tensor-astatic": parse_scheme("w8a8-tensor-astatic")}, "kl")
+    with pytest.raises(ValueError, match="trace sees weights only"):
+        check_candidates({"w8a8": parse_scheme("w8a8")}, "trace")
+    check_candidates({"w8a8": parse_scheme("w8a8")}, "kl")
+
+
+def test_inputs_count(small: Path) -> None:
+    """A scheme that also quantizes inputs costs more than one of the same weights."""
+    whole = whole_of(small)
+    schemes = {name: parse_scheme(name) for name in ("w8a16-channel", "w8a4")}
+    rows = measure(whole, schemes, "kl", Effort(), known={}, keep=lambda rows: None, progress=lambda a, b: None)
+    assert all(row["cost"]["w8a4"] > 3 * row["cost"]["w8a16-channel"] for row in rows.values())
+
+
+def test_a_model_without_a_head(tmp_path: Path) -> None:
+    """An encoder is measured by its last hidden states."""
+    tiny.save("bert", tmp_path / "bert")
+    for signal in ("kl", "trace"):
+        whole = whole_of(tmp_path / "bert", vocabulary=100)
+        effort = Effort(subsets=2, probes=8)
+        rows = measure(whole, SCHEMES, signal, effort, known={}, keep=lambda rows: None, progress=lambda a, b: None)
+        assert all(row["cost"]["w2a16-g16"] > row["cost"]["w8a16-channel"] for row in rows.values())
