@@ -311,18 +311,18 @@ class Arch:
         out = self._run(tokens, stub)
         return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
 
-    def divergence(self, tokens: Tensor, found: Tensor, wanted: Tensor) -> tuple[float, float]:
-        """How far the output after `found` is from that after `wanted`, hidden states that left the last block.
+    def divergence(self, tokens: Tensor, found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """How far the output after `found` is from that after `wanted`, hidden states that left the last block; gradients pass.
 
         Returns:
             the sum over positions of KL(wanted || found) of the next token, in nats, and their number; of a model without a
-            head, the squared distance, and the squared length of what is wanted.
+            head, the squared distance, and the squared length of what is wanted. Scalars, float64.
         """
         a, b = (self.finish(tokens, hidden).float() for hidden in (found, wanted))
         if self.model.get_output_embeddings() is None:
-            return float((a - b).square().sum(dtype=torch.float64)), float(b.square().sum(dtype=torch.float64))
+            return (a - b).square().sum(dtype=torch.float64), b.square().sum(dtype=torch.float64)
         a, b = a.log_softmax(-1), b.log_softmax(-1)
-        return float((b.exp() * (b - a)).sum(dtype=torch.float64)), float(a[..., 0].numel())
+        return (b.exp() * (b - a)).sum(dtype=torch.float64), torch.tensor(a[..., 0].numel(), dtype=torch.float64)
 
     def _returned(self, block: Block, hidden: Tensor) -> Any:
         return (hidden, *[None] * (block.returns - 1)) if block.returns else hidden

@@ -142,6 +142,8 @@ def plan(
     if max_ppl_ratio is not None or any(decision.name not in known for decision in every):
         say("loading the model", 0, 1)
         whole = Whole(arch, calibration.tokens, effort.subsets)
+        if max_ppl_ratio is not None and not whole.causal:
+            raise ValueError(f"{type(arch.model).__name__} has no perplexity; plan for --bits or --size")
 
     def keep(measured: dict[str, Any]) -> None:
         if path is not None:

@@ -356,7 +356,7 @@ class _Trials:
             tokens = stream.tokens[row : row + 1]
             found, wanted = (each.read(last, row, row + 1) for each in (stream, reference))
             sums = self.arch.divergence(tokens, found, wanted)
-            total, count = total + sums[0], count + sums[1]
+            total, count = total + float(sums[0]), count + float(sums[1])
         self.arch.free_outside()
         return total / count
 

@@ -13,9 +13,10 @@ Four signals, all measured on calibration text with the float model:
 A decision is one or more linears that get one scheme, because engines keep them in one matrix: linears with one input, and
 all experts of a block.
 
-The last three see weights only. Their loss is that of the text (nats a token); of models without a head, the relative squared
-distance of the output from the float model's, whose Hessian is that of the distance alone. Deviation from Q-BERT: Omega alone
-ranks linears, but says nothing about how large an error a scheme makes, so it is multiplied with that error.
+The last three see weights only. Their loss is that of the text (nats a token); of models that do not predict a next token, the
+distance of the output from the float model's (see `Arch.divergence`). Deviation from Q-BERT: Omega alone ranks linears, but
+says nothing about how large an error a scheme makes, so it is multiplied with that error. Where the trace is negative, because
+the model is at no minimum of this text's loss, its magnitude counts, as with Omega.
 
 Memory: the whole float model (float32 but for `kl`), hidden states of the text at one block, and for `eigenvalue` and
 `trace` the second-order graph from one block to the end of the model, for one subset of the text: it cannot be smaller, since
@@ -96,6 +97,7 @@ class Whole:
     def __init__(self, arch: Arch, tokens: Tensor, subsets: int) -> None:
         """tokens: [rows, length] int64."""
         self.arch, self.tokens = arch, tokens
+        self.causal = type(arch.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
         self.parts = [(int(rows[0]), int(rows[-1]) + 1) for rows in torch.arange(len(tokens)).chunk(subsets)]
         arch.load_outside()
         for block in arch.blocks:
@@ -149,7 +151,7 @@ class Whole:
             for row in range(stop - start):
                 part = slice(row, row + 1)
                 sums = self.arch.divergence(self.tokens[start:stop][part], found[part], self.ends[k][part])
-                total, count = total + sums[0], count + sums[1]
+                total, count = total + float(sums[0]), count + float(sums[1])
         return total / count
 
     @torch.no_grad()
@@ -167,10 +169,10 @@ class Whole:
         """The loss of subset `k` as a function of parameters of block `at`, differentiable twice."""
         hidden = self._through(k, {}, parameters)
         tokens = self.tokens[slice(*self.parts[k])]
-        if self.arch.model.get_output_embeddings() is not None:
+        if self.causal:
             return self._nll(tokens, hidden)
-        wanted = self.arch.finish(tokens, self.ends[k])
-        return (self.arch.finish(tokens, hidden) - wanted).square().sum() / wanted.square().sum()
+        total, count = self.arch.divergence(tokens, hidden, self.ends[k])
+        return total / count
 
 
 # ---------------------------------------------------------------------------------------------------------- second order
@@ -282,7 +284,7 @@ class _Curvature:
         mean = sum(values) / len(values)
         if signal == "trace":
             average = mean / (linear.out_features * linear.in_features)
-            return {"trace": mean, "subsets": values, "weigh": max(average, 0.0)}
+            return {"trace": mean, "subsets": values, "weigh": abs(average)}
         std = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
         return {"mean": mean, "std": std, "omega": abs(mean) + std, "subsets": values, "weigh": abs(mean) + std}
 

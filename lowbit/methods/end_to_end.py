@@ -74,9 +74,5 @@ class _Whole:
                 hidden = checkpoint(unit.arch.forward, *args, use_reentrant=False)
             else:
                 hidden = unit.arch.forward(*args)
-        tokens = self.stream.tokens[slice(*part)]
-        found, wanted = self.arch.finish(tokens, hidden).float(), self.arch.finish(tokens, self.taught(part)).float()
-        if self.arch.model.get_output_embeddings() is None:
-            return (found - wanted).square().sum() / wanted.square().sum()
-        log = wanted.log_softmax(-1)
-        return (log.exp() * (log - found.log_softmax(-1))).sum(-1).mean()
+        total, count = self.arch.divergence(self.stream.tokens[slice(*part)], hidden, self.taught(part))
+        return (total / count).float()
