@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowbit.arch import Arch
+    from lowbit.comparison import compare
     from lowbit.evaluate import evaluate
     from lowbit.export import load
     from lowbit.formats import Format
@@ -30,6 +31,7 @@ __all__ = [
     "Spec",
     "Unit",
     "__version__",
+    "compare",
     "evaluate",
     "load",
     "plan",
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "Scheme": "lowbit.qtensor",
     "Spec": "lowbit.qtensor",
     "Unit": "lowbit.unit",
+    "compare": "lowbit.comparison",
     "evaluate": "lowbit.evaluate",
     "load": "lowbit.export",
     "plan": "lowbit.planner",

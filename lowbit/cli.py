@@ -1,4 +1,4 @@
-"""The command line: lowbit quantize | plan | eval | inspect | generate.
+"""The command line: lowbit quantize | plan | compare | eval | inspect | generate.
 
 Every import that costs time happens inside the command that needs it, so that --help answers at once.
 """
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[argparse.Namespace], None]] = {
         "quantize": _quantize,
         "plan": _plan,
+        "compare": _compare,
         "eval": _eval,
         "inspect": _inspect,
         "generate": _generate,
@@ -113,6 +114,25 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="cpu", help="default cpu")
     sub.add_argument("--overwrite", action="store_true", help="replace the recipe, and measure anew")
 
+    sub = commands.add_parser("compare", help="run recipes on one model and show them side by side, as a table and a page")
+    sub.add_argument("model", metavar="MODEL", help="folder or hub id of a float checkpoint")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder of the checkpoints, comparison.json and .html")
+    sub.add_argument("--recipes", nargs="+", default=[], metavar="FILE.toml", help="to run, or to reuse where they are done")
+    sub.add_argument(
+        "--search", type=float, metavar="SECONDS", help="also rtn, gptq and awq+gptq at every scheme of plan, for so long"
+    )
+    sub.add_argument("--text", nargs="+", required=True, metavar="SOURCE", help="what to judge on")
+    sub.add_argument("--data", metavar="SOURCE", help="calibration data, in place of that of the recipes")
+    sub.add_argument("--rows", type=int, metavar="N", help="sequences of it")
+    sub.add_argument("--length", type=int, metavar="N", help="tokens of each")
+    sub.add_argument("--window", type=int, default=1024, metavar="N", help="tokens of a window (default 1024)")
+    sub.add_argument("--limit", type=int, metavar="N", help="windows of each text (default: all)")
+    sub.add_argument("--format", choices=("compressed-tensors", "lowbit"), default="compressed-tensors", help="of --search")
+    sub.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="of --search")
+    sub.add_argument("--sensitivities", metavar="FILE.json", help="of a plan, to be shown on the page")
+    sub.add_argument("--revision", help="branch, tag or commit of a hub model")
+    sub.add_argument("--device", default="cpu", help="default cpu")
+
     sub = commands.add_parser("eval", help="perplexity, divergence from the original, tasks")
     sub.add_argument("model", metavar="DIR_OR_MODEL", help="quantized or float checkpoint")
     sub.add_argument("--data", metavar="SOURCE", help="FILE.txt, FILE.jsonl or hf:DATASET[:CONFIG] to evaluate on")
@@ -128,8 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval, when it is installed")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
-    sub = commands.add_parser("inspect", help="what a checkpoint contains")
-    sub.add_argument("model", metavar="DIR", help="quantized or float checkpoint")
+    sub = commands.add_parser("inspect", help="what a checkpoint contains: lowbit's, compressed-tensors, GPTQ, AWQ, GGUF")
+    sub.add_argument("model", metavar="DIR_OR_GGUF", help="quantized or float checkpoint")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = commands.add_parser("generate", help="continue a prompt")
@@ -146,27 +166,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    from dataclasses import replace
-
     from lowbit.data import DataSpec
     from lowbit.recipe import read_recipe, short_recipe
     from lowbit.run import quantize
 
-    given = {name: getattr(arguments, name) for name in ("rows", "length", "seed")}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = _given(arguments, "rows", "length", "seed")
     if arguments.recipe:
         for name in ("scheme", "method", "option", "ignore", "format", "engine", "kv_cache"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name} and --recipe exclude each other; change the recipe")
-        recipe = read_recipe(arguments.recipe)
-        if arguments.data:
-            given["source"] = arguments.data
-        if recipe.data is not None:
-            recipe = replace(recipe, data=replace(recipe.data, **given))
-        elif arguments.data:
-            recipe = replace(recipe, data=DataSpec(**given))
-        elif given:
-            raise ValueError(f"--{next(iter(given))} describes calibration data, but the recipe has no [data]; give --data")
+        recipe = _with_data(read_recipe(arguments.recipe), arguments.data, given)
     else:
         if not arguments.scheme:
             raise ValueError("say what to do with --recipe FILE.toml, or with --scheme, for example --scheme w4a16")
@@ -249,6 +258,51 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    from lowbit.comparison import compare, search_space
+    from lowbit.data import DataSpec
+    from lowbit.recipe import read_recipe
+    from lowbit.source import read_json
+
+    given = _given(arguments, "rows", "length")
+    recipes = {}
+    for path in arguments.recipes:
+        name = Path(path).stem
+        if name in recipes:
+            raise ValueError(f"two recipes are named {name}; rename a file")
+        recipes[name] = _with_data(read_recipe(path), arguments.data, given)
+    if arguments.search is not None:
+        if not arguments.data:
+            raise ValueError("--search needs calibration data: --data FILE")
+        data = DataSpec(source=arguments.data, **given)
+        recipes |= search_space(data, arguments.format, arguments.engine)
+    if not recipes:
+        raise ValueError("say what to compare with --recipes FILE.toml ..., or --search SECONDS")
+    measured = read_json(Path(arguments.sensitivities), "measured sensitivities") if arguments.sensitivities else None
+    _quiet_libraries()
+    with _progress() as progress:
+        result = compare(
+            arguments.model,
+            recipes,
+            arguments.out,
+            texts=arguments.text,
+            window=arguments.window,
+            windows=arguments.limit,
+            sensitivities=measured,
+            limit_seconds=arguments.search,
+            revision=arguments.revision,
+            device=arguments.device,
+            progress=progress,
+        )
+    _print_comparison(result)
+    for name in result["left_out"]:
+        print(f"warning: {name}: not run, the time was up", file=sys.stderr)
+    failed = [row for row in result["rows"] if "failed" in row]
+    print(f"{arguments.out}/comparison.html shows more.")
+    if failed:
+        raise ValueError("; ".join(f"{row['name']} failed: {row['failed']}" for row in failed))
+
+
 def _eval(arguments: argparse.Namespace) -> None:
     import torch
 
@@ -296,31 +350,9 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from lowbit.export import QuantizedSource, open_checkpoint
-    from lowbit.report import read_report
+    from lowbit.inspection import summary_of
 
-    source = open_checkpoint(arguments.model)
-    schemes = source.schemes() if isinstance(source, QuantizedSource) else {}
-    stored = source.stored if isinstance(source, QuantizedSource) else source.tensors
-    summary: dict[str, Any] = {
-        "folder": str(source.folder),
-        "model_type": source.config.get("model_type"),
-        "architectures": source.config.get("architectures"),
-        "format": "float" if not schemes else ("lowbit" if source.native else "compressed-tensors"),  # type: ignore[attr-defined]
-        "shards": len(source.shards),
-        "bytes": sum(info.nbytes for info in stored.values()),
-        "linears": {
-            name: {
-                "scheme": scheme.name,
-                "shape": list(source.modules[name].shape),  # type: ignore[attr-defined]
-                "bits": round(source.bits_per_weight(name), 3),  # type: ignore[attr-defined]
-            }
-            for name, scheme in schemes.items()
-        },
-    }
-    report = read_report(source.folder)
-    if report is not None:
-        summary["gate"], summary["evaluations"] = report["gate"], report["evaluations"]
+    summary = summary_of(arguments.model)
     if arguments.json:
         print(json.dumps(summary, indent=1))
         return
@@ -354,6 +386,56 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The named arguments that were given."""
+    found = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _with_data(recipe: Any, source: str | None, given: dict[str, Any]) -> Any:
+    """A recipe with what was said of calibration data in place of its own."""
+    from dataclasses import replace
+
+    from lowbit.data import DataSpec
+
+    given = given | ({"source": source} if source else {})
+    if recipe.data is not None:
+        return replace(recipe, data=replace(recipe.data, **given))
+    if source:
+        return replace(recipe, data=DataSpec(**given))
+    if given:
+        raise ValueError(f"--{next(iter(given))} describes calibration data, but the recipe has no [data]; give --data")
+    return recipe
+
+
+def _print_comparison(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "MB", "bits", box=None, pad_edge=False)
+    for text in result["texts"]:
+        for column in (f"ppl, {text['source']}", "KL", "same top"):
+            table.add_column(column, justify="right")
+    for column in ("seconds", "peak MB"):
+        table.add_column(column, justify="right")
+    floats = [f"{each['perplexity']:.4g}" for each in result["float"]["evaluations"]]
+    first = [cell for value in floats for cell in (value, "", "")]
+    table.add_row("original", f"{result['float']['bytes'] / 1e6:.1f}", "", *first, "", "")
+    for row in result["rows"]:
+        if "failed" in row:
+            continue
+        cells = [
+            cell
+            for each in row["evaluations"]
+            for cell in (f"{each['perplexity']:.4g}", f"{each['kl']:.2e}", f"{each['top1_agreement']:.1%}")
+        ]
+        name = row["name"] + (" *" if row["name"] in result["front"] else "")
+        ends = (f"{row['seconds']:.0f}", f"{row['peak_rss'] / 1e6:.0f}")
+        table.add_row(name, f"{row['bytes'] / 1e6:.1f}", f"{row['bits']:.2f}", *cells, *ends)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print("* no other is both smaller and closer to the original")
 
 
 def _bytes(text: str) -> int:

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "lowbit"
 # A module imports from its own level and the levels before it. A folder stands for all of its modules.
 LEVELS = (
     ("files", "formats", "packing", "codebooks"),
-    ("qtensor", "adapter", "arch", "data", "source", "report", "kv"),
+    ("qtensor", "adapter", "arch", "data", "source", "report", "page", "kv"),
     ("links",),
     ("unit", "kernels"),
     ("reconstruct",),
@@ -34,6 +34,7 @@ LEVELS = (
     ("sensitivity",),
     ("planner",),
     ("evaluate",),
+    ("comparison", "inspection"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

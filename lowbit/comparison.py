@@ -1,0 +1,344 @@
+"""Compare recipes on one model: each is run once, judged on the same text, and set in one table.
+
+OUT holds what was done, named by its content (recipe, model, calibration data, version), so that a comparison that is run
+again, interrupted, or extended by another recipe does nothing twice:
+
+    KEY.toml          a recipe
+    KEY/              its checkpoint, written by a process of its own, so that its peak memory is its own
+    KEY-JUDGED.json   what was measured on it, JUDGED naming the texts and windows
+    comparison.json   all of it; comparison.html shows it (see `page`)
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import __version__
+from lowbit.data import DataSpec, evaluation_tokens
+from lowbit.evaluate import evaluate_model
+from lowbit.export import QuantizedSource, load, open_checkpoint
+from lowbit.files import replacing, write_json
+from lowbit.page import write_page
+from lowbit.planner import candidates
+from lowbit.recipe import Recipe, short_recipe
+from lowbit.report import read_report
+from lowbit.source import Source, open_source
+
+Progress = Callable[[str, int, int], None]
+# What `search` walks: every chain with every candidate that the engine loads, from the quickest chain on.
+SEARCHED = ("rtn", "gptq", "awq+gptq")
+PROMPT, CONTINUED = 24, 40  # tokens of a sample of text, and generated after it
+DECODED = 32  # tokens of the measurement of speed
+_BINS = 80
+_SAMPLED = 2**18  # weights in a histogram
+
+
+def compare(
+    model: str,
+    recipes: dict[str, Recipe],
+    out: str | Path,
+    *,
+    texts: Sequence[str],
+    window: int = 1024,
+    windows: int | None = None,
+    sensitivities: dict[str, Any] | None = None,
+    limit_seconds: float | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run or reuse every recipe, judge all, and write comparison.json and comparison.html into `out`.
+
+    Args:
+        model: a folder or hub id of a causal language model.
+        recipes: by the name they have in the table.
+        texts: files to judge on, not those of calibration.
+        window, windows: see `evaluate.evaluate_model`; windows without overlap, without bos.
+        sensitivities: what `planner.plan` measured, for the page.
+        limit_seconds: start no recipe after so long; those left out are named in the result.
+
+    Returns:
+        what comparison.json holds: "float" and "rows", one for each recipe; a row whose recipe failed has "failed".
+
+    Raises:
+        ValueError: nothing to compare, or bad input.
+    """
+    if not recipes:
+        raise ValueError("nothing to compare: give recipes")
+    if not texts:
+        raise ValueError("nothing to judge by: give texts")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    say = progress or (lambda stage, done, total: None)
+    source = open_source(model, revision)
+    tokenizer = _tokenizer(source.folder)
+    tokens = {text: evaluation_tokens(text, tokenizer) for text in texts}
+    judge = _Judge(source, tokens, tokenizer, window, windows, device)
+    if not judge.causal:
+        raise ValueError(f"{model} predicts no next token; compare judges causal language models")
+    began = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    left: list[str] = []
+    for number, (name, recipe) in enumerate(recipes.items()):
+        say(name, number, len(recipes))
+        if limit_seconds is not None and time.monotonic() - began > limit_seconds and not _done(out, source, recipe):
+            left.append(name)
+            continue
+        rows.append({"name": name} | _row(out, source, recipe, judge, device))
+    say("comparing", len(recipes), len(recipes))
+    reference = out / f"float-{judge.key}.json"
+    if not reference.exists():
+        write_json(reference, judge.measured(None))
+    good = [row for row in rows if "failed" not in row]
+    result = {
+        "lowbit": __version__,
+        "model": Path(model).name if Path(model).is_dir() else model,
+        "fingerprint": source.fingerprint(),
+        "texts": judge.describe(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "float": json.loads(reference.read_text(encoding="utf-8")) | {"bytes": source.nbytes()},
+        "rows": rows,
+        "front": front({row["name"]: (row["bytes"], row["evaluations"][0]["kl"]) for row in good}),
+        "left_out": left,
+        "sensitivities": sensitivities,
+    }
+    write_json(out / "comparison.json", result)
+    write_page(out / "comparison.html", result)
+    return result
+
+
+def search_space(data: DataSpec, format: str, engine: str) -> dict[str, Recipe]:
+    """The recipes that a search walks: `SEARCHED` by the candidates of a plan."""
+    schemes = candidates(None, format, engine)
+    return {
+        f"{scheme} {method}": short_recipe(scheme=scheme, method=method, data=data, format=format, engine=engine)
+        for method in SEARCHED
+        for scheme in schemes
+    }
+
+
+def front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """Of named (bytes, loss), those that no other beats in one and equals in the other, by bytes."""
+    order = sorted(points, key=lambda name: points[name])
+    kept: list[str] = []
+    for name in order:
+        if not kept or points[name][1] < points[kept[-1]][1]:
+            kept.append(name)
+    return kept
+
+
+# --------------------------------------------------------------------------------------------------------- one recipe
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(path: str) -> str:
+    """A file by what is in it, anything else by its name."""
+    file = Path(path)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else path
+
+
+def _key(source: Source, recipe: Recipe) -> str:
+    """Names a checkpoint by all that decides what is in it."""
+    plain = recipe.to_dict()
+    if recipe.data is not None:
+        plain["data"]["source"] = _content(recipe.data.source)
+    return _digest([plain, source.fingerprint(), __version__])
+
+
+def _done(out: Path, source: Source, recipe: Recipe) -> bool:
+    return (out / _key(source, recipe)).is_dir()
+
+
+def _row(out: Path, source: Source, recipe: Recipe, judge: "_Judge", device: str) -> dict[str, Any]:
+    """What was measured on a recipe's checkpoint, which is made where it is missing."""
+    key = _key(source, recipe)
+    folder, judged = out / key, out / f"{key}-{judge.key}.json"
+    if not folder.is_dir():
+        failure = _quantized(out, key, source, recipe, device)
+        if failure is not None:
+            return {"key": key, "recipe": recipe.to_dict(), "failed": failure}
+    if not judged.exists():
+        write_json(judged, judge.measured(folder))
+    report = read_report(folder)
+    assert report is not None
+    measured = json.loads(judged.read_text(encoding="utf-8"))
+    return measured | {
+        "key": key,
+        "recipe": report["recipe"],
+        "bytes": report["sizes"]["output_bytes"],
+        "bits": report["sizes"]["bits_per_quantized_weight"],
+        "seconds": sum(stage["seconds"] for stage in report["stages"]),
+        "peak_rss": max(stage["peak_rss"] for stage in report["stages"]),
+        "linears": report["linears"],
+        "notes": [note | {"block": block["block"]} for block in report["blocks"] for note in block["transforms"]],
+        "warnings": [f"{row['name']}: {warning}" for row in report["linears"] for warning in row["warnings"]],
+        "adapter": report["adapter"],
+        "gate": report["gate"],
+    }
+
+
+def _quantized(out: Path, key: str, source: Source, recipe: Recipe, device: str) -> str | None:
+    """Run a recipe in a process of its own; what it complained about, if it failed."""
+    written = recipe
+    if recipe.data is not None and Path(recipe.data.source).is_file():
+        written = replace(recipe, data=replace(recipe.data, source=str(Path(recipe.data.source).resolve())))
+    path = out / f"{key}.toml"
+    with replacing(path) as temporary:
+        temporary.write_text(written.to_toml(), encoding="utf-8")
+    command = [sys.executable, "-m", "lowbit", "quantize", str(source.folder), "--recipe", str(path)]
+    done = subprocess.run([*command, "--out", str(out / key), "--device", device], capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1].removeprefix("lowbit: ") if lines else f"ended with status {done.returncode}"
+
+
+class _Judge:
+    """What all checkpoints are measured by.
+
+    Attributes:
+        key: names texts and windows.
+        causal: whether the model predicts a next token.
+    """
+
+    def __init__(
+        self, source: Source, tokens: dict[str, Tensor], tokenizer: Any, window: int, windows: int | None, device: str
+    ) -> None:
+        self.source, self.tokens, self.tokenizer = source, tokens, tokenizer
+        self.window, self.windows, self.device = window, windows, device
+        digests = {text: hashlib.sha256(found.numpy().tobytes()).hexdigest() for text, found in tokens.items()}
+        self.key = _digest([list(digests.values()), window, windows, device, __version__])
+        names = source.config.get("architectures") or [""]
+        self.causal = names[0].endswith(("ForCausalLM", "LMHeadModel"))
+        self._reference: Any = None
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The texts, as the report names them."""
+        return [
+            {"source": Path(text).name, "tokens": len(found), "window": self.window, "windows": self.windows}
+            for text, found in self.tokens.items()
+        ]
+
+    def reference(self) -> Any:
+        """The float model, loaded when first asked for."""
+        if self._reference is None:
+            self._reference = load(str(self.source.folder), dtype=torch.float32, device=self.device)
+        return self._reference
+
+    def measured(self, folder: Path | None) -> dict[str, Any]:
+        """Everything measured on the checkpoint in `folder`, or on the float model."""
+        began = time.monotonic()
+        model: Any = load(str(folder), dtype=torch.float32, device=self.device) if folder is not None else self.reference()
+        seconds = time.monotonic() - began
+        first = next(iter(self.tokens.values()))
+        found: dict[str, Any] = {
+            "evaluations": [
+                evaluate_model(
+                    model,
+                    tokens,
+                    window=self.window,
+                    max_windows=self.windows,
+                    reference=self.reference() if folder is not None else None,
+                    source=Path(text).name,
+                ).to_dict()
+                for text, tokens in self.tokens.items()
+            ],
+            "load_seconds": seconds,
+            "decode_tokens_per_second": _decode_speed(model, first),
+            "samples": self._samples(model),
+            "outliers": _outliers(model, first[: self.window]),
+        }
+        if folder is not None:
+            found["histogram"] = _histogram(self.source, folder)
+        return found
+
+    def _samples(self, model: Any) -> list[dict[str, str]]:
+        """A continuation of the beginning of every text."""
+        samples = []
+        for tokens in self.tokens.values():
+            prompt = tokens[None, :PROMPT].to(self.device)
+            output = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=CONTINUED, do_sample=False, pad_token_id=0
+            )[0]
+            pair = (self.tokenizer.decode(part, skip_special_tokens=True) for part in (prompt[0], output[prompt.shape[1] :]))
+            samples.append(dict(zip(("prompt", "text"), pair, strict=True)))
+        return samples
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _decode_speed(model: Any, tokens: Tensor) -> float:
+    """Tokens a second when transformers decodes one sequence greedily with the dequantized weights."""
+    prompt = tokens[None, :PROMPT].to(next(model.parameters()).device)
+    given = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+    model.generate(prompt, max_new_tokens=4, min_new_tokens=4, **given)
+    began = time.monotonic()
+    model.generate(prompt, max_new_tokens=DECODED, min_new_tokens=DECODED, **given)
+    return DECODED / (time.monotonic() - began)
+
+
+@torch.no_grad()
+def _outliers(model: Any, tokens: Tensor) -> dict[str, float]:
+    """By linear module: the largest of its input channels over the median one, by their largest magnitudes on one window."""
+    found: dict[str, float] = {}
+    handles = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sizes = args[0].detach().abs().float().flatten(0, -2).amax(0)
+            found[name] = float(sizes.max() / sizes.median().clamp(min=1e-12))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            handles.append(module.register_forward_pre_hook(watch(name)))
+    try:
+        model(input_ids=tokens[None].to(next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _histogram(source: Source, folder: Path) -> dict[str, Any] | None:
+    """The weights of the linear with the largest error, before and after, and the grid of its first group."""
+    report, quantized = read_report(folder), open_checkpoint(str(folder))
+    assert report is not None and isinstance(quantized, QuantizedSource)
+    for row in sorted(report["linears"], key=lambda row: -row["error"]):
+        tensor = f"{row['name']}.weight"
+        if tensor not in source.tensors:
+            continue
+        values = [each.read([tensor])[tensor].float() for each in (source, quantized)]
+        group = quantized.schemes()[row["name"]].weight.group
+        columns = group if 0 < group < values[1].shape[1] else values[1].shape[1]
+        grid = values[1][0, :columns].unique()
+        flat = [value.flatten()[:_SAMPLED] for value in values]
+        low, high = float(flat[0].min()), float(flat[0].max())
+        counts = [torch.histc(value, _BINS, low, high).long().tolist() for value in flat]
+        return {
+            "linear": row["name"],
+            "low": low,
+            "high": high,
+            "float": counts[0],
+            "quantized": counts[1],
+            "grid": grid.tolist() if len(grid) <= 64 else [],
+        }
+    return None

@@ -1,0 +1,124 @@
+"""What a checkpoint contains, whoever wrote it: its linears, their formats and bits, its size.
+
+Read are headers and configurations, no weights: lowbit's own format, compressed-tensors, GPTQ and AWQ as AutoGPTQ, GPTQModel
+and AutoAWQ lay them out, and GGUF through the gguf package.
+"""
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lowbit.export import QuantizedSource, open_checkpoint
+from lowbit.report import read_report
+from lowbit.source import Source, read_json
+
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")  # of GPTQ and AWQ
+_GGUF_FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+def summary_of(model: str) -> dict[str, Any]:
+    """A summary of a folder or a .gguf file, JSON types only.
+
+    Returns:
+        "folder", "model_type", "architectures", "format", "shards", "bytes" of all tensors, and "linears": by name "scheme",
+        "shape" [out, in] and stored "bits" a weight; of lowbit's own checkpoints also "gate" and "evaluations".
+
+    Raises:
+        ValueError: not a checkpoint, damaged, or quantized in a way that is not known.
+        ImportError: a GGUF file, and the gguf package is not installed.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return _gguf(path)
+    if (path / "config.json").is_file():
+        config = read_json(path / "config.json", "the model's configuration").get("quantization_config")
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        if config is not None and method in ("gptq", "awq"):
+            return _packed(path, method, config)
+        if method not in (None, "compressed-tensors"):
+            raise ValueError(
+                f"{model} is quantized by {method}, which lowbit cannot inspect; known are compressed-tensors, gptq, awq"
+            )
+    source = open_checkpoint(model)
+    if not isinstance(source, QuantizedSource):
+        return _about(source, "float", {})
+    linears = {
+        name: {
+            "scheme": scheme.name,
+            "shape": list(source.modules[name].shape),
+            "bits": round(source.bits_per_weight(name), 3),
+        }
+        for name, scheme in source.schemes().items()
+    }
+    summary = _about(source, "lowbit" if source.native else "compressed-tensors", linears, source.stored)
+    report = read_report(source.folder)
+    if report is not None:
+        summary["gate"], summary["evaluations"] = report["gate"], report["evaluations"]
+    return summary
+
+
+def _about(source: Source, form: str, linears: dict[str, Any], stored: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {
+        "folder": str(source.folder),
+        "model_type": source.config.get("model_type"),
+        "architectures": source.config.get("architectures"),
+        "format": form,
+        "shards": len(source.shards),
+        "bytes": sum(info.nbytes for info in (stored or source.tensors).values()),
+        "linears": linears,
+    }
+
+
+def _packed(folder: Path, method: str, config: dict[str, Any]) -> dict[str, Any]:
+    """GPTQ packs along the inputs of a matrix stored [in, out], AWQ along its outputs, 32 bits a word."""
+    source = Source(folder)
+    bits = config.get("bits", config.get("w_bit"))
+    group = config.get("group_size", config.get("q_group_size", -1))
+    if not isinstance(bits, int) or not isinstance(group, int):
+        raise ValueError(f"{folder / 'config.json'}: quantization_config of {method} names no bits or no group_size")
+    symmetric = config.get("sym", False) if method == "gptq" else not config.get("zero_point", True)
+    words = "g" + str(group) if group > 0 else "channel"
+    scheme = f"w{bits}a16-{words}{'' if symmetric else '-asym'}"
+    linears = {}
+    for tensor, info in source.tensors.items():
+        name, _, part = tensor.rpartition(".")
+        if part != "qweight":
+            continue
+        rows, columns = info.shape
+        shape = [columns, rows * 32 // bits] if method == "gptq" else [columns * 32 // bits, rows]
+        stored = sum(source.tensors[f"{name}.{p}"].nbytes for p in _PARTS if f"{name}.{p}" in source.tensors)
+        linears[name] = {"scheme": scheme, "shape": shape, "bits": round(8 * stored / prod(shape), 3)}
+    if not linears:
+        raise ValueError(f"{folder} says it is quantized by {method}, but holds no qweight; fetch it again")
+    return _about(source, method, linears)
+
+
+def _gguf(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ImportError(f"GGUF files need the package gguf ({error}): pip install 'lowbit[gguf]'") from error
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        raise ValueError(f"{path} is not a GGUF file that the package gguf reads ({error}); fetch it again") from error
+    linears, total = {}, 0
+    for tensor in reader.tensors:
+        total += int(tensor.n_bytes)
+        shape = [int(size) for size in reversed(tensor.shape.tolist())]
+        kind = tensor.tensor_type.name
+        if len(shape) >= 2 and kind not in _GGUF_FLOATS:
+            bits = 8 * int(tensor.n_bytes) / prod(shape)
+            linears[tensor.name.removesuffix(".weight")] = {"scheme": kind, "shape": shape, "bits": round(bits, 3)}
+    architecture = reader.get_field("general.architecture")
+    return {
+        "folder": str(path),
+        "model_type": architecture.contents() if architecture is not None else None,
+        "architectures": None,
+        "format": "gguf",
+        "shards": 1,
+        "bytes": total,
+        "linears": linears,
+    }

@@ -1,0 +1,196 @@
+"""The page of a comparison: everything in it, nothing from elsewhere, and what a browser makes of it."""
+
+import math
+import random
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowbit.page import by_layer, page, write_page
+
+BLOCKS, KINDS = 32, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NAMES = [f"model.layers.{block}.self_attn.{kind}" for block in range(BLOCKS) for kind in KINDS]
+
+
+def row(number: int) -> dict[str, Any]:
+    """What `comparison` writes of one recipe of a model of 224 linears."""
+    chance = random.Random(number)
+    linears = [
+        {
+            "name": name,
+            "scheme": "w4a16-g128",
+            "method": "gptq",
+            "bits_per_weight": chance.choice((3.125, 4.125)),
+            "error": chance.lognormvariate(-5, 1),
+            "error_rtn": 0.01,
+            "warnings": ["damping was raised to 0.04"] if number == 1 and name == NAMES[3] else [],
+        }
+        for name in NAMES
+    ]
+    return {
+        "name": f"recipe <{number}>",
+        "recipe": {
+            "steps": [{"method": "gptq", "options": {"damping": 0.02}}],
+            "format": "lowbit",
+            "data": {"rows": 8, "length": 128, "seed": 0},
+        },
+        "bytes": 10**9 + number * 10**8,
+        "bits": 4.1,
+        "seconds": 61.0,
+        "peak_rss": 2 * 10**9,
+        "load_seconds": 1.5,
+        "decode_tokens_per_second": 20.0,
+        "linears": linears,
+        "notes": [{"block": "model.layers.0", "step": "mrem", "steps": 100, "kept": number != 2, "curve": [3.0, 2.0, 1.5]}],
+        "warnings": [f"{x['name']}: {w}" for x in linears for w in x["warnings"]],
+        "adapter": None,
+        "evaluations": [
+            {"source": "test.txt", "perplexity": 20.0 + number, "kl": 0.01 * (number + 1), "top1_agreement": 0.9}
+            for _ in range(2)
+        ],
+        "samples": [{"prompt": "Once upon", "text": f" a time & {'x' * 300}"}],
+        "outliers": {name: 2.0 + number for name in NAMES},
+        "histogram": {
+            "linear": NAMES[0],
+            "low": -1.0,
+            "high": 1.0,
+            "float": [1, 5, 9, 5],
+            "quantized": [0, 9, 9, 2],
+            "grid": [-1.0, -0.5, 0.0, 0.5],
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def comparison() -> dict[str, Any]:
+    """Eight recipes, and one that failed."""
+    rows = [row(number) for number in range(8)]
+    measured = row(0)
+    return {
+        "lowbit": "0.0",
+        "model": "a model",
+        "device": "cpu",
+        "threads": 2,
+        "texts": [{"source": "test.txt", "tokens": 1000, "window": 128, "windows": None}] * 2,
+        "float": {
+            key: measured[key] for key in ("evaluations", "load_seconds", "decode_tokens_per_second", "samples", "outliers")
+        }
+        | {"bytes": 4 * 10**9},
+        "rows": [*rows, {"name": "broken", "recipe": rows[0]["recipe"], "failed": "group 128 does not divide 96"}],
+        "front": ["recipe <0>"],
+        "left_out": ["late"],
+        "sensitivities": {
+            "signal": "kl",
+            "schemes": ["w2a16-g64", "w4a16-g128"],
+            "decisions": {
+                name: {"block": int(name.split(".")[2]), "linears": [name], "cost": {"w2a16-g64": 0.1, "w4a16-g128": 0.01}}
+                for name in NAMES
+            },
+        },
+    }
+
+
+class _Tags(HTMLParser):
+    """What is open when the page ends, and every address in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == "script"
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+
+def test_one_page_holds_all(comparison: dict[str, Any]) -> None:
+    """No script, nothing fetched, well formed, escaped, small, with the numbers of the comparison."""
+    text = page(comparison)
+    tags = _Tags()
+    tags.feed(text)
+    assert tags.open == [] and tags.scripts == 0
+    assert all(address.startswith(("#", "data:")) for address in tags.addresses)
+    assert len(text) < 5e6
+    assert "recipe &lt;3&gt;" in text and "recipe <3>" not in text
+    for wanted in (
+        "Quality against size",
+        "layer by layer",
+        "Sensitivity",
+        "Outliers",
+        "Losses of learned",
+        "weights",
+        "Once upon",
+    ):
+        assert wanted in text, wanted
+    assert "1.00e-02" in text and "90.0 %" in text
+    # every id is there once, so that no plot is cut by the outline of another
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    assert not re.search("#010203", text)
+
+
+def test_what_to_mind_is_on_top(comparison: dict[str, Any]) -> None:
+    """Failures, what was left out, warnings and undone trainings stand before the table."""
+    top = page(comparison).partition("<h2>Result")[0]
+    for wanted in (
+        "group 128 does not divide 96",
+        "late was not run",
+        "damping was raised",
+        "1 trainings made held-out rows worse",
+    ):
+        assert wanted in top
+    clean = comparison | {"rows": comparison["rows"][3:4], "front": ["recipe <3>"], "left_out": []}
+    assert 'class="alarm"' not in page(clean)
+
+
+def test_by_layer() -> None:
+    """Linears by kind and block; experts are averaged."""
+    found = by_layer({"m.layers.3.mlp.up": 1.0, "m.layers.0.e.0.w1": 1.0, "m.layers.0.e.1.w1": 3.0, "lm_head": 9.0})
+    assert found == {"up": {3: 1.0}, "w1 (experts)": {0: 2.0}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1440, "dark")])
+def test_in_a_browser(comparison: dict[str, Any], tmp_path: Path, width: int, scheme: str) -> None:
+    """Nothing is wider than the window, no complaint on the console, quick, and dark where dark is asked for."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs chromium on the PATH")
+    from playwright.sync_api import sync_playwright
+
+    path = tmp_path / "page.html"
+    write_page(path, comparison)
+    complaints: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
+        shown = context.new_page()
+        shown.on("console", lambda message: complaints.append(message.text))
+        shown.on("pageerror", lambda error: complaints.append(str(error)))
+        shown.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
+        shown.goto(path.as_uri())
+        assert shown.evaluate("document.documentElement.scrollWidth") <= width
+        timing = shown.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+        picture = shown.screenshot(full_page=True)
+        back = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+        ink = shown.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
+        browser.close()
+    assert complaints == []
+    assert timing < 2000
+    assert len(picture) > 50_000
+    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (back, ink)]
+    assert (light[0] < 150 < light[1]) if scheme == "dark" else (light[0] > 600 > light[1]), (back, ink)
+    assert math.isfinite(timing)
