@@ -53,6 +53,7 @@ MOST = {
     "omniquant-w4a4": 0.33,
     "omniquant-w6a6": 0.02,
     "quarot-w4a4": 0.22,
+    "q-bert-w4a8": 0.112,
     "rtn-w4a16": 0.081,
     "signround-mxfp4": 0.057,
     "smoothquant-gptq-w8a8": 0.0017,
