@@ -110,8 +110,7 @@ def test_run_reuse_and_go_on(llama: Path, tmp_path: Path, monkeypatch: pytest.Mo
     again = compare(str(llama), recipes, tmp_path / "out", **given)
     assert len(runs) == 3 and again["rows"][:2] == first["rows"]
     assert (
-        "do not divide" in again["rows"][2]["failed"]
-        and "do not divide" in (tmp_path / "out" / "comparison.html").read_text()
+        "do not divide" in again["rows"][2]["failed"] and "do not divide" in (tmp_path / "out" / "comparison.html").read_text()
     )
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["front"] == ["two", "eight"]
 
