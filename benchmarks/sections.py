@@ -25,6 +25,7 @@ SECTIONS = {
     "learned": ("Learned reconstruction", "learned.py"),
     "mixed": ("Mixed precision", "mixed.py"),
     "mixed-encoder": ("Mixed precision of an encoder", "mixed.py --encoder --section mixed-encoder --model MINILM"),
+    "weight-only": ("Weight-only linear on a GPU", "weight_only.py"),
     "streaming": ("Memory on a model larger than its blocks", "streaming_memory.py"),
 }
 PACKAGES = ("torch", "transformers", "accelerate", "compressed-tensors", "safetensors", "numpy")
