@@ -39,7 +39,7 @@ from lowbit.report import table
 from lowbit.run import quantize
 
 CANDIDATES = ["w2a16-g64", "w2a16-g32", "w3a16-channel", "w3a16-g128", "w3a16-g64", "w4a16-g128", "w8a16-g128"]
-UNIFORM = {3.0: "w3a16-channel", 2.5: "w2a16-g32"}  # the scheme with about so many bits
+UNIFORM = {3.0: "w3a16-channel", 2.5: "w2a16-g32"}  # the scheme with about so many bits, where scales have 16
 SEEDS = 5
 SENTENCES = 256  # of an encoder
 
@@ -54,7 +54,7 @@ def rivals(planned: Plan, bits: float) -> dict[str, list[str]]:
     for seed in range(SEEDS):
         chance = random.Random(seed)
         given[f"random {seed}"] = [math.exp(chance.uniform(-3, 3)) for _ in rows]
-    sizes = [[size_of(row["weights"], name) for name in CANDIDATES] for row in rows]
+    sizes = [[size[name] for name in CANDIDATES] for size in planned.sizes.values()]
     found = {}
     for name, sensitivity in given.items():
         # the squared error of rounding falls by 4 with every bit
@@ -64,13 +64,6 @@ def rivals(planned: Plan, bits: float) -> dict[str, list[str]]:
         ]
         found[name] = [CANDIDATES[j] for j in allocate(costs, sizes, int(bits * weights / 8))]
     return found
-
-
-def size_of(weights: int, scheme: str) -> int:
-    """Bytes of codes and 16-bit scales; of a scale for each channel, as if rows had 512 columns."""
-    spec = parse_scheme(scheme).weight
-    group = spec.group if spec.group > 0 else 512
-    return int(weights * (spec.format.bits + 16 / group) / 8)
 
 
 def recipes(model: Path, bits: float, args: argparse.Namespace, data: DataSpec) -> dict[str, Recipe]:
@@ -140,6 +133,15 @@ def cosines(models: dict[str, Any], reference: Any, sentences: list[str], tokeni
     }
 
 
+def rounded(model: Path, folder: Path) -> Path:
+    """A copy of a checkpoint in bfloat16."""
+    shutil.rmtree(folder, ignore_errors=True)
+    loaded = load(str(model), dtype=torch.bfloat16)
+    loaded.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The section `mixed`."""
     data, text = result["data"], result["text"]
@@ -171,6 +173,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SHARED / "models" / "llama-29m", help="folder of a float checkpoint")
     parser.add_argument("--encoder", action="store_true", help="the model embeds sentences, one a document of --text")
+    parser.add_argument("--round", action="store_true", help="round the model to bfloat16 first, so that scales have 16 bits")
     parser.add_argument("--text", type=Path, default=SHARED / "text" / "wikitext2_test.txt", help="what to judge on")
     parser.add_argument("--calibration", type=Path, default=SHARED / "text" / "calibration.jsonl")
     parser.add_argument("--bits", type=float, nargs="+", choices=list(UNIFORM), default=list(UNIFORM))
@@ -195,6 +198,8 @@ def main() -> int:
     vocabulary = json.loads((args.model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     calibration = calibration_tokens(data, tokenizer, vocab_size=vocabulary)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.round:
+        args.model = rounded(args.model, args.out / args.model.name)
     work = args.out / "checkpoints"
     rows: list[dict[str, Any]] = []
     judged: list[dict[str, Any]] = []
@@ -229,7 +234,7 @@ def main() -> int:
         judged += bars(mine, bits)
     shutil.rmtree(work)
     result = {
-        "model": args.model.name,
+        "model": args.model.name + (", rounded to bfloat16" if args.round else ""),
         "chain": args.chain,
         "data": calibration.describe(),
         "plan_rows": args.plan_rows,

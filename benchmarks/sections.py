@@ -24,7 +24,7 @@ SECTIONS = {
     "peers": ("Beside llm-compressor and AutoRound: accuracy", "peers.py"),
     "learned": ("Learned reconstruction", "learned.py"),
     "mixed": ("Mixed precision", "mixed.py"),
-    "mixed-encoder": ("Mixed precision of an encoder", "mixed.py --encoder --section mixed-encoder --model MINILM"),
+    "mixed-encoder": ("Mixed precision of an encoder", "mixed.py --encoder --round --section mixed-encoder --model MINILM"),
     "weight-only": ("Weight-only linear on a GPU", "weight_only.py"),
     "streaming": ("Memory on a model larger than its blocks", "streaming_memory.py"),
 }

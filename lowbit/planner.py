@@ -48,6 +48,7 @@ class Plan:
         schemes: by decision.
         costs: what each decision costs with its scheme, in the unit of the signal.
         measured: what all candidates cost, as written to the file of sensitivities.
+        sizes: by decision and candidate, bytes of the tensors, without headers.
         output_bytes: of all safetensors files, at most.
         bits: stored bits for each weight of the linears, those left float included.
         ppl_ratio: perplexity over that of the float model on the calibration text, with weights rounded to nearest; None
@@ -59,6 +60,7 @@ class Plan:
     schemes: dict[str, str]
     costs: dict[str, float]
     measured: dict[str, Any]
+    sizes: dict[str, dict[str, int]]
     output_bytes: int
     bits: float
     ppl_ratio: float | None
@@ -176,6 +178,7 @@ def plan(
         schemes={decision.name: scheme for decision, scheme in zip(every, chosen, strict=True)},
         costs={d.name: found[d.name]["cost"][scheme] for d, scheme in zip(every, chosen, strict=True)},
         measured=job | {"decisions": found},
+        sizes={d.name: {name: data for name, (data, _) in size.items()} for d, size in zip(every, choices.sizes, strict=True)},
         output_bytes=choices.fixed + choices.bytes_of(chosen),
         bits=8 * choices.bytes_of(chosen, headers=False) / choices.weights,
         ppl_ratio=ratio,

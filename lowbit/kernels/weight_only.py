@@ -10,11 +10,13 @@ A code becomes a float without a conversion: put into the mantissa of 1024 (floa
 the code, from which that number plus the zero point is taken away, exactly. Scales multiply the sum of a group where a tile has
 one group and few rows of x share it, else the weights.
 
+From `ROWS_OF_CUBLAS` rows on, the weights are unpacked to memory and cuBLAS multiplies, which it does that much faster.
+
 Where x has few rows, K is split over programs; partial sums go to scratch memory, and the last program to finish adds them in
 their order. No floating-point atomics: the same input gives the same bits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -28,6 +30,7 @@ from lowbit.qtensor import QTensor
 
 TILE = 128  # columns
 BITS = (2, 3, 4, 8)
+ROWS_OF_CUBLAS = 1024
 _LEAST_CAPABILITY = (8, 0)  # tensor cores with bfloat16
 
 
@@ -246,6 +249,57 @@ def _write(total, bias, out, n, m, rows, columns, BIASED: tl.constexpr):
     tl.store(place, total.to(out.dtype.element_ty), mask=there[:, None] & (m[None, :] < rows))
 
 
+@triton.jit
+def _unpack_kernel(
+    words,
+    high,
+    scale,
+    zero,
+    out,
+    columns,
+    inner,
+    ASM: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ASYMMETRIC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out [columns, inner] = the weights; programs: blocks of columns, tiles."""
+    PLANES: tl.constexpr = 8 if BITS == 3 else 16 // BITS
+    WIDTH: tl.constexpr = 128 // PLANES
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    dtype = scale.dtype.element_ty
+    BASE: tl.constexpr = 1024 if dtype == tl.float16 else 128
+    tile = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = tl.arange(0, WIDTH)
+    there = n < columns
+    place = n.to(tl.int64) + tile * columns
+    word = tl.load(words + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0)
+    if BITS == 3:
+        third = tl.load(high + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0).to(tl.int16)
+    for plane in tl.static_range(PLANES):
+        k = tile * 128 + plane * WIDTH + j
+        here = there[:, None] & (k[None, :] < inner)
+        if ASM is None:
+            code = (word >> (plane * LOW)) & ((1 << LOW) - 1)
+            if BITS == 3:
+                code = code | (((third >> plane) & 1) << 2)
+            w = code.to(dtype)
+            base = 0
+        else:
+            w = tl.inline_asm_elementwise(ASM[plane], "=r,r", [word], dtype=dtype, is_pure=True, pack=2)
+            base = BASE
+        group = k // GROUP if GROUP > 0 else k * 0
+        at = group[None, :] * columns + n[:, None]
+        s = tl.load(scale + at, mask=here, other=0.0)
+        if ASYMMETRIC:
+            w = w - (tl.load(zero + at, mask=here, other=0.0) + base).to(dtype)
+        else:
+            w = w - tl.full((1, 1), (1 << (BITS - 1)) + base, dtype)
+        tl.store(out + n[:, None].to(tl.int64) * inner + k[None, :], w * s, mask=here)
+
+
 INTERPRETED = not isinstance(_kernel, triton.runtime.JITFunction)
 
 
@@ -260,21 +314,21 @@ class Config:
     block_n: int
     split: int
     warps: int = 4
-    stages: int = 4
+    stages: int = 3
 
 
 def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
-    """What was fastest on an H200 (benchmarks/weight_only.py), by classes of shapes."""
-    tiles = -(-inner // TILE)
-    if rows <= 64:
-        block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        block_n = 64
-        programs = -(-columns // block_n) * -(-rows // block_m)
-        split = max(1, min(tiles // 2, -(-4 * processors // programs), 16))
-        return Config(block_m, block_n, split)
-    if rows <= 256:
-        return Config(64, 128, max(1, min(4, 2 * processors // (-(-columns // 128) * -(-rows // 64)))))
-    return Config(128, 128, 1, warps=8, stages=3)
+    """What was fastest on an H200 (benchmarks/weight_only.py --sweep), by classes of shapes."""
+    wide = columns >= 8192
+    if rows <= 16:
+        config = Config(16, 128, 4) if wide else Config(16, 64, 8)
+    elif rows <= 64:
+        config = Config(32 if rows <= 32 else 64, 128, 2 ** max(0, (2 * processors * 128 // columns).bit_length() - 1))
+    elif rows <= 256:
+        config = Config(128, 128, 1, warps=8) if wide else Config(64, 128, 2)
+    else:
+        config = Config(128, 128, 1, warps=8)
+    return replace(config, split=max(1, min(config.split, -(-inner // TILE) // 2)))
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, config: Config | None = None) -> Tensor:
@@ -294,10 +348,33 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, config: Con
             "on a newer GPU, or with dequantized weights"
         )
     flat = x.reshape(-1, columns).contiguous()
+    if len(flat) >= ROWS_OF_CUBLAS and config is None:
+        return torch.nn.functional.linear(x, dense(packed), bias)
     out = torch.empty(len(flat), rows, dtype=x.dtype, device=x.device)
     if len(flat):
         _launch(flat, packed, bias, out, config or config_for(len(flat), rows, columns, _processors(x.device)))
     return out.view(*x.shape[:-1], rows)
+
+
+def dense(packed: Packed) -> Tensor:
+    """What `unpack` gives, by a kernel."""
+    (rows, columns), tiles = packed.shape, packed.words.shape[0]
+    out = torch.empty(rows, columns, dtype=packed.scale.dtype, device=packed.scale.device)
+    parts = (packed.words, packed.high, packed.scale, packed.zero)
+    _unpack_kernel[(-(-rows // 32), tiles)](*parts, out, rows, columns, **_how(packed), BLOCK_N=32)
+    return out
+
+
+def _how(packed: Packed) -> dict[str, Any]:
+    """How a kernel is to read the words."""
+    dtype = packed.scale.dtype
+    fits = packed.bits in (2, 4) or (packed.bits == 8 and dtype == torch.float16)
+    return {
+        "ASM": _instructions(packed.bits, dtype) if fits and not INTERPRETED else None,
+        "BITS": packed.bits,
+        "GROUP": 0 if packed.group == packed.shape[1] else packed.group,
+        "ASYMMETRIC": packed.zero is not None,
+    }
 
 
 def _launch(x: Tensor, packed: Packed, bias: Tensor | None, out: Tensor, config: Config) -> None:
@@ -307,8 +384,7 @@ def _launch(x: Tensor, packed: Packed, bias: Tensor | None, out: Tensor, config:
     scratch, counters = _scratch(
         x.device, split * grid[0] * grid[1] * config.block_n * config.block_m, grid[0] * grid[1], split
     )
-    fits = packed.bits in (2, 4) or (packed.bits == 8 and x.dtype == torch.float16)
-    group = 0 if packed.group == inner else packed.group
+    how = _how(packed)
     _kernel[grid](
         x,
         packed.words,
@@ -325,15 +401,12 @@ def _launch(x: Tensor, packed: Packed, bias: Tensor | None, out: Tensor, config:
         tiles,
         packed.scale.shape[0],
         split,
-        ASM=_instructions(packed.bits, x.dtype) if fits and not INTERPRETED else None,
-        BITS=packed.bits,
-        GROUP=group,
-        ASYMMETRIC=packed.zero is not None,
+        **how,
         BIASED=bias is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         SPLIT=split > 1,
-        SCALE_SUMS=config.block_m <= 64 and (group == 0 or group % TILE == 0),
+        SCALE_SUMS=config.block_m <= 64 and (how["GROUP"] == 0 or how["GROUP"] % TILE == 0),
         num_warps=config.warps,
         num_stages=config.stages,
     )

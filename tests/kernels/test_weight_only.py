@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from lowbit.kernels import reference  # noqa: E402
-from lowbit.kernels.weight_only import INTERPRETED, Config, config_for, linear, pack, unpack  # noqa: E402
+from lowbit.kernels.weight_only import INTERPRETED, ROWS_OF_CUBLAS, Config, config_for, dense, linear, pack, unpack  # noqa: E402
 from lowbit.qtensor import QTensor, dequantize, find_params, parse_scheme, quantize  # noqa: E402
 
 SCHEMES = [
@@ -64,6 +64,17 @@ def test_odd_shapes(rows: int, columns: int) -> None:
     assert error(found, reference.linear(x.double(), dequantize(q))) < 1e-3
 
 
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if "g256" not in name])
+def test_many_rows(scheme: str) -> None:
+    """The kernel that unpacks gives what `unpack` gives, to the bit; the product is that of the reference."""
+    q = quantized(scheme, 40, 384, torch.float16)
+    packed = pack(q, torch.float16)
+    assert torch.equal(dense(packed), unpack(packed))
+    if scheme == "w4a16-g128":
+        x = torch.randn(ROWS_OF_CUBLAS, 384, dtype=torch.float16)
+        assert error(linear(x, packed), reference.linear(x.double(), dequantize(q))) < 1e-3
+
+
 def test_the_same_bits_again() -> None:
     """Parts are added in their order, and counters are left at 0."""
     q = pack(quantized("w4a16-g128", 64, 1024, torch.float16), torch.float16)
@@ -91,4 +102,4 @@ def test_configurations_fill_a_gpu() -> None:
         for rows in (1, 16, 64, 256, 2048):
             config = config_for(rows, columns, inner, 132)
             programs = config.split * -(-columns // config.block_n) * -(-rows // config.block_m)
-            assert programs >= 128 and (rows < 2048 or config.split == 1)
+            assert programs >= 120 and (rows < 2048 or config.split == 1)
