@@ -322,6 +322,8 @@ def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
     wide = columns >= 8192
     if rows <= 16:
         config = Config(16, 128, 4) if wide else Config(16, 64, 8)
+    elif rows <= 64 and columns * inner <= 4096**2:
+        config = Config(32 if rows <= 32 else 64, 64, 4)
     elif rows <= 64:
         config = Config(32 if rows <= 32 else 64, 128, 2 ** max(0, (2 * processors * 128 // columns).bit_length() - 1))
     elif rows <= 256:
