@@ -110,9 +110,9 @@ def bars(rows: list[dict[str, Any]], bits: float) -> list[dict[str, Any]]:
         (f"{bits:g} bits: planned beats uniform", loss[best] < loss["uniform"], f"{loss[best]:.4f}, {loss['uniform']:.4f}"),
         (f"{bits:g} bits: planned beats random", loss[best] < min(chance), f"{loss[best]:.4f}, mean {mean(chance):.4f}"),
         (
-            f"{bits:g} bits: reversed is worse than equal",
-            loss["reversed"] > loss["equal"],
-            f"{loss['reversed']:.4f}, {loss['equal']:.4f}",
+            f"{bits:g} bits: reversed is worse than uniform",
+            loss["reversed"] > loss["uniform"],
+            f"{loss['reversed']:.4f}, {loss['uniform']:.4f}",
         ),
     ]
     return [{"bar": bar, "met": met, "numbers": f"{best}, {numbers}"} for bar, met, numbers in wanted]
