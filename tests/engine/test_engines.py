@@ -24,7 +24,7 @@ from torch import Tensor
 
 import lowbit
 from lowbit.data import DataSpec
-from lowbit.recipe import Recipe, read_recipe, short_recipe
+from lowbit.recipe import Recipe, Rule, Step, read_recipe, short_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -55,7 +55,19 @@ INT4 = ("CompressedTensorsWNA16", "CPUWNA16LinearKernel")
 INT8 = ("CompressedTensorsW8A8Int8", "CPUInt8ScaledMMLinearKernel")
 FP8 = ("CompressedTensorsW8A8Fp8", "ChannelWiseTorchFP8ScaledMMLinearKernel")
 MIXED = replace(read_recipe(ROOT / "recipes" / "mixed-w8a8-w4a16.toml"), data=CALIBRATION)
+# As a plan mixes: other schemes for the same linears in other layers.
+PLANNED = Recipe(
+    rules=(
+        Rule(match=r"^model\.layers\.[02]\.self_attn\.(?:q_proj|k_proj|v_proj)$", scheme="w4a16-g32"),
+        Rule(match=r"^model\.layers\.1\.mlp\.down_proj$", scheme="w4a16-g64-asym"),
+        Rule(match=r"^model\.layers\.5\.mlp\.(?:gate_proj|up_proj)$", scheme="w4a16-channel"),
+        Rule(match="", scheme="w4a16-g128"),
+    ),
+    steps=(Step(method="gptq"),),
+    data=CALIBRATION,
+)
 CASES = {
+    "planned": Case(PLANNED, INT4, INT4, 8e-4, 0.25),
     "w4a16": case("w4a16", "gptq", INT4, 8e-4, 0.25),
     "w4a16-g64-asym": case("w4a16-g64-asym", "rtn", INT4, 8e-4, 0.25),
     "w4a16-channel": case("w4a16-channel", "rtn", INT4, 8e-4, 0.25),
@@ -66,8 +78,12 @@ CASES = {
 }
 # These differ from one another by less than quantized inputs scatter.
 EIGHT_BIT = ("w8a8", "fp8", "float")
-# Of 3 bits there is no kernel in vLLM; transformers loads it all the same.
-TRANSFORMERS_ONLY = {"w3a16": short_recipe(scheme="w3a16", engine="transformers")}
+# Of 3 bits there is no kernel in vLLM, and static int8 inputs are not what was measured in its CPU build (KL 0.06, a token that
+# is 2.1 nats less likely); transformers loads both.
+TRANSFORMERS_ONLY = {
+    "w3a16": short_recipe(scheme="w3a16", engine="transformers"),
+    "w8a8-astatic": short_recipe(scheme="w8a8-astatic", method="gptq", data=CALIBRATION, engine="transformers"),
+}
 each_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -267,7 +283,7 @@ def test_transformers_computes_what_lowbit_measured(
     for path, parameter in model.named_parameters():
         assert torch.equal(parameter, weights[path]), path
     kl = divergence(logprobs(model, prompts), logprobs(twin, prompts))
-    int8_inputs = any("a8" in rule.scheme for rule in recipe_of(name).rules)
+    int8_inputs = any("a8" in rule.scheme and "astatic" not in rule.scheme for rule in recipe_of(name).rules)
     assert kl < (1.2e-2 if int8_inputs else 1e-6)
     if int8_inputs:
         assert kl > 1e-5
