@@ -68,13 +68,10 @@ def rivals(planned: Plan, bits: float) -> dict[str, list[str]]:
 
 def recipes(model: Path, bits: float, args: argparse.Namespace, data: DataSpec) -> dict[str, Recipe]:
     """The recipes of one number of bits, by name; all but the uniform one within it."""
-    steps = parse_chain(args.chain)
-    found: dict[str, Recipe] = {}
-    planned: Plan | None = None
+    plans: dict[str, Plan] = {}
     for signal in args.signals:
         began = time.monotonic()
-        path = args.out / f"{model.name}-{signal}.json"
-        planned = plan(
+        plans[signal] = plan(
             str(model),
             bits=bits,
             schemes=CANDIDATES,
@@ -83,22 +80,19 @@ def recipes(model: Path, bits: float, args: argparse.Namespace, data: DataSpec) 
             rows=args.plan_rows,
             length=args.plan_length,
             format="lowbit",
-            sensitivities=path,
+            sensitivities=args.out / f"{model.name}-{signal}.json",
             device=args.device,
             overwrite=True,
         )
-        say(f"{model.name} {bits:g} bits, {signal}: {time.monotonic() - began:.0f} s, solved in {planned.seconds:.2f} s")
-        found[f"planned by {signal}"] = replace(planned.recipe, steps=steps, data=data)
-    assert planned is not None
-    first = next(iter(found.values()))
-    reading = args.out / f"{model.name}-{args.signals[0]}.json"
-    measured = json.loads(reading.read_text(encoding="utf-8"))
-    base = replace(planned, measured=measured)
+        seconds = time.monotonic() - began
+        say(f"{model.name} {bits:g} bits, {signal}: {seconds:.0f} s, solved in {plans[signal].seconds:.2f} s")
+    base = plans[args.signals[0]]
+    plain = replace(base.recipe, steps=parse_chain(args.chain), data=data)
+    found = {f"planned by {signal}": replace(plain, rules=made.recipe.rules) for signal, made in plans.items()}
     for name, schemes in rivals(base, bits).items():
-        rules = tuple(replace(rule, scheme=scheme) for rule, scheme in zip(first.rules, schemes, strict=True))
-        found[name] = replace(first, rules=rules)
-    found["uniform"] = replace(first, rules=(Rule(match="", scheme=UNIFORM[bits]),))
-    return found
+        rules = (replace(rule, scheme=scheme) for rule, scheme in zip(plain.rules, schemes, strict=True))
+        found[name] = replace(plain, rules=tuple(rules))
+    return found | {"uniform": replace(plain, rules=(Rule(match="", scheme=UNIFORM[bits]),))}
 
 
 def bars(rows: list[dict[str, Any]], bits: float) -> list[dict[str, Any]]:
