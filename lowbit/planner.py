@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from math import exp
+from math import exp, prod
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from lowbit.export import NATIVE, encode, reason_against
 from lowbit.files import write_json
 from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, Recipe, Rule, short_recipe
-from lowbit.run import Progress, differences, drawn
+from lowbit.run import Progress, available_memory, differences, drawn
 from lowbit.sensitivity import SIGNALS, Decision, Effort, Inputs, Signal, Whole, check_candidates, decisions, measure, put
 from lowbit.source import Source, open_source, read_json
 
@@ -143,6 +143,7 @@ def plan(
     whole = None
     if max_ppl_ratio is not None or any(decision.name not in known for decision in every):
         say("loading the model", 0, 1)
+        _check_memory(arch)
         whole = Whole(arch, calibration.tokens, effort.subsets)
         if max_ppl_ratio is not None and not whole.causal:
             raise ValueError(f"{type(arch.model).__name__} has no perplexity; plan for --bits or --size")
@@ -205,6 +206,18 @@ def candidates(names: Iterable[str] | None, format: str, engine: str) -> dict[st
     if not found:
         raise ValueError("no candidates: name at least one scheme, such as w4a16-g128")
     return found
+
+
+def _check_memory(arch: Arch) -> None:
+    """The whole model must fit, in the dtypes in which it is filled."""
+    width = {torch.float32: 4}.get(arch.matrix_dtype, 2)
+    needed = sum(prod(info.shape) for info in arch.source.tensors.values()) * width
+    available = available_memory() if arch.device.type == "cpu" else None
+    if available is not None and available < needed:
+        raise ValueError(
+            f"{available / 1e9:.2f} GB of memory are available, but measuring holds the whole model, {needed / 1e9:.2f} GB; use "
+            "a machine with more memory, or write the rules by hand"
+        )
 
 
 def _known(path: Path | None, job: dict[str, Any], overwrite: bool) -> dict[str, Any]:

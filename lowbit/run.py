@@ -862,7 +862,7 @@ def _check_memory(arch: Arch) -> None:
         largest = max(largest, 3 * count + 3 * widest**2 * 4)
     outside = 2 * sum(infos[name].nbytes for name in arch.outside)
     needed = max(largest, outside)
-    available = _available_memory()
+    available = available_memory()
     if available is not None and available < needed:
         raise ValueError(
             f"{_gb(available)} of memory are available, but the largest block of this model needs about {_gb(needed)}; use a "
@@ -870,7 +870,8 @@ def _check_memory(arch: Arch) -> None:
         )
 
 
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
+    """Bytes of memory that can be had without swapping; None where the system does not tell."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None

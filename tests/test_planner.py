@@ -169,6 +169,13 @@ def test_goals_that_cannot_be(llama: Path) -> None:
         plan(str(llama), bits=3.0, signal="guess", **NATIVE)  # type: ignore[arg-type]
 
 
+def test_too_little_memory(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring holds the whole model: said before it is loaded."""
+    monkeypatch.setattr("lowbit.planner.available_memory", lambda: 100_000)
+    with pytest.raises(ValueError, match="measuring holds the whole model"):
+        plan(str(llama), bits=3.0, **NATIVE)
+
+
 def test_the_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The recipe it writes is the plan's, runs, and is not overwritten."""
     out = tmp_path / "plan.toml"

@@ -689,15 +689,15 @@ def test_what_is_written_already_needs_no_more_space(llama: Path, tmp_path: Path
 
 
 def test_too_little_memory(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_available_memory", lambda: 10_000)
+    monkeypatch.setattr(run, "available_memory", lambda: 10_000)
     refused(llama, tmp_path / "out", "of memory are available, but the largest block", "more memory", **SHORT)
     assert not shards_of(tmp_path / "out.partial") and not records_of(tmp_path / "out.partial")
-    monkeypatch.setattr(run, "_available_memory", lambda: None)  # unknown
+    monkeypatch.setattr(run, "available_memory", lambda: None)  # unknown
     quantize(str(llama), tmp_path / "out", **SHORT)
 
 
 def test_available_memory() -> None:
-    found = run._available_memory()
+    found = run.available_memory()
     assert found is None or 2**20 < found < 2**50
 
 
