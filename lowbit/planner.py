@@ -215,8 +215,8 @@ def _check_memory(arch: Arch) -> None:
     available = available_memory() if arch.device.type == "cpu" else None
     if available is not None and available < needed:
         raise ValueError(
-            f"{available / 1e9:.2f} GB of memory are available, but measuring holds the whole model, {needed / 1e9:.2f} GB; use "
-            "a machine with more memory, or write the rules by hand"
+            f"{available / 1e9:.2f} GB of memory are available, but measuring holds the whole model, {needed / 1e9:.2f} GB; "
+            "use a machine with more memory, or write the rules by hand"
         )
 
 
