@@ -1,9 +1,11 @@
 """What all tests share: no network, a fixed number of threads, seeds, and the fixtures that find models and engines."""
 
 import functools
+import gc
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,20 @@ def _seed() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _quick_collections() -> None:
+    """Spare what the libraries and pytest hold from the collections after every block, which would take most of the time."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collections() -> Iterator[None]:
+    """Let go of what was frozen, at the end of every file."""
+    yield
+    gc.unfreeze()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
