@@ -27,8 +27,8 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 
-    useful = [_useful(cost, size) for cost, size in zip(costs, sizes, strict=True)]
-    pairs = [(i, j) for i, row in enumerate(useful) for j in row]
+    each = [useful(cost, size) for cost, size in zip(costs, sizes, strict=True)]
+    pairs = [(i, j) for i, row in enumerate(each) for j in row]
     cost = np.array([costs[i][j] for i, j in pairs], dtype=np.float64)
     # Sizes from the smallest on, so that what is compared with the budget is no difference of large numbers.
     extra = np.array([sizes[i][j] - min(sizes[i]) for i, j in pairs], dtype=np.float64)
@@ -51,8 +51,8 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
     return _within(chosen, costs, sizes, budget)
 
 
-def _useful(costs: Sequence[float], sizes: Sequence[int]) -> list[int]:
-    """The candidates that no other beats in both; with random or measured costs, most larger ones are cheaper."""
+def useful(costs: Sequence[float], sizes: Sequence[float]) -> list[int]:
+    """The candidates that no other beats in one and equals in the other, by size."""
     order = sorted(range(len(sizes)), key=lambda j: (sizes[j], costs[j]))
     kept: list[int] = []
     for j in order:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import __version__
+from lowbit.allocate import useful
 from lowbit.data import DataSpec, evaluation_tokens
 from lowbit.evaluate import evaluate_model
 from lowbit.export import QuantizedSource, load, open_checkpoint
@@ -31,9 +32,9 @@ from lowbit.page import write_page
 from lowbit.planner import candidates
 from lowbit.recipe import Recipe, short_recipe
 from lowbit.report import read_report
+from lowbit.run import Progress, tokenizer_of
 from lowbit.source import Source, open_source
 
-Progress = Callable[[str, int, int], None]
 # What `search` walks: every chain with every candidate that the engine loads, from the quickest chain on.
 SEARCHED = ("rtn", "gptq", "awq+gptq")
 PROMPT, CONTINUED = 24, 40  # tokens of a sample of text, and generated after it
@@ -80,7 +81,7 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     say = progress or (lambda stage, done, total: None)
     source = open_source(model, revision)
-    tokenizer = _tokenizer(source.folder)
+    tokenizer = tokenizer_of(source.folder)
     tokens = {text: evaluation_tokens(text, tokenizer) for text in texts}
     judge = _Judge(source, tokens, tokenizer, window, windows, device)
     if not judge.causal:
@@ -90,10 +91,11 @@ def compare(
     left: list[str] = []
     for number, (name, recipe) in enumerate(recipes.items()):
         say(name, number, len(recipes))
-        if limit_seconds is not None and time.monotonic() - began > limit_seconds and not _done(out, source, recipe):
+        key = _key(source, recipe)
+        if limit_seconds is not None and time.monotonic() - began > limit_seconds and not (out / key).is_dir():
             left.append(name)
             continue
-        rows.append({"name": name} | _row(out, source, recipe, judge, device))
+        rows.append({"name": name} | _row(out, key, source, recipe, judge, device))
     say("comparing", len(recipes), len(recipes))
     reference = out / f"float-{judge.key}.json"
     if not reference.exists():
@@ -129,12 +131,8 @@ def search_space(data: DataSpec, format: str, engine: str) -> dict[str, Recipe]:
 
 def front(points: dict[str, tuple[float, float]]) -> list[str]:
     """Of named (bytes, loss), those that no other beats in one and equals in the other, by bytes."""
-    order = sorted(points, key=lambda name: points[name])
-    kept: list[str] = []
-    for name in order:
-        if not kept or points[name][1] < points[kept[-1]][1]:
-            kept.append(name)
-    return kept
+    names = list(points)
+    return [names[j] for j in useful([points[name][1] for name in names], [points[name][0] for name in names])]
 
 
 # --------------------------------------------------------------------------------------------------------- one recipe
@@ -158,13 +156,8 @@ def _key(source: Source, recipe: Recipe) -> str:
     return _digest([plain, source.fingerprint(), __version__])
 
 
-def _done(out: Path, source: Source, recipe: Recipe) -> bool:
-    return (out / _key(source, recipe)).is_dir()
-
-
-def _row(out: Path, source: Source, recipe: Recipe, judge: "_Judge", device: str) -> dict[str, Any]:
+def _row(out: Path, key: str, source: Source, recipe: Recipe, judge: "_Judge", device: str) -> dict[str, Any]:
     """What was measured on a recipe's checkpoint, which is made where it is missing."""
-    key = _key(source, recipe)
     folder, judged = out / key, out / f"{key}-{judge.key}.json"
     if not folder.is_dir():
         failure = _quantized(out, key, source, recipe, device)
@@ -276,12 +269,6 @@ class _Judge:
             pair = (self.tokenizer.decode(part, skip_special_tokens=True) for part in (prompt[0], output[prompt.shape[1] :]))
             samples.append(dict(zip(("prompt", "text"), pair, strict=True)))
         return samples
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def _decode_speed(model: Any, tokens: Tensor) -> float:

@@ -4,6 +4,7 @@ Plots are drawn by matplotlib as SVG, whose text and lines take the colour of th
 """
 
 import io
+import itertools
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from lowbit.files import replacing
 
 _INK = "#010203"  # what is drawn in this becomes the colour of the page's text
+_SALTS = itertools.count()  # for ids that no other plot of the page has
 _SERIES = ("#3b82c4", "#e0803a", "#3f9d63", "#c3516f", "#8a6fc1", "#8c8c3a", "#3aa0a0", "#b0703f")
 
 
@@ -139,8 +141,7 @@ def _svg(figure: Any) -> str:
     from matplotlib import rc_context
 
     stream = io.StringIO()
-    _svg.count += 1  # type: ignore[attr-defined]
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": str(_svg.count)}):  # type: ignore[attr-defined]
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": str(next(_SALTS))}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
@@ -148,9 +149,6 @@ def _svg(figure: Any) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     return re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"', "", text)
-
-
-_svg.count = 0  # type: ignore[attr-defined]
 
 
 def _pareto(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -140,8 +140,9 @@ def plan(
     path = Path(sensitivities) if sensitivities is not None else None
     known = _known(path, job, overwrite)
     every = decisions(arch)
+    missing = any(decision.name not in known for decision in every)
     whole = None
-    if max_ppl_ratio is not None or any(decision.name not in known for decision in every):
+    if max_ppl_ratio is not None or missing:
         say("loading the model", 0, 1)
         _check_memory(arch)
         whole = Whole(arch, calibration.tokens, effort.subsets)
@@ -153,7 +154,7 @@ def plan(
             write_json(path, job | {"decisions": measured})
 
     found = known
-    if whole is not None and any(decision.name not in known for decision in every):
+    if whole is not None and missing:
         found = measure(
             whole,
             offered,

@@ -775,7 +775,7 @@ def drawn(spec: DataSpec, source: Source) -> Calibration:
     Raises:
         ValueError: the model has no tokenizer, or there is too little text.
     """
-    tokenizer = _tokenizer(source.folder) if spec.source != "random" else None
+    tokenizer = tokenizer_of(source.folder) if spec.source != "random" else None
     return calibration_tokens(spec, tokenizer, vocab_size=_vocabulary(source))
 
 
@@ -798,7 +798,7 @@ def _written(spec: DataSpec, source: Source, out: Path, device: str) -> Calibrat
     model = load(str(source.folder), device=device)
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} writes no text; calibrate it on a text file, or on random tokens")
-    tokens = written_tokens(spec, model, _tokenizer(source.folder), vocab_size=_vocabulary(source))
+    tokens = written_tokens(spec, model, tokenizer_of(source.folder), vocab_size=_vocabulary(source))
     del model
     return_freed_memory()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -806,7 +806,12 @@ def _written(spec: DataSpec, source: Source, out: Path, device: str) -> Calibrat
     return without_documents(tokens, spec)
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: it has none.
+    """
     from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")

@@ -92,8 +92,7 @@ def pack(q: QTensor, dtype: torch.dtype) -> Packed:
         )
     bits, planes = spec.format.bits, planes_of(spec.format.bits)
     middle = 2 ** (bits - 1)
-    codes = (q.codes.to(torch.int32) + middle).to(torch.int32)
-    codes = torch.nn.functional.pad(codes, (0, -columns % TILE))
+    codes = torch.nn.functional.pad(q.codes.to(torch.int32) + middle, (0, -columns % TILE))
     tiles = codes.view(rows, -1, planes, TILE // planes).permute(1, 0, 3, 2)  # [tiles, rows, columns of a plane, planes]
     width = 2 if bits == 3 else bits
     shifts = torch.arange(planes, device=codes.device) * width
