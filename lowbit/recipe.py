@@ -53,6 +53,7 @@ from lowbit.methods.rtn import rtn
 from lowbit.methods.signround import signround
 from lowbit.methods.smooth import smooth
 from lowbit.methods.smooth_search import smooth_search
+from lowbit.methods.tesseraq import tesseraq
 from lowbit.qtensor import Scheme, parse_scheme
 from lowbit.unit import Between, Input
 
@@ -98,7 +99,7 @@ METHODS = {
     "gptq": Method(apply=gptq, calibrated=_always, kind="solver", teacher=lambda options: bool(options.get("asymmetry"))),
     **{
         trainer.__name__: Method(apply=trainer, calibrated=_always, kind="trainer", teacher=_always)
-        for trainer in (lkd, mrem, omniquant, signround, block_ap)
+        for trainer in (lkd, mrem, omniquant, signround, tesseraq, block_ap)
     },
     "end_to_end": Method(apply=end_to_end, calibrated=_always, kind="finish", teacher=_always),
     "lorc": Method(apply=lorc, calibrated=lambda options: bool(options.get("whiten")), kind="correction"),

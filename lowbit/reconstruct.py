@@ -14,19 +14,24 @@ Each quantized weight [out, in] is, group by group, a function of what trains:
 - "weights": shift [out, in] in steps of the grid around each weight, without bounds: the weight itself in units of its own
   scale, so that one learning rate serves every matrix, width and format.
 - "rounding": the same shift within -1/2 .. 1/2: it decides between the two neighbours (SignRound).
+- "choices": logits of rounding up: each weight lies between its two neighbours on the grid as it was, and ever more of them,
+  the surest first, are made to decide (TesseraQ's progressive adaptive rounding); what has decided, trains no more.
 - "scales": log of a factor of every scale (float scales only); "zeros": what is added to every zero point, in steps.
 - "clips": what fraction sigmoid(c) of the highest and lowest weight of a group the range covers (OmniQuant's learnable weight
   clipping); s and z follow from the range.
 - "smoothing": log of the scale of every channel of every link (OmniQuant's learnable equivalent transformation).
 
-Shifts start where the codes of the solver before are what rounding gives, so that training starts from its result. Where
-neither shifts nor ranges train, the codes stay.
+Shifts and choices start where the codes of the solver before are what rounding gives, so that training starts from its result.
+Where neither they nor ranges train, the codes stay.
 """
 
+import importlib.util
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -39,12 +44,16 @@ from lowbit.links import Link
 from lowbit.qtensor import Grid, QTensor, grouped, quantize, steps_of_range, ungrouped, usable_steps
 from lowbit.unit import Input, Unit, fast_products
 
-Part = Literal["weights", "rounding", "scales", "zeros", "clips", "smoothing"]
+Part = Literal["weights", "rounding", "choices", "scales", "zeros", "clips", "smoothing"]
 Source = Literal["teacher", "student", "annealed"]
 HELD_OUT = 8  # every so many batches of rows, one is kept out of training and judges the result
 _FULL = 20.0  # sigmoid of it is 1 in float32
 _SAVED = 60.0  # seconds between two records of an unfinished training
 _MARGIN = 0.25  # of a step, between a shifted weight and the border to the next code
+_DECIDED, _DOUBT = 20.0, 10.0  # logit of a choice that was made; and what none that was not comes near
+_ROUNDS = 20  # times that choices are made
+_BETAS = (0.9, 0.99)  # of Adam
+ADAM: dict[int, Literal["adam", "adam8bit"]] = {32: "adam", 8: "adam8bit"}  # by the bits of its state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +66,8 @@ class Plan:
         inputs: what enters the unit: hidden states of the float model, of the quantized one, or a mix that goes from the former
             to the latter over the first half of the steps (MREM's annealed teacher forcing).
         augmented: also compare with the float unit on the quantized model's hidden states (OmniQuant's second loss).
-        optimizer: "adam" or "sign": steps of the learning rate itself in the direction of the gradient's sign.
+        optimizer: "adam"; "adam8bit", whose two moments take a byte each; or "sign": steps of the learning rate itself in the
+            direction of the gradient's sign.
         schedule: what becomes of the rates: "linear" to 0, "cosine" to a twentieth, or "constant".
         start: the logit at which clips start; 20 is the whole range.
         steps, batch: optimizer steps, and rows of calibration data in each.
@@ -70,7 +80,7 @@ class Plan:
     steps: int
     batch: int
     augmented: bool = False
-    optimizer: Literal["adam", "sign"] = "adam"
+    optimizer: Literal["adam", "adam8bit", "sign"] = "adam"
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     start: float = _FULL
     seed: int = 0
@@ -81,6 +91,11 @@ class Plan:
         if self.schedule == "linear":
             return 1 - t
         return 0.05 + 0.95 * (1 + math.cos(math.pi * t)) / 2 if self.schedule == "cosine" else 1.0
+
+    def decided(self, step: int) -> float:
+        """The share of the choices made after so many steps: in 20 rounds, of what is open ever the same part, at last all."""
+        done = step * _ROUNDS // self.steps
+        return 1.0 if done == _ROUNDS else 1 - math.exp(-4 * done / _ROUNDS)
 
     def forcing(self, step: int) -> float:
         """The share of the float model in what enters the unit: lambda of MREM, section 3.3."""
@@ -115,6 +130,10 @@ class Weight:
         if plan.train.keys() & {"weights", "rounding"}:
             self.base = self._shift_to_codes()
             self.trained["weights" if "weights" in plan.train else "rounding"] = torch.zeros_like(self.w)
+        if "choices" in plan.train:
+            x = self._steps(self.w, self.grid.steps, self.grid.zero) + grouped(self._shift_to_codes(), self.spec)
+            self.lower = x.floor().clamp(self.spec.format.min, self.spec.format.max - 1)
+            self.trained["choices"] = ungrouped(torch.logit(x - self.lower, eps=0.01), self.w.shape, self.spec)
         if "scales" in plan.train:
             self.trained["scales"] = torch.zeros(q.scale.shape, device=self.w.device)
         if "zeros" in plan.train and q.zero is not None:
@@ -165,6 +184,9 @@ class Weight:
     def _codes(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`grouped` weights in steps, before they are rounded; scales; zero points."""
         step, zero = self._grid(w)
+        if "choices" in self.trained:
+            logits = grouped(self.trained["choices"], self.spec)
+            return self.lower + torch.where(logits.abs() > _DOUBT, (logits > 0).float(), torch.sigmoid(logits)), step, zero
         shift = self.trained.get("weights", self.trained.get("rounding"))
         if shift is None and not self.ranged:
             return self.codes, step, zero
@@ -180,7 +202,7 @@ class Weight:
         x, step, zero = self._codes(w)
         fmt = self.spec.format
         inside = x.clamp(fmt.min, fmt.max)
-        code = passed(fmt.round(x.detach()), inside)
+        code = inside if "choices" in self.trained else passed(fmt.round(x.detach()), inside)
         code = code if zero is None else code - zero.unsqueeze(-1)
         return ungrouped(code * step.unsqueeze(-1), w.shape, self.spec)
 
@@ -302,6 +324,8 @@ def _check(unit: Unit, plan: Plan) -> None:
         spec, name = unit.spec(linear), unit.scheme(linear).name
         if spec.format.codebook:
             raise ValueError(f"{plan.name}: {linear.name} has the codebook {name}, which is not trained; use gptq")
+        if "choices" in plan.train and spec.format.kind != "int":
+            raise ValueError(f"{plan.name} chooses between integers, but {name} ({linear.name}) has none; use signround")
         needs = {"scales", "clips"} & plan.train.keys()
         if needs and spec.scale != "float":
             raise ValueError(
@@ -452,9 +476,9 @@ def scale_of(pairs: Sequence[tuple[Tensor, ...]]) -> float:
     return 1 / energy if energy else 1.0
 
 
-def mixed(taught: Tensor, own: Tensor, forcing: float) -> Tensor:
-    """What enters a module: hidden states of the float model and of the quantized one, by teacher forcing."""
-    return taught if forcing == 1 else own if forcing == 0 else forcing * taught + (1 - forcing) * own
+def mixed(taught: Callable[[], Tensor], own: Callable[[], Tensor], forcing: float) -> Tensor:
+    """What enters a module: hidden states of the float model and of the quantized one, by teacher forcing; read if needed."""
+    return taught() if forcing == 1 else own() if forcing == 0 else forcing * taught() + (1 - forcing) * own()
 
 
 class Task(Protocol):
@@ -472,18 +496,16 @@ class _Filed:
     def __init__(self, span: Span, first: list[tuple[int, int]]) -> None:
         """first: the rows of the first step."""
         self.span, self.plan, self.stream = span, span.plan, span.units[0].stream
-        pairs = [tuple(self._read(b, part, teacher=True) for b in (span.last, span.first)) for part in first]
+        pairs = [tuple(self.stream.read(b, *part, teacher=True) for b in (span.last, span.first)) for part in first]
         self.scale = scale_of(pairs)
-
-    def _read(self, boundary: int, part: tuple[int, int], *, teacher: bool) -> Tensor:
-        return self.stream.read(boundary, *part, teacher=teacher).to(self.span.units[0].arch.device)
 
     def loss(self, part: tuple[int, int], parameters: Sequence[dict[str, Tensor]], forcing: float) -> Tensor:
         """See `Task`."""
         first, calls = self.span.first, [self.stream.calls(part, unit.block.index) for unit in self.span.units]
-        hidden = mixed(self._read(first, part, teacher=True), self._read(first, part, teacher=False), forcing)
+        taught, own = (partial(self.stream.read, first, *part, teacher=teacher) for teacher in (True, False))
+        hidden = mixed(taught, own, forcing)
         found = self.span.forward(hidden, calls, parameters)
-        loss = (found - self._read(self.span.last, part, teacher=True)).square().mean()
+        loss = (found - self.stream.read(self.span.last, *part, teacher=True)).square().mean()
         if self.plan.augmented:
             loss = loss + (found - self.span.float_forward(hidden, calls)).square().mean()
         return loss * self.scale
@@ -527,13 +549,17 @@ class Training:
             tensor.requires_grad_(True)
         self.losses.append(_step(task, parts, step, self.named))
         for group, (_, part, _) in zip(self.optimizer.param_groups, self.named, strict=True):
-            group["lr"] = self.plan.train[part] * self.plan.rate(step)
+            rate = self.plan.train[part] * self.plan.rate(step)
+            group["lr"] = torch.tensor(rate) if self.plan.optimizer == "adam8bit" else rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        rounds = self.plan.decided(step), self.plan.decided(step + 1)
         for _, part, tensor in self.named:
             tensor.requires_grad_(False)
             if part == "rounding":
                 tensor.clamp_(-0.5, 0.5)
+            if part == "choices" and rounds[0] < rounds[1]:
+                _decide(tensor, rounds[1])
         if time.monotonic() - self.saved > _SAVED or self.done:
             _save(self.path, self.named, self.optimizer, self.losses)
             self.saved = time.monotonic()
@@ -542,6 +568,15 @@ class Training:
         """The loss over the steps, at most 50 means."""
         size = -(-len(self.losses) // 50)
         return [sum(self.losses[i : i + size]) / len(self.losses[i : i + size]) for i in range(0, len(self.losses), size)]
+
+
+def _decide(logits: Tensor, share: float) -> None:
+    """Make the surest choices, until a share of all is made; keep the logits of the others away from those of the made ones."""
+    made = logits.abs() > _DOUBT
+    logits.clamp_(1 - _DOUBT, _DOUBT - 1)
+    sure = torch.where(made, _DECIDED, logits.abs()).flatten()
+    chosen = sure.topk(round(share * sure.numel())).indices
+    logits.view(-1)[chosen] = torch.where(logits.view(-1)[chosen] > 0, _DECIDED, -_DECIDED)
 
 
 def _step(task: Task, parts: list[tuple[int, int]], step: int, named: Sequence[tuple[str, Part, Tensor]]) -> float:
@@ -555,11 +590,12 @@ def _step(task: Task, parts: list[tuple[int, int]], step: int, named: Sequence[t
         for mine in leaves:
             for value in mine.values():
                 value.requires_grad_(True)
-        total, count = 0.0, sum(stop - start for start, stop in parts)
+        losses, count = [], sum(stop - start for start, stop in parts)
         for part in parts:
             loss = task.loss(part, leaves, task.span.plan.forcing(step)) * ((part[1] - part[0]) / count)
             loss.backward()
-            total += float(loss.detach())
+            losses.append(loss.detach())
+        total = sum(float(loss) for loss in losses)  # only now, so that a GPU computes while the next part is read
     if not math.isfinite(total):
         raise ValueError(
             f"{task.span.plan.name}: the loss of {task.span.units[0].block.name} is not finite at step {step}; use lower rates"
@@ -607,7 +643,27 @@ class _Sign(torch.optim.Optimizer):
 
 def _optimizer(plan: Plan, named: Sequence[tuple[str, Part, Tensor]]) -> torch.optim.Optimizer:
     groups = [{"params": [tensor], "lr": plan.train[part]} for _, part, tensor in named]
-    return _Sign(groups) if plan.optimizer == "sign" else torch.optim.Adam(groups, betas=(0.9, 0.99))
+    if plan.optimizer == "adam8bit":
+        from torchao.optim import Adam8bit
+
+        return Adam8bit(groups, betas=_BETAS)
+    return _Sign(groups) if plan.optimizer == "sign" else torch.optim.Adam(groups, betas=_BETAS)
+
+
+def check_optimizer(options: dict[str, Any], device: str) -> None:
+    """Refuse a method's option `state_bits` = 8 where what it needs is missing.
+
+    Raises:
+        ValueError: with what to install.
+    """
+    if options.get("state_bits") != 8:
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise ValueError("state_bits = 8 needs torchao: pip install 'lowbit[adam8bit]', or leave state_bits out")
+    if device == "cpu" and shutil.which("g++") is None:
+        raise ValueError(
+            "state_bits = 8 needs a C++ compiler on CPUs, and there is no g++; install it, or leave state_bits out"
+        )
 
 
 def _save(path: Any, named: Sequence[tuple[str, Part, Tensor]], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
@@ -615,8 +671,17 @@ def _save(path: Any, named: Sequence[tuple[str, Part, Tensor]], optimizer: torch
     tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
     for name, _, tensor in named:
         tensors[name] = tensor.detach()
-        tensors |= {f"{name}:{key}": value for key, value in optimizer.state[tensor].items()}
+        for key, value in optimizer.state[tensor].items():
+            tensors |= {f"{name}:{key}{inner}": plain for inner, plain in _plain(value)}
     save_shard(tensors, path)
+
+
+def _plain(value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that make up a tensor, with what their names get added: those of 8-bit moments, else the tensor itself."""
+    if hasattr(value, "__tensor_flatten__"):
+        yield from ((f".{name}", getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    else:
+        yield "", value
 
 
 def _resumed(path: Any, named: Sequence[tuple[str, Part, Tensor]], optimizer: torch.optim.Optimizer) -> list[float]:
@@ -624,11 +689,13 @@ def _resumed(path: Any, named: Sequence[tuple[str, Part, Tensor]], optimizer: to
     if not path.exists():
         return []
     tensors = load_file(path)
+    for _, _, tensor in named:
+        tensor.grad = torch.zeros_like(tensor)
+    optimizer.step()  # makes the state that is filled now
+    optimizer.zero_grad()
     for name, _, tensor in named:
         tensor.copy_(tensors[name])
-        for key, value in tensors.items():
-            owner, _, state = key.partition(":")
-            if state and owner == name:
-                # Adam counts its steps on the CPU
-                optimizer.state[tensor][state] = value if state == "step" else value.to(tensor.device)
+        for key, value in optimizer.state[tensor].items():
+            for inner, plain in _plain(value):
+                plain.copy_(tensors[f"{name}:{key}{inner}"])
     return [float(loss) for loss in tensors["losses"]]

@@ -46,6 +46,7 @@ from lowbit.methods.embed import Rounded
 from lowbit.parallel import Team, launch, parallel_step, say_step, shares, train
 from lowbit.qtensor import QTensor, Scheme, check_shape
 from lowbit.recipe import METHODS, Recipe, Step, default_of, recipe_from_dict, short_recipe
+from lowbit.reconstruct import check_optimizer
 from lowbit.report import write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
 from lowbit.unit import LinearRecord, Stream, Unit, fast_products, quantized_inputs
@@ -121,6 +122,8 @@ def quantize(
     clock = _Clock()
     say = progress or (lambda stage, done, total: None)
     _check_device(device)
+    for step in recipe.steps:
+        check_optimizer(step.options, device)
     team = Team.here()
     if team is not None:
         if parallel not in (1, team.world):
@@ -151,6 +154,7 @@ def quantize(
         _check_linears(linears, schemes)
         check_export(recipe.format, recipe.engine, linears, schemes)
         _check_memory(arch)
+        _check_training_memory(arch, recipe, schemes)
         if parallel > 1:
             _in_parallel(arch, recipe, schemes, solver_tokens, folder, parallel, team, deterministic, say)
             clock.lap("parallel training")
@@ -563,7 +567,7 @@ def _finish(
         for unit in units:
             unit.say = say
         last = len(units)
-        METHODS[step.method].apply(units, lambda part: stream.read(last, *part, teacher=True).to(arch.device), **step.options)
+        METHODS[step.method].apply(units, lambda part: stream.read(last, *part, teacher=True), **step.options)
         for unit in units:
             unit.put()
         with fast_products(), replacing(stream.file(last)) as path, path.open("wb") as file:
@@ -872,6 +876,34 @@ def _check_memory(arch: Arch) -> None:
         raise ValueError(
             f"{_gb(available)} of memory are available, but the largest block of this model needs about {_gb(needed)}; use a "
             "machine with more memory"
+        )
+
+
+# For each weight that trains: it, its shift, gradients, two moments, and what rounding keeps for the way back; measured on a
+# GPU, 51 to 65 (section `blocks` of benchmarks/RESULTS.md), and without shifts about half.
+_TRAINING_BYTES = {True: 64, False: 32}
+
+
+def _check_training_memory(arch: Arch, recipe: Recipe, schemes: dict[str, Scheme]) -> None:
+    """What is trained together must fit into the memory of the device."""
+    weights = [
+        sum(linear.in_features * linear.out_features for linear in block.linears if linear.name in schemes)
+        for block in arch.blocks
+    ]
+    needed, together = 0, ""
+    if any(METHODS[step.method].kind == "trainer" for step in recipe.steps):
+        most = max(sum(weights[i : i + recipe.span]) for i in range(0, len(weights), recipe.span))
+        needed, together = most * _TRAINING_BYTES[True], f"{recipe.span} block(s)"
+    if recipe.finish is not None:
+        all_of_it = sum(weights) * _TRAINING_BYTES[bool(recipe.finish.options.get("rate"))]
+        if all_of_it > needed:
+            needed, together = all_of_it, f"all blocks at once, as {recipe.finish.method} does,"
+    cuda = arch.device.type == "cuda"
+    available = torch.cuda.mem_get_info(arch.device)[0] if cuda else available_memory()
+    if available is not None and available < needed:
+        raise ValueError(
+            f"{_gb(available)} of memory are available on {arch.device}, but to train {together} takes about {_gb(needed)}; "
+            "use a device with more memory, modules of fewer blocks, or steps that do not train"
         )
 
 

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from lowbit.qtensor import QTensor, Scheme, Spec, dequantize, fake_quantize_inpu
 GRAM_BYTES = 8 * 2**30  # statistics of more linears than fit here are gathered in several passes
 STAND_IN_TOKENS = 64  # of the rows on which links are looked for
 TOKENS_PER_BATCH = 1024  # of 4096 tokens, activations no longer fit into a CPU's cache: a third slower
+_TOKENS_ON_GPU, _ROWS_ON_GPU = 16384, 4  # what fills a GPU, and what no step of a training goes below
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,10 @@ class Stream:
         self.folder = folder
         self.teacher = teacher
         self.dtype = arch.source.dtype()
-        self._rows = min(len(tokens), max(1, TOKENS_PER_BATCH // tokens.shape[1]))
+        if arch.device.type == "cpu":
+            self._rows = min(len(tokens), max(1, TOKENS_PER_BATCH // tokens.shape[1]))
+        else:
+            self._rows = min(len(tokens), _ROWS_ON_GPU, max(1, _TOKENS_ON_GPU // tokens.shape[1]))
         self.width = 0
         self._calls: dict[int, list[Any]] = {}
         self._short_calls: list[Any] = []
@@ -143,12 +146,18 @@ class Stream:
         return torch.randn(1, length, self.width, generator=generator), self._short_calls[boundary]
 
     def read(self, boundary: int, start: int, stop: int, *, teacher: bool = False) -> Tensor:
-        """Rows start..stop of a boundary: float32 [stop - start, length, width]."""
+        """Rows start..stop of a boundary, on the model's device: float32 [stop - start, length, width]."""
         length = self.tokens.shape[1]
         row = length * self.width * self.dtype.itemsize
         file = self.file(boundary, teacher=teacher)
-        data = np.fromfile(file, np.uint8, count=(stop - start) * row, offset=start * row)
-        return torch.from_numpy(data).view(self.dtype).view(stop - start, length, self.width).float()
+        device = self.arch.device
+        data = torch.empty((stop - start) * row, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        with file.open("rb", buffering=0) as stored:
+            stored.seek(start * row)
+            if stored.readinto(data.numpy().data) != len(data):
+                raise ValueError(f"{file} is shorter than it was when it was written; delete its folder and start again")
+        given = data.view(self.dtype).view(stop - start, length, self.width)
+        return given.to(device, non_blocking=True).float()
 
     def rounded(self, hidden: Tensor) -> Tensor:
         """Hidden states as they come back after being written."""

@@ -446,7 +446,7 @@ def test_training_blocks_together(llama: Path, tmp_path: Path) -> None:
 def test_a_method_that_trains_needs_a_solver(llama: Path, tmp_path: Path) -> None:
     refused(
         llama, tmp_path / "out", "steps mrem: first what", "then one that rounds every weight (rtn, hqq, gptq)",
-        "what trains it further (lkd, mrem, omniquant, signround, block_ap)", **(TRAINED | {"method": "mrem", "options": {}}),
+        "what trains it further (lkd, mrem, omniquant, signround, tesseraq, block_ap)", **(TRAINED | {"method": "mrem", "options": {}}),
     )  # fmt: skip
 
 
@@ -694,6 +694,25 @@ def test_too_little_memory(llama: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert not shards_of(tmp_path / "out.partial") and not records_of(tmp_path / "out.partial")
     monkeypatch.setattr(run, "available_memory", lambda: None)  # unknown
     quantize(str(llama), tmp_path / "out", **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ("rtn+signround", "to train 1 block"),
+        ("rtn+mrem", "to train 2 block"),
+        ("rtn+end_to_end", "to train all blocks at once, as end_to_end does,"),
+    ],
+)
+def test_too_little_memory_to_train(
+    steps: str, said: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before the first block; a step that does not train needs less."""
+    one = sum(linear.in_features * linear.out_features for linear in discover(open_source(str(llama))).blocks[0].linears)
+    monkeypatch.setattr(run, "available_memory", lambda: 64 * one - 1)
+    quantize(str(llama), tmp_path / "rounded", **(SHORT | {"method": "rtn"}))
+    monkeypatch.setattr(run, "available_memory", lambda: (128 if "mrem" in steps else 64) * one - 1)
+    refused(llama, tmp_path / "out", said, "modules of fewer blocks", **(SHORT | {"method": steps}))
 
 
 def test_available_memory() -> None:

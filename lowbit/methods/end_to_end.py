@@ -12,13 +12,13 @@ Cost: the whole model in float32, some four times, is in memory; hidden states a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lowbit.reconstruct import Order, Part, Plan, Span, divided, fit
+from lowbit.reconstruct import ADAM, Order, Part, Plan, Span, divided, fit
 from lowbit.unit import Between, Unit
 
 Taught = Callable[[tuple[int, int]], Tensor]
@@ -32,6 +32,7 @@ def end_to_end(
     batch: Annotated[int, Between(1, 4096)] = 8,
     scale_rate: Annotated[float, Between(0, 1)] = 1e-3,
     rate: Annotated[float, Between(0, 1)] = 0.0,
+    state_bits: Literal[8, 32] = 32,
     seed: int = 0,
 ) -> None:
     """Train the scales of all units, which are all blocks of the model.
@@ -42,6 +43,7 @@ def end_to_end(
         batch: rows of calibration data in each.
         scale_rate: learning rate of the logs of the scales.
         rate: of weights and zero points, in steps of the quantization grid.
+        state_bits: of each of the optimizer's two moments for a parameter; 8 (torchao) save six bytes a weight.
         seed: of the order of the rows.
 
     Raises:
@@ -51,7 +53,16 @@ def end_to_end(
     train = {part: given for part, given in train.items() if given}
     if not train:
         raise ValueError("end_to_end: scale_rate and rate are both 0, so nothing would train")
-    plan = Plan(name="end_to_end", train=train, inputs="student", steps=steps, batch=batch, schedule="cosine", seed=seed)
+    plan = Plan(
+        name="end_to_end",
+        train=train,
+        inputs="student",
+        steps=steps,
+        batch=batch,
+        optimizer=ADAM[state_bits],
+        schedule="cosine",
+        seed=seed,
+    )
     trained, held = divided(list(units[0].stream.parts()))
     fit(_Whole(Span(units, plan), taught), Order(plan, trained), held)
 
@@ -65,7 +76,7 @@ class _Whole:
 
     def loss(self, part: tuple[int, int], parameters: Sequence[dict[str, Tensor]], forcing: float) -> Tensor:
         """See `Task`; there is nothing to force here."""
-        hidden = self.stream.read(0, *part).to(self.arch.device)
+        hidden = self.stream.read(0, *part)
         for i, unit in enumerate(self.span.units):
             call = self.stream.calls(part, i)
             observe = self.span.observer(i, parameters[i])

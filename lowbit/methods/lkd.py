@@ -8,9 +8,9 @@ weights themselves and has to be found for every model.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
-from lowbit.reconstruct import Plan, reconstruct
+from lowbit.reconstruct import ADAM, Plan, reconstruct
 from lowbit.unit import Between, Unit
 
 
@@ -20,6 +20,7 @@ def lkd(
     steps: Annotated[int, Between(1, 100_000)] = 200,
     batch: Annotated[int, Between(1, 4096)] = 8,
     rate: Annotated[float, Between(1e-6, 1)] = 0.01,
+    state_bits: Literal[8, 32] = 32,
     seed: int = 0,
 ) -> None:
     """Train the weights of a block.
@@ -28,6 +29,16 @@ def lkd(
         steps: of the optimizer (Adam).
         batch: rows of calibration data in each.
         rate: learning rate, in steps of the quantization grid.
+        state_bits: of each of the optimizer's two moments for a parameter; 8 (torchao) save six bytes a weight.
         seed: of the order of the rows.
     """
-    reconstruct(units, Plan(name="lkd", train={"weights": rate}, inputs="teacher", steps=steps, batch=batch, seed=seed))
+    plan = Plan(
+        name="lkd",
+        train={"weights": rate},
+        inputs="teacher",
+        steps=steps,
+        batch=batch,
+        optimizer=ADAM[state_bits],
+        seed=seed,
+    )
+    reconstruct(units, plan)

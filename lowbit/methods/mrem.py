@@ -10,9 +10,9 @@ Deviation: the learning rates are in steps of the grid, and in logs of the scale
 
 import inspect
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from lowbit.reconstruct import Part, Plan, Source, reconstruct
+from lowbit.reconstruct import ADAM, Part, Plan, Source, reconstruct
 from lowbit.unit import Between, Unit
 
 
@@ -25,6 +25,7 @@ def mrem(
     batch: Annotated[int, Between(1, 4096)] = 8,
     rate: Annotated[float, Between(1e-6, 1)] = 0.01,
     scale_rate: Annotated[float, Between(1e-7, 1)] = 3e-3,
+    state_bits: Literal[8, 32] = 32,
     seed: int = 0,
 ) -> None:
     """Train the weights and scales of a module.
@@ -36,10 +37,12 @@ def mrem(
         batch: rows of calibration data in each.
         rate: learning rate of weights and zero points, in steps of the quantization grid.
         scale_rate: of the logs of the scales.
+        state_bits: of each of the optimizer's two moments for a parameter; 8 (torchao) save six bytes a weight.
         seed: of the order of the rows.
     """
     del blocks  # decided before, by the run
-    reconstruct(units, plan_of(inputs=inputs, steps=steps, batch=batch, rate=rate, scale_rate=scale_rate, seed=seed))
+    plan = plan_of(inputs=inputs, steps=steps, batch=batch, rate=rate, scale_rate=scale_rate, state_bits=state_bits, seed=seed)
+    reconstruct(units, plan)
 
 
 def plan_of(**options: Any) -> Plan:
@@ -47,4 +50,4 @@ def plan_of(**options: Any) -> Plan:
     given = {name: parameter.default for name, parameter in inspect.signature(mrem).parameters.items()} | options
     train: dict[Part, float] = {"weights": given["rate"], "zeros": given["rate"], "scales": given["scale_rate"]}
     same = {name: given[name] for name in ("inputs", "steps", "batch", "seed")}
-    return Plan(name="mrem", train=train, **same)
+    return Plan(name="mrem", train=train, optimizer=ADAM[given["state_bits"]], **same)
