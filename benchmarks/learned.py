@@ -54,7 +54,7 @@ ROWS = [
 # setting -> what the best learned row may have: share of the gap of `BASE` to float, or ratio
 GAPS = {"w2a16-g64": 1 / 5, "w3a16-g128": 1 / 2, "w4a4-g128-ag128": 1 / 3}
 RATIOS = {"w4a16-g128": 1.015}
-LEARNED = ("lkd", "mrem", "omniquant", "signround", "block_ap", "end_to_end")
+LEARNED = ("lkd", "mrem", "omniquant", "signround", "tesseraq", "block_ap", "end_to_end")
 BASE = "gptq"
 
 

@@ -127,6 +127,12 @@ def cosines(models: dict[str, Any], reference: Any, sentences: list[str], tokeni
     }
 
 
+def first_words(text: Path) -> list[str]:
+    """What an encoder is judged on: the first 60 words of the documents of a text."""
+    documents = read_documents(DataSpec(source=str(text.resolve()), rows=1, length=2))
+    return [" ".join(document.split()[:60]) for document, _ in zip(documents, range(SENTENCES), strict=False)]
+
+
 def rounded(model: Path, folder: Path) -> Path:
     """A copy of a checkpoint in bfloat16."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -209,8 +215,7 @@ def main() -> int:
             say(f"{bits:g} bits, {how}: {mine[-1]['bits']:.3f}")
         reference = load(str(args.model), dtype=torch.float32, device=args.device)
         if args.encoder:
-            documents = read_documents(DataSpec(source=str(args.text.resolve()), rows=1, length=2))
-            sentences = [" ".join(document.split()[:60]) for document, _ in zip(documents, range(SENTENCES), strict=False)]
+            sentences = first_words(args.text)
             text = f"{args.text.name}, the first 60 words of {len(sentences)} documents"
             for row, cosine in zip(mine, cosines(models, reference, sentences, tokenizer).values(), strict=True):
                 row |= {"cosine": cosine, "loss": 1 - cosine}
