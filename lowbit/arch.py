@@ -127,6 +127,9 @@ class Arch:
     Attributes:
         model: the transformers model.
         blocks: the chain, in the order in which it runs.
+        head: what turns the last hidden states into logits, where it is a matrix of its own: shaped like a block behind the
+            last one, whose call takes tokens as its other arguments. Its tensors are also among `outside`.
+        tied_head: name of a head that is the embedding's matrix, which stays float.
         dtype: the dtype in which parameters are filled; everything that solves or compares uses float32.
         matrix_dtype: the dtype in which the matrices of discovered linears are filled: that of the checkpoint where the
             machine multiplies it fast, else `dtype`. Activations between products have `dtype` all the same.
@@ -152,6 +155,7 @@ class Arch:
         )
         taken = {name for block in self.blocks for name in block.tensors}
         self.outside = tuple(name for name in source.tensors if name not in taken and name not in self.unused)
+        self.head, self.tied_head = self._find_head()
         # Caches would carry state from call to call; encoders know no such argument.
         forward = inspect.signature(self.model.forward).parameters
         self._no_cache = {"use_cache": False} if "use_cache" in forward else {}
@@ -278,13 +282,11 @@ class Arch:
         return first[0], calls
 
     @torch.no_grad()
-    def call(
-        self, block: Block, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], observe: Observe | None = None
-    ) -> Tensor:
+    def call(self, block: Block, hidden: Tensor, call: Any, observe: Observe | None = None) -> Tensor:
         """Run one loaded block on hidden states [rows, length, width] float32, on `device` or not.
 
         Args:
-            call: the other arguments, from `embed`.
+            call: the other arguments, from `embed`; of the head, the tokens.
             observe: see `Tap`.
         """
         return self.forward(block, hidden, call, observe, {})
@@ -292,7 +294,10 @@ class Arch:
     def forward(
         self, block: Block, hidden: Tensor, call: Any, observe: Observe | None, parameters: dict[str, Tensor]
     ) -> Tensor:
-        """`call` with gradients, and with some parameters of the block replaced, by name within it."""
+        """`call` with gradients, and with some parameters of the block replaced, by name within it (not of the head)."""
+        if block is self.head:
+            with Tap(observe or (lambda weight, x, transposed: x)):
+                return self.finish(call, hidden)
         args, kwargs = call
         module = self.model.get_submodule(block.name)
         given = (hidden.to(self.device, self.dtype), *args)
@@ -337,6 +342,21 @@ class Arch:
             return self.model(input_ids=tokens.to(self.device), **self._no_cache)
 
     # --------------------------------------------------------------------------------------------------- discovery
+
+    def _find_head(self) -> tuple[Block | None, str | None]:
+        """`head` and `tied_head`."""
+        module = self.model.get_output_embeddings()
+        if not isinstance(module, nn.Linear):
+            return None, None
+        path = next(name for name, each in self.model.named_modules() if each is module)
+        tensors = tuple(name for name in self.outside if self.place(name) in (f"{path}.weight", f"{path}.bias"))
+        weights = [name for name in tensors if self.place(name) == f"{path}.weight"]
+        if f"{path}.weight" in self._places.tied or module.weight is self.model.get_input_embeddings().weight or not weights:
+            return None, path
+        shape = torch.Size(self.source.tensors[weights[0]].shape)
+        (linear,) = self._places.linears(weights[0], shape, {})
+        linear = replace(linear, shares=linear.name)
+        return Block(index=len(self.blocks), name=path, tensors=tensors, linears=(linear,)), None
 
     @torch.no_grad()
     def probe(self, progress: Callable[[int, int], None] | None = None) -> None:

@@ -13,8 +13,9 @@ calibration data and the output format. It is written as TOML or built in Python
     length = 1024
 
     [[rules]]                             # the first rule whose regular expression is found in a linear's name wins
-    match = "lm_head"
+    match = "lm_head|embed_out"           # the head, where it is a matrix of its own
     scheme = "float"                      # leave it as it is
+    optional = true                       # it may match nothing
 
     [[rules]]
     match = ""                            # found in every name
@@ -108,6 +109,7 @@ _ORDER = ("model", "outside", "search", "transform", "solver", "trainer", "corre
 FORMATS = ("compressed-tensors", "lowbit")
 ENGINES = ("vllm", "transformers")
 FLOAT = "float"
+_HEADS = "lm_head|embed_out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +238,11 @@ class Recipe:
         """sha256 of the recipe."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
-    def schemes(self, names: Iterable[str]) -> dict[str, Scheme]:
+    def schemes(self, names: Iterable[str], *, tied_head: str | None = None) -> dict[str, Scheme]:
         """Which of the named linears get which scheme; linears left float are absent.
+
+        Args:
+            tied_head: name of a head that is no linear of its own, for the message to who asks for it.
 
         Raises:
             ValueError: a rule decides about no linear, or no linear is left to quantize.
@@ -256,6 +261,8 @@ class Recipe:
             if i not in used and not rule.optional:
                 anywhere = any(re.search(rule.match, name) for name in names)
                 why = "an earlier rule takes every linear it matches" if anywhere else "no linear has such a name"
+                if tied_head is not None and not anywhere and re.search(rule.match, tied_head):
+                    why = f"{tied_head} is the matrix of the embedding, which engines keep float (or round it with embed)"
                 raise ValueError(
                     f"rule {rule.match!r} -> {rule.scheme} is never used: {why}; the model's linears are "
                     f"{', '.join(_families(names))}"
@@ -288,11 +295,12 @@ def short_recipe(
     Args:
         method: such as "gptq", or "smooth+gptq".
         options: of the method that rounds, or of another as "method.option".
-        ignore: regular expressions of linears to leave float; None stands for "lm_head", which then may be absent.
+        ignore: regular expressions of linears to leave float; None stands for the head, "lm_head" or "embed_out", if there is
+            one.
         kv_cache: "fp8" for scales of an FP8 key-value cache, which vLLM uses with kv_cache_dtype="fp8".
     """
     if ignore is None:
-        left = [Rule(match="lm_head", scheme=FLOAT, optional=True)]
+        left = [Rule(match=_HEADS, scheme=FLOAT, optional=True)]
     else:
         left = [Rule(match=pattern, scheme=FLOAT) for pattern in ignore]
     return Recipe(

@@ -4,7 +4,7 @@ Everything is written to OUT.partial and renamed to OUT at the very end. OUT.par
 
     job.json             what is being done: recipe, fingerprint of the model, hash of the tokens, versions
     trial-*.json         the loss of one way to quantize the whole model that a search tried
-    block-K.json         block K is finished: records of its linears, hashes of its weights
+    block-K.json         block K is finished: records of its linears, hashes of its weights; the head counts as the last one
     hidden-K             hidden states that enter block K in the quantized model
 
 A block's shard and the next hidden states are on disk before its record is, so the record alone says that it is finished. The
@@ -49,7 +49,7 @@ from lowbit.recipe import METHODS, Recipe, Step, default_of, recipe_from_dict, s
 from lowbit.reconstruct import check_optimizer
 from lowbit.report import write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
-from lowbit.unit import LinearRecord, Stream, Unit, fast_products, quantized_inputs
+from lowbit.unit import Input, LinearRecord, Stream, Unit, fast_products, quantized_inputs
 
 _WRITTEN = "written-"  # name of the files with tokens that the model wrote
 _ROUNDINGS = 8  # of the checkpoint's dtype that a transform may add to a block's output, relative
@@ -139,8 +139,7 @@ def quantize(
     source = open_source(model, revision)
     _check_apart(out, source.folder)
     arch = Arch(source, device=device)
-    candidates = _candidates(arch)
-    recipe.schemes(candidates)
+    recipe.schemes(_candidates(arch, recipe), tied_head=arch.tied_head)
     data_used, solver_tokens = _calibration(recipe, source, out, device, say)
     with (
         _journal(out, _job(source, recipe, data_used, device, parallel, deterministic), overwrite) as folder,
@@ -153,7 +152,8 @@ def quantize(
         linears, schemes = _chosen(arch, recipe)
         _check_linears(linears, schemes)
         check_export(recipe.format, recipe.engine, linears, schemes)
-        _check_memory(arch)
+        _check_head(arch, recipe, schemes)
+        _check_memory(arch, schemes)
         _check_training_memory(arch, recipe, schemes)
         if parallel > 1:
             _in_parallel(arch, recipe, schemes, solver_tokens, folder, parallel, team, deterministic, say)
@@ -202,8 +202,9 @@ def _rewritten(arch: Arch, recipe: Recipe, say: Progress, clock: "_Clock | None"
 
 def _chosen(arch: Arch, recipe: Recipe) -> tuple[list[Linear], dict[str, Scheme]]:
     """All linears of the model, and the schemes of those that the rules quantize, which are then read as exactly as known."""
-    linears = [linear for block in arch.blocks for linear in block.linears]
-    schemes = recipe.schemes(linear.name for linear in linears)
+    chain = arch.blocks if arch.head is None else (*arch.blocks, arch.head)
+    linears = [linear for block in chain for linear in block.linears]
+    schemes = recipe.schemes((linear.name for linear in linears), tied_head=arch.tied_head)
     arch.source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
     return linears, schemes
 
@@ -376,7 +377,7 @@ def _empty_folder(folder: Path) -> None:
 def _solve(
     arch: Arch, recipe: Recipe, schemes: dict[str, Scheme], stream: Stream, folder: Path, say: Progress
 ) -> list[dict[str, Any]]:
-    """Quantize every block that is not finished yet; returns the records of all."""
+    """Quantize every block that is not finished yet, and the head if it has a scheme; returns the records of all."""
     work = folder / ".work"
     span = recipe.span
     for start in range(_finished(arch, stream, work, span), len(arch.blocks), span):
@@ -384,7 +385,13 @@ def _solve(
         _solve_blocks(arch, arch.blocks[start : start + span], recipe, schemes, stream, folder, say)
         return_freed_memory()
     say("quantizing", len(arch.blocks), len(arch.blocks))
-    return [json.loads(_record(work, block.index).read_text(encoding="utf-8")) for block in arch.blocks]
+    count = len(arch.blocks)
+    head = _quantized_head(arch, schemes)
+    if head is not None:
+        count += 1
+        if not _record(work, head.index).exists():
+            _solve_head(arch, head, recipe, schemes, stream, folder)
+    return [json.loads(_record(work, index).read_text(encoding="utf-8")) for index in range(count)]
 
 
 def _solve_blocks(
@@ -428,18 +435,58 @@ def _write_block(unit: Unit, values: dict[str, Tensor], recipe: Recipe, folder: 
     changed = unit.changed()
     scales = unit.finish(cache=recipe.kv_cache is not None)
     unit.arch.free(unit.block.name)
+    _write_tensors(unit, values | changed | scales, recipe, folder, folder / _shard(unit.arch, recipe, unit.block.index))
+    if recipe.finish is not None:
+        save_shard(_parts(unit.assigned), _solved(folder / ".work", unit.block.index))
+
+
+def _write_tensors(unit: Unit, values: dict[str, Tensor], recipe: Recipe, folder: Path, path: Path) -> None:
+    """Write a solved block's tensors with quantized linears in the place of float ones, and its corrections to the journal."""
     replaced = {linear.tensor for linear in unit.linears}
     tensors = {name: value for name, value in values.items() if name not in replaced}
-    tensors |= changed | scales
     inputs = unit.inputs()
     for name, q in unit.assigned.items():
         tensors |= encode(name, q, unit.schemes[name], recipe.format, inputs.get(name))
-    save_shard(tensors, folder / _shard(unit.arch, recipe, unit.block.index))
-    if recipe.finish is not None:
-        save_shard(_parts(unit.assigned), _solved(folder / ".work", unit.block.index))
+    save_shard(tensors, path)
     parts = {f"{name}.{part}": value for name, low in unit.corrections.items() for part, value in low._asdict().items()}
     if parts:
         save_shard(parts, _correction(folder / ".work", unit.block.index))
+
+
+def _quantized_head(arch: Arch, schemes: dict[str, Scheme]) -> Block | None:
+    """The head, if it is to be quantized."""
+    return arch.head if arch.head is not None and arch.head.linears[0].name in schemes else None
+
+
+def _solve_head(arch: Arch, head: Block, recipe: Recipe, schemes: dict[str, Scheme], stream: Stream, folder: Path) -> None:
+    """Quantize the head from the last hidden states, by the solver and what corrects it; other steps are for blocks.
+
+    Its tensors wait in the journal for the last shard, and the model's logits, now that all of it is solved, for the gate.
+    """
+    started = time.monotonic()
+    work = folder / ".work"
+    arch.load_outside()
+    values = arch.source.read(list(head.tensors))
+    chosen = {linear.name: schemes[linear.name] for linear in head.linears}
+    unit = Unit(arch, head, chosen, stream, arch.source.dtype(), values)
+    _take(recipe.steps, unit, ("solver", "correction"))
+    unit.put()
+    rows = min(len(stream.tokens), GATE_ROWS)
+    logits = _logits(arch, stream.tokens[:rows], stream.read(head.index, 0, rows), unit.inputs())
+    save_shard({"logits": logits}, _head_logits(work))
+    _write_tensors(unit, values, recipe, folder, _head_tensors(work))
+    arch.free_outside()
+    _write_record(unit, folder, time.monotonic() - started)
+
+
+def _head_tensors(work: Path) -> Path:
+    """Where the tensors of a quantized head wait for the last shard."""
+    return work / "head.safetensors"
+
+
+def _head_logits(work: Path) -> Path:
+    """Where the logits of a model with a quantized head wait for the gate."""
+    return work / "logits.safetensors"
 
 
 def _write_record(unit: Unit, folder: Path, seconds: float) -> None:
@@ -515,7 +562,11 @@ def _shard(arch: Arch, recipe: Recipe, index: int) -> str:
 def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[str, Scheme], folder: Path) -> None:
     """Write everything beside the blocks: the last shard, index, configuration, and the side files as they were."""
     outside, table = [*arch.outside, *sorted(arch.unused)], _rounded(arch)
-    tensors = arch.source.read([name for name in outside if table is None or name != table.linear.tensor])
+    head = _quantized_head(arch, schemes)
+    written = {*(() if table is None else (table.linear.tensor,)), *(() if head is None else head.tensors)}
+    tensors = arch.source.read([name for name in outside if name not in written])
+    if head is not None:
+        tensors |= load_file(_head_tensors(folder / ".work"))
     if table is not None:
         tensors |= encode(table.linear.name, table.q, table.scheme, recipe.format)
         linears, schemes = [*linears, table.linear], schemes | {table.linear.name: table.scheme}
@@ -674,15 +725,8 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
     for block in twin.blocks:
         say("checking the output", block.index, len(twin.blocks))
         twin.load(block.tensors)
-        inputs = {}
-        for linear in block.linears:
-            if linear.name not in expected:
-                continue
-            if _sha256(linear.view(twin.param(linear)).to(dtype).cpu()) != expected[linear.name]:
-                raise RuntimeError(f"gate: {linear.name} reads back with other weights than were solved")
-            compared += 1
-            if linear.name in quantized:
-                inputs[linear.site] = quantized[linear.name]
+        compared += _compared(twin, block, expected, dtype)
+        inputs = {linear.site: quantized[linear.name] for linear in block.linears if linear.name in quantized}
         observe = quantized_inputs(twin.sites(block), inputs)
         with fast_products():
             hidden = stream.rounded(twin.call(block, hidden, calls[block.index], observe))
@@ -694,11 +738,21 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
             raise RuntimeError(f"gate: {table.linear.name} reads back with other values than were solved")
         compared += 1
         expected[table.linear.name] = ""
+    twin.load_outside()
+    if twin.head is not None:
+        compared += _compared(twin, twin.head, expected, dtype)
+    logits = _logits(twin, tokens, hidden, quantized)
+    twin.free_outside()
+    if _head_logits(folder / ".work").exists():
+        solved = load_file(_head_logits(folder / ".work"))["logits"]
+    else:
+        arch.load_outside()
+        solved = _logits(arch, tokens, stream.read(len(arch.blocks), 0, len(tokens)), {})
+        arch.free_outside()
     if compared != len(expected):
         raise RuntimeError(f"gate: {compared} of {len(expected)} quantized linears were found in the output")
-    solved = _logits(arch, tokens, stream.read(len(arch.blocks), 0, len(tokens)))
     largest = float(solved.abs().max())
-    difference = float(solved.sub_(_logits(twin, tokens, hidden)).abs_().max())
+    difference = float(solved.sub_(logits).abs_().max())
     if difference > GATE_TOLERANCE * largest:
         raise RuntimeError(f"gate: logits of the reloaded model differ by {difference:.3g} (largest {largest:.3g})")
     return {
@@ -711,11 +765,25 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
     }
 
 
-def _logits(arch: Arch, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Logits of the first `GATE_POSITIONS` of every row, from the last block's output."""
-    arch.load_outside()
-    logits = arch.finish(tokens[:, :GATE_POSITIONS], hidden[:, :GATE_POSITIONS])
-    arch.free_outside()
+def _compared(twin: Arch, block: Block, expected: dict[str, str], dtype: torch.dtype) -> int:
+    """How many matrices of a loaded block were to be compared, all of them being equal."""
+    chosen = [linear for linear in block.linears if linear.name in expected]
+    for linear in chosen:
+        if _sha256(linear.view(twin.param(linear)).to(dtype).cpu()) != expected[linear.name]:
+            raise RuntimeError(f"gate: {linear.name} reads back with other weights than were solved")
+    return len(chosen)
+
+
+@torch.no_grad()
+def _logits(arch: Arch, tokens: Tensor, hidden: Tensor, inputs: dict[str, Input]) -> Tensor:
+    """Logits of the first `GATE_POSITIONS` of every row, from the last block's output; the head's input is quantized as it is
+    in `inputs`, by linear. What is outside the blocks is loaded."""
+    tokens, hidden = tokens[:, :GATE_POSITIONS], hidden[:, :GATE_POSITIONS]
+    if arch.head is None:
+        logits = arch.finish(tokens, hidden)
+    else:
+        given = {linear.site: inputs[linear.name] for linear in arch.head.linears if linear.name in inputs}
+        logits = arch.call(arch.head, hidden, tokens, quantized_inputs(arch.sites(arch.head), given))
     if not bool(torch.isfinite(logits).all()):
         raise RuntimeError("gate: the quantized model's logits are not finite")
     return logits
@@ -751,10 +819,15 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _candidates(arch: Arch) -> list[str]:
+def _candidates(arch: Arch, recipe: Recipe) -> list[str]:
     """Names of which the linears are a subset, known before the model is read."""
     names = [name for block in arch.blocks for name in block.tensors if len(arch.source.tensors[name].shape) >= 2]
-    return [name.removesuffix(".weight") for name in names]
+    names = [name.removesuffix(".weight") for name in names]
+    if arch.head is not None:
+        names.append(arch.head.linears[0].name)
+    elif arch.tied_head is not None and any(METHODS[step.method].kind == "model" for step in recipe.steps):
+        names.append(arch.tied_head)  # a rotated model has a head of its own
+    return names
 
 
 def _calibration(recipe: Recipe, source: Source, out: Path, device: str, say: Progress) -> tuple[Calibration, Tensor]:
@@ -848,6 +921,13 @@ def _check_linears(linears: list[Linear], schemes: dict[str, Scheme]) -> None:
             raise ValueError(f"{tensor} holds several experts in one tensor: quantize all of them or none")
 
 
+def _check_head(arch: Arch, recipe: Recipe, schemes: dict[str, Scheme]) -> None:
+    if _quantized_head(arch, schemes) is not None and recipe.finish is not None:
+        raise ValueError(
+            f"{recipe.finish.method} trains by the logits of the float head, so the head cannot be quantized too; leave one out"
+        )
+
+
 def _check_disk(folder: Path, source: Source, tokens: Tensor, *, boundaries: int) -> None:
     """The output is at most as large as the source; so many boundaries of hidden states lie beside it."""
     width = source.config.get("hidden_size") or source.config.get("n_embd") or source.config.get("d_model") or 0
@@ -861,11 +941,12 @@ def _check_disk(folder: Path, source: Source, tokens: Tensor, *, boundaries: int
         )
 
 
-def _check_memory(arch: Arch) -> None:
+def _check_memory(arch: Arch, schemes: dict[str, Scheme]) -> None:
     """One block in float32, as read, and its largest Gram matrix three times over must fit into memory."""
     infos = arch.source.tensors
     largest = 0
-    for block in arch.blocks:
+    head = _quantized_head(arch, schemes)
+    for block in arch.blocks if head is None else (*arch.blocks, head):
         count = sum(infos[name].nbytes for name in block.tensors)
         widest = max((linear.in_features for linear in block.linears), default=0)
         largest = max(largest, 3 * count + 3 * widest**2 * 4)
@@ -1140,8 +1221,10 @@ def _left_float(arch: Arch, rows: list[dict[str, Any]]) -> list[tuple[str, str]]
     for block in arch.blocks:
         left += block.skipped
         left += [(linear.name, "left float by the rules") for linear in block.linears if linear.name not in quantized]
+    head = {linear.name for linear in arch.head.linears} if arch.head is not None else set()
     outside = [name.removesuffix(".weight") for name in arch.outside if len(arch.source.tensors[name].shape) > 1]
-    return [*left, *((name, "outside the blocks") for name in outside if name not in quantized)]
+    reasons = [(name, "left float by the rules" if name in head else "outside the blocks") for name in outside]
+    return [*left, *((name, reason) for name, reason in reasons if name not in quantized)]
 
 
 def _count(source: Source, name: str) -> int:

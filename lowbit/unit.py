@@ -169,7 +169,9 @@ class Stream:
             yield start, min(start + self._rows, len(self.tokens))
 
     def calls(self, part: tuple[int, int], boundary: int) -> Any:
-        """The other arguments of the call of block `boundary` for a batch."""
+        """The other arguments of the call of block `boundary` for a batch; of the head, the tokens."""
+        if boundary == len(self.arch.blocks):
+            return self.tokens[slice(*part)]
         return self._calls[part[1] - part[0]][boundary]
 
     def batches(self, boundary: int, *, teacher: bool = False) -> Iterator[tuple[Tensor, Any]]:
@@ -250,7 +252,7 @@ class Unit:
         self._sizes: dict[str, tuple[Tensor, Tensor]] = {}  # of each distinct input: largest and mean magnitude
         self._samples: dict[tuple[str, int], Tensor] = {}
         self._crosses: dict[Any, Tensor | None] = {}
-        if stream is not None and stream.teacher:
+        if stream is not None and stream.teacher and block is not arch.head:
             with torch.no_grad():
                 stream.advance(block, lambda hidden, call: arch.call(block, hidden, call), teacher=True)
 

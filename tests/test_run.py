@@ -362,6 +362,122 @@ def test_gate_refuses_logits_that_are_not_finite(llama: Path, tmp_path: Path, mo
         quantize(str(llama), tmp_path / "out", **SHORT)
 
 
+# ---------------------------------------------------------------------------------------------------------------- the head
+
+
+EVERYTHING = (Rule(match="", scheme="w4a16-g32"),)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose head is a matrix of its own."""
+    return save_model("llama_untied", tmp_path_factory.mktemp("untied") / "llama")
+
+
+def head_recipe(scheme: str = "w4a16-g32", steps: tuple[str, ...] = ("gptq",), **more: Any) -> Recipe:
+    rules = (Rule(match="lm_head|embed_out", scheme=scheme), Rule(match="", scheme="w4a16-g32"))
+    return Recipe(rules=rules, steps=tuple(Step(method=step) for step in steps), data=DATA, **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "steps", "format"),
+    [
+        ("llama_untied", "w4a16-g32", ("awq", "gptq"), "compressed-tensors"),
+        ("llama_untied", "w8a8-astatic", ("gptq",), "compressed-tensors"),
+        ("llama_untied", "w3a16-g32", ("rtn", "lorc"), "lowbit"),
+        ("gptj", "w8a8", ("rtn", "lkd"), "compressed-tensors"),
+        ("gpt_neox", "w4a16-g32-asym", ("gptq",), "compressed-tensors"),
+    ],
+)
+def test_head_is_a_linear(name: str, scheme: str, steps: tuple[str, ...], format: str, tmp_path: Path) -> None:
+    """It is solved from the last hidden states, and what is written computes what the report says."""
+    model = save_model(name, tmp_path / "model")
+    report = quantize(str(model), tmp_path / "out", recipe=head_recipe(scheme, steps, format=format))
+    (row,) = [row for row in report["linears"] if "layers" not in row["name"] and ".h." not in row["name"]]
+    head = "embed_out" if name == "gpt_neox" else "lm_head"
+    assert row["name"] == head and row["scheme"] == scheme and report["blocks"][-1]["block"] == "lm_head"
+    result = QuantizedSource(tmp_path / "out")
+    plain = open_source(str(model))
+    assert result.modules[head].scheme.weight.format.name == f"int{scheme[1]}"
+    assert set(result.tensors) == set(plain.tensors)  # a bias too
+    assert report["gate"]["weights_compared"] == len(report["linears"])
+
+    loaded = load(str(tmp_path / "out"), dtype=torch.float32)
+    tokens = run.calibration_tokens(DATA, None, vocab_size=tiny.VOCAB).tokens
+    seen: list[Tensor] = []
+    hook = loaded.get_output_embeddings().register_forward_pre_hook(lambda module, given: seen.append(given[0].flatten(0, 1)))
+    with torch.no_grad():
+        loaded(tokens)
+    hook.remove()
+    w = plain.read([f"{head}.weight"])[f"{head}.weight"].float()
+    lost = w - loaded.get_output_embeddings().weight
+    x = seen[0] if row["error_kind"] == "output" else torch.eye(w.shape[1])
+    tolerance = 0.1 if scheme.startswith("w8a8") else 0.01  # inputs are quantized, and rounding to bfloat16 counts
+    assert row["error"] == pytest.approx(float((x @ lost.T).square().sum() / (x @ w.T).square().sum()), rel=tolerance)
+    if "gptq" in steps:
+        assert row["error_kind"] == "output" and row["error"] < 0.8 * row["error_rtn"]
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_resume_of_the_head(done: bool, untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the head's record, or after it: the same result, and nothing is solved twice."""
+    recipe = head_recipe()
+    quantize(str(untied), tmp_path / "whole", recipe=recipe)
+    plain = run._write_record
+
+    def stopping(unit: Unit, *rest: Any) -> None:
+        if done or unit.block is not unit.arch.head:
+            plain(unit, *rest)
+        if unit.block is unit.arch.head:
+            raise Stopped
+
+    solved: list[int] = []
+
+    class Counted(Unit):
+        def __init__(self, arch: Any, block: Any, *rest: Any) -> None:
+            solved.append(block.index)
+            super().__init__(arch, block, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(run, "_write_record", stopping)
+        quantize(str(untied), tmp_path / "out", recipe=recipe)
+    monkeypatch.setattr(run, "Unit", Counted)
+    quantize(str(untied), tmp_path / "out", recipe=recipe)
+    assert solved == ([] if done else [tiny.LAYERS])
+    assert_same_result(tmp_path / "out", tmp_path / "whole")
+
+
+def test_gate_looks_at_the_head(untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = run.save_shard
+
+    def wrong(tensors: dict[str, Tensor], path: Path) -> None:
+        if "lm_head.weight_packed" in tensors and path.name.startswith("model-"):
+            tensors = tensors | {"lm_head.weight_packed": tensors["lm_head.weight_packed"] ^ 1}
+        plain(tensors, path)
+
+    monkeypatch.setattr(run, "save_shard", wrong)
+    with pytest.raises(RuntimeError, match="gate: lm_head reads back with other weights than were solved"):
+        quantize(str(untied), tmp_path / "out", recipe=head_recipe(steps=("rtn",)))
+
+
+def test_head_that_is_the_embedding(llama: Path, tmp_path: Path) -> None:
+    """It stays float, and who asks for more is told why; rotated models have one of their own."""
+    refused(llama, tmp_path / "out", "rule 'lm_head|embed_out'", "lm_head is the matrix of the embedding", recipe=head_recipe())
+    report = quantize(str(llama), tmp_path / "out", recipe=head_recipe(steps=("rotate", "rtn")))
+    assert report["linears"][-1]["name"] == "lm_head" and report["gate"]["weights_equal"]
+
+
+def test_head_stays_float_by_default(untied: Path, tmp_path: Path) -> None:
+    report = quantize(str(untied), tmp_path / "out", **SHORT)
+    assert {"name": "lm_head", "reason": "left float by the rules"} in report["float_matrices"]
+    report = quantize(str(untied), tmp_path / "all", recipe=Recipe(rules=EVERYTHING, steps=(Step(method="rtn"),)))
+    assert report["linears"][-1]["name"] == "lm_head"
+
+
+def test_head_of_a_model_trained_as_a_whole(untied: Path, tmp_path: Path) -> None:
+    refused(untied, tmp_path / "out", "end_to_end trains by the logits", recipe=head_recipe(steps=("gptq", "end_to_end")))
+
+
 # ------------------------------------------------------------------------------------------------------------------ resume
 
 

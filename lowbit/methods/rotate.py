@@ -295,7 +295,7 @@ def _calls(arch: Arch) -> list[object]:
 
 def _runner(arch: Arch, block: Block, width: int, call: object) -> Run:
     hidden = torch.randn(1, _TOKENS, width, generator=torch.Generator().manual_seed(0))
-    return lambda observe: arch.call(block, hidden, call, observe)  # type: ignore[arg-type]
+    return lambda observe: arch.call(block, hidden, call, observe)
 
 
 def _matrices(arch: Arch, block: Block) -> list[str]:
