@@ -52,6 +52,7 @@ _PARTS = (
     *("input_scale", "input_global_scale"),
 )
 _E4M3 = torch.float8_e4m3fn
+_NEED_WEIGHTS = ("falcon", "mamba", "mamba2")  # models whose code in transformers reads the weights of some linears itself
 # vLLM stacks these linears into one matrix, which has one scheme.
 _STACKED_IN_VLLM = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
 
@@ -97,8 +98,25 @@ def _reason_for_no_layout(scheme: Scheme) -> str:
     return "compressed-tensors has no layout for it"
 
 
-def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: dict[str, Scheme]) -> None:
+def _reason_of_transformers(linear: Linear, scheme: Scheme, model_type: str) -> str | None:
+    """Why transformers (5.22) would not load this linear, or compute something else from it; measured over tests/tiny.py."""
+    weight, layout = scheme.weight, _library_format(scheme)
+    if model_type in _NEED_WEIGHTS and layout is not None and "pack" in layout:
+        return f"its code for {model_type} reads weights that packed checkpoints do not have; use w8a8 or fp8"
+    if linear.index is None or linear.stacked:
+        return None
+    if scheme.input is not None:
+        return "it leaves the inputs of fused experts float; use float inputs (a16)"
+    if not weight.symmetric or weight.scale == "e4m3" or layout == "mxfp8-quantized":
+        return "it cannot unpack this format into fused experts; use symmetric integers, fp8a16 or mxfp4a16"
+    return None
+
+
+def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: dict[str, Scheme], model_type: str = "") -> None:
     """Refuse, before any work, what the chosen engine would not load.
+
+    Args:
+        model_type: as the model's config names it.
 
     Raises:
         ValueError: with the reason and what to do.
@@ -118,6 +136,9 @@ def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: d
             raise ValueError(f"{linear.name} is stored as [in, out] (Conv1D), which compressed-tensors does not know; {remedy}")
         if linear.stacked:
             raise ValueError(f"{linear.name} is a slice of a 3-D tensor, for which no engine has a layout; {remedy}")
+        reason = _reason_of_transformers(linear, schemes[linear.name], model_type) if engine == "transformers" else None
+        if reason is not None:
+            raise ValueError(f"{linear.name} cannot be exported for transformers: {reason}; or {remedy}")
     if engine == "vllm":
         _check_stacks(linears, schemes, remedy)
 
@@ -282,11 +303,13 @@ def library_config(arch: Arch, schemes: dict[str, Scheme], *, kv_cache: bool = F
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
     distinct = {scheme.name: scheme for scheme in schemes.values()}
+    # For vLLM a head is no Linear and wants its name; other programs know it by either.
+    heads = [linear.name for linear in (arch.head.linears if arch.head is not None else ()) if linear.name in schemes]
     groups = {}
     for i, scheme in enumerate(distinct.values()):
         names = [name for name in schemes if schemes[name] == scheme]
         groups[f"group_{i}"] = QuantizationScheme(
-            targets=["Linear"] if len(distinct) == 1 else _patterns(names, schemes),
+            targets=["Linear", *heads] if len(distinct) == 1 else _patterns(names, schemes),
             weights=_library_args(scheme.weight),
             input_activations=_library_args(scheme.input) if scheme.input is not None else None,
             format=_library_format(scheme),

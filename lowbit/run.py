@@ -151,7 +151,7 @@ def quantize(
         source = arch.source
         linears, schemes = _chosen(arch, recipe)
         _check_linears(linears, schemes)
-        check_export(recipe.format, recipe.engine, linears, schemes)
+        check_export(recipe.format, recipe.engine, linears, schemes, str(source.config.get("model_type", "")))
         _check_head(arch, recipe, schemes)
         _check_memory(arch, schemes)
         _check_training_memory(arch, recipe, schemes)

@@ -326,7 +326,7 @@ def test_short_form() -> None:
     data = DataSpec(source="random")
     given = short_recipe(scheme="w4a16", method="gptq", data=data, format="lowbit", engine="transformers")
     assert given == Recipe(
-        rules=(Rule(match="lm_head", scheme="float", optional=True), EVERY),
+        rules=(Rule(match="lm_head|embed_out", scheme="float", optional=True), EVERY),
         steps=(Step(method="gptq"),),
         data=data,
         format="lowbit",
