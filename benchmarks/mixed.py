@@ -82,7 +82,7 @@ def recipes(model: Path, bits: float, args: argparse.Namespace, data: DataSpec) 
             format="lowbit",
             sensitivities=args.out / f"{model.name}-{signal}.json",
             device=args.device,
-            overwrite=True,
+            overwrite=bits == args.bits[0],  # what was measured serves all
         )
         seconds = time.monotonic() - began
         say(f"{model.name} {bits:g} bits, {signal}: {seconds:.0f} s, solved in {plans[signal].seconds:.2f} s")
@@ -147,7 +147,7 @@ def markdown(result: dict[str, Any]) -> str:
     data, text = result["data"], result["text"]
     lines = [
         f"- Model: {result['model']}, every mix quantized by {result['chain']}; candidates {', '.join(CANDIDATES)}",
-        f"- Measured on the first {result['plan_rows']} rows x {result['plan_length']} tokens of, and calibrated on: "
+        f"- Measured on {result['plan_rows']} rows x {result['plan_length']} tokens of, and calibrated on: "
         f"{data['source']}, {data['rows']} rows x {data['length']} tokens, seed {data['seed']}, tokens sha256 "
         f"{data['tokens_sha256'][:16]}",
         f"- Judged on: {text}",
@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument("--chain", default="gptq", help="what all are quantized by (default gptq)")
     parser.add_argument("--rows", type=int, default=64, help="calibration sequences (default 64)")
     parser.add_argument("--length", type=int, default=512, help="tokens of each (default 512)")
-    parser.add_argument("--plan-rows", type=int, default=8, help="sequences to measure on (default 8)")
+    parser.add_argument("--plan-rows", type=int, default=16, help="sequences to measure on (default 16)")
     parser.add_argument("--plan-length", type=int, default=256, help="tokens of each (default 256)")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=48, help="windows to judge on (default 48)")

@@ -28,8 +28,12 @@ SECTIONS = {
     "parallel": ("MREM in several processes", "parallel.py"),
     "blocks": ("A block of a large model", "blocks.py --device cuda --peer"),
     "depth": ("Memory of training against depth", "blocks.py --section depth --layers 4 16 --hidden 512 ..."),
-    "mixed": ("Mixed precision", "mixed.py"),
-    "mixed-encoder": ("Mixed precision of an encoder", "mixed.py --encoder --round --section mixed-encoder --model MINILM"),
+    "mixed": ("Mixed precision", "mixed.py --signals kl fisher --length 256 --windows 64"),
+    "mixed-encoder": (
+        "Mixed precision of an encoder",
+        "mixed.py --encoder --round --section mixed-encoder --model MINILM --text test.jsonl --signals kl trace eigenvalue "
+        "--length 128 --plan-length 128",
+    ),
     "weight-only": ("Weight-only linear on a GPU", "weight_only.py"),
     "streaming": ("Memory on a model larger than its blocks", "streaming_memory.py"),
 }

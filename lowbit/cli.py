@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--schemes", nargs="+", metavar="SCHEME", help="candidates; float leaves a linear as it is")
     sub.add_argument("--signal", default="kl", help="kl (default, measured), eigenvalue (Q-BERT), trace (HAWQ-V2), fisher")
     sub.add_argument("--data", required=True, metavar="SOURCE", help="calibration data of measurement and recipe")
-    sub.add_argument("--rows", type=int, default=8, metavar="N", help="sequences to measure on (default 8)")
+    sub.add_argument("--rows", type=int, default=16, metavar="N", help="sequences to measure on (default 16)")
     sub.add_argument("--length", type=int, default=256, metavar="N", help="tokens of each (default 256)")
     sub.add_argument("--method", default="gptq", help="steps of the recipe (default gptq)")
     sub.add_argument("--option", action="append", metavar="NAME=VALUE", help="of the steps, as for quantize; repeatable")
@@ -251,7 +251,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         temporary.write_text(made.recipe.to_toml(), encoding="utf-8")
     for name, scheme in made.schemes.items():
         print(f"  {name}  {scheme}  {made.costs[name]:.3e}")
-    ratio = "" if made.ppl_ratio is None else f"; rounded to nearest, {made.ppl_ratio:.4f} times the perplexity"
+    ratio = "" if made.ppl_ratio is None else f"; {made.ppl_ratio:.4f} times the perplexity on calibration text"
     print(
         f"{out}: {made.bits:.3f} bits a weight in the linears, {made.output_bytes / 1e6:.2f} MB of weight files{ratio}. "
         f"Measured costs are in {sensitivities}."

@@ -26,9 +26,9 @@ from lowbit import __version__
 from lowbit.allocate import useful
 from lowbit.data import DataSpec, evaluation_tokens
 from lowbit.evaluate import evaluate_model
-from lowbit.export import QuantizedSource, load, open_checkpoint
+from lowbit.export import load
 from lowbit.files import replacing, write_json
-from lowbit.page import write_page
+from lowbit.page import comparison_page
 from lowbit.planner import candidates
 from lowbit.recipe import Recipe, short_recipe
 from lowbit.report import read_report
@@ -39,8 +39,6 @@ from lowbit.source import Source, open_source
 SEARCHED = ("rtn", "gptq", "awq+gptq")
 PROMPT, CONTINUED = 24, 40  # tokens of a sample of text, and generated after it
 DECODED = 32  # tokens of the measurement of speed
-_BINS = 80
-_SAMPLED = 2**18  # weights in a histogram
 
 
 def compare(
@@ -115,7 +113,8 @@ def compare(
         "sensitivities": sensitivities,
     }
     write_json(out / "comparison.json", result)
-    write_page(out / "comparison.html", result)
+    with replacing(out / "comparison.html") as temporary:
+        temporary.write_text(comparison_page(result), encoding="utf-8")
     return result
 
 
@@ -177,8 +176,8 @@ def _row(out: Path, key: str, source: Source, recipe: Recipe, judge: "_Judge", d
         "peak_rss": max(stage["peak_rss"] for stage in report["stages"]),
         "linears": report["linears"],
         "notes": [note | {"block": block["block"]} for block in report["blocks"] for note in block["transforms"]],
-        "warnings": [f"{row['name']}: {warning}" for row in report["linears"] for warning in row["warnings"]],
         "adapter": report["adapter"],
+        "histograms": report["histograms"],
         "gate": report["gate"],
     }
 
@@ -254,8 +253,6 @@ class _Judge:
             "samples": self._samples(model),
             "outliers": _outliers(model, first[: self.window]),
         }
-        if folder is not None:
-            found["histogram"] = _histogram(self.source, folder)
         return found
 
     def _samples(self, model: Any) -> list[dict[str, str]]:
@@ -303,29 +300,3 @@ def _outliers(model: Any, tokens: Tensor) -> dict[str, float]:
         for handle in handles:
             handle.remove()
     return found
-
-
-def _histogram(source: Source, folder: Path) -> dict[str, Any] | None:
-    """The weights of the linear with the largest error, before and after, and the grid of its first group."""
-    report, quantized = read_report(folder), open_checkpoint(str(folder))
-    assert report is not None and isinstance(quantized, QuantizedSource)
-    for row in sorted(report["linears"], key=lambda row: -row["error"]):
-        tensor = f"{row['name']}.weight"
-        if tensor not in source.tensors:
-            continue
-        values = [each.read([tensor])[tensor].float() for each in (source, quantized)]
-        group = quantized.schemes()[row["name"]].weight.group
-        columns = group if 0 < group < values[1].shape[1] else values[1].shape[1]
-        grid = values[1][0, :columns].unique()
-        flat = [value.flatten()[:_SAMPLED] for value in values]
-        low, high = float(flat[0].min()), float(flat[0].max())
-        counts = [torch.histc(value, _BINS, low, high).long().tolist() for value in flat]
-        return {
-            "linear": row["name"],
-            "low": low,
-            "high": high,
-            "float": counts[0],
-            "quantized": counts[1],
-            "grid": grid.tolist() if len(grid) <= 64 else [],
-        }
-    return None

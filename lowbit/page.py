@@ -1,4 +1,4 @@
-"""The comparison as one HTML page that needs no network and no script: readable on a phone, in light and in dark.
+"""Pages that need no network and no script, readable on a phone, in light and in dark: of a run, and of a comparison.
 
 Plots are drawn by matplotlib as SVG, whose text and lines take the colour of the page.
 """
@@ -7,97 +7,115 @@ import io
 import itertools
 import re
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
-
-from lowbit.files import replacing
 
 _INK = "#010203"  # what is drawn in this becomes the colour of the page's text
 _SALTS = itertools.count()  # for ids that no other plot of the page has
 _SERIES = ("#3b82c4", "#e0803a", "#3f9d63", "#c3516f", "#8a6fc1", "#8c8c3a", "#3aa0a0", "#b0703f")
+_ERRORS = "Relative errors, of outputs where calibration data was seen, else of weights."
+_OUTLIERS = "The largest input channel of a layer over its median channel"
+_LOSSES = "Mean squared error, or what the step states, of each block or module of blocks."
 
 
-def write_page(path: Path, comparison: dict[str, Any]) -> None:
-    """Write the page of a comparison (see `comparison`).
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    text = page(comparison)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def page(comparison: dict[str, Any]) -> str:
-    """The HTML of a comparison."""
-    from jinja2 import Environment
-
+def comparison_page(comparison: dict[str, Any]) -> str:
+    """The HTML of a comparison (see `comparison`)."""
     rows = [row for row in comparison["rows"] if "failed" not in row]
-    template = Environment(autoescape=True).from_string(files("lowbit").joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    return template.render(
+    return _rendered(
+        "comparison.html.jinja",
         c=comparison,
         rows=rows,
-        failed=[row for row in comparison["rows"] if "failed" in row],
         front=comparison["front"],
-        warnings=_warnings(rows),
-        plots=plots(comparison, rows),
+        warnings=[
+            *(f"{row['name']} failed: {row['failed']}" for row in comparison["rows"] if "failed" in row),
+            *(f"{name} was not run: the time was up" for name in comparison["left_out"]),
+            *(f"{row['name']}: {warning}" for row in rows for warning in _warnings(row["linears"], row["notes"], row)),
+        ],
+        plots=_plots_of_comparison(comparison, rows),
     )
 
 
-def _warnings(rows: list[dict[str, Any]]) -> list[str]:
-    found = [f"{row['name']}: {warning}" for row in rows for warning in row["warnings"]]
-    found += [
-        f"{row['name']}: its low-rank corrections are in {row['adapter']}/, to be loaded beside"
-        for row in rows
-        if row["adapter"]
-    ]
-    for row in rows:
-        undone = [note for note in row["notes"] if note.get("kept") is False]
-        if undone:
-            found.append(f"{row['name']}: {len(undone)} trainings made held-out rows worse and were undone")
+def report_page(report: dict[str, Any]) -> str:
+    """The HTML of a run (see `run`)."""
+    notes = _notes(report)
+    return _rendered(
+        "report.html.jinja", r=report, warnings=_warnings(report["linears"], notes, report), plots=_plots_of_run(report, notes)
+    )
+
+
+def _rendered(template: str, **values: Any) -> str:
+    from jinja2 import Environment, FunctionLoader
+
+    loader = FunctionLoader(lambda name: files("lowbit").joinpath(name).read_text(encoding="utf-8"))
+    environment = Environment(autoescape=True, loader=loader, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(**values)
+
+
+def _notes(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [note | {"block": block["block"]} for block in report["blocks"] for note in block["transforms"]]
+
+
+def _warnings(linears: list[dict[str, Any]], notes: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
+    found = [f"{row['name']}: {warning}" for row in linears for warning in row["warnings"]]
+    if about["adapter"]:
+        found.append(f"its low-rank corrections are in {about['adapter']}/, to be loaded beside")
+    undone = sum(note.get("kept") is False for note in notes)
+    if undone:
+        found.append(f"{undone} trainings made held-out rows worse and were undone")
     return found
 
 
 # ------------------------------------------------------------------------------------------------------------- plots
 
 
-def plots(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _plot(title: str, text: str, svg: str) -> dict[str, str]:
+    return {"title": title, "text": text, "svg": svg}
+
+
+def _plots_of_run(report: dict[str, Any], notes: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Title, caption and SVG of every plot that there is something to show in."""
+    found = [_plot("Layer by layer", _ERRORS, _layers(report["linears"]))]
+    if report["outliers"]:
+        text = f"{_OUTLIERS}, on {report['gate']['rows']} rows of calibration data: in the original, and in the result."
+        before, after = report["outliers"]["before"], report["outliers"]["after"]
+        found.append(_plot("Outliers of activations", text, _outliers(before, {"quantized": after})))
+    found += _losses(notes)
+    if report["histograms"]:
+        text = "Of each kind, the linear with the largest error; marks: the grid of its first group."
+        found.append(_plot("Weights before and after", text, _histograms(report["histograms"])))
+    return found
+
+
+def _plots_of_comparison(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     found = []
     if rows:
-        found.append(
-            {"title": "Quality against size", "text": "Lower and further left is better.", "svg": _pareto(comparison, rows)}
-        )
-    for row in rows:
-        grids = {
-            "error of each linear (log10)": {x["name"]: x["error"] for x in row["linears"]},
-            "bits of each weight": {x["name"]: x["bits_per_weight"] for x in row["linears"]},
-        }
-        svg = _heat({title: by_layer(values) for title, values in grids.items()})
-        text = "Relative errors, of outputs where calibration data was seen, else of weights."
-        found.append({"title": f"{row['name']}: layer by layer", "text": text, "svg": svg})
+        found.append(_plot("Quality against size", "Lower and further left is better.", _pareto(comparison, rows)))
+    found += [_plot(f"{row['name']}: layer by layer", _ERRORS, _layers(row["linears"])) for row in rows]
     if comparison["sensitivities"]:
-        costs = _sensitivities(comparison["sensitivities"])
-        text = (
-            f"What each scheme costs at each decision of a plan, measured by {comparison['sensitivities']['signal']} (log10)."
-        )
-        found.append({"title": "Sensitivity", "text": text, "svg": _heat(costs)})
+        signal = comparison["sensitivities"]["signal"]
+        text = f"What each scheme costs at each decision of a plan, measured by {signal} (log10)."
+        found.append(_plot("Sensitivity", text, _heat(_sensitivities(comparison["sensitivities"]))))
     if rows and comparison["float"]["outliers"]:
-        text = (
-            "The largest input channel of a layer over its median channel: in the original, and after the recipe's transforms."
-        )
-        found.append({"title": "Outliers of activations", "text": text, "svg": _outliers(comparison, rows)})
-    curves = [(n["steps"], n["curve"]) for row in rows for n in row["notes"] if n.get("curve") and "steps" in n]
-    if curves:
-        found.append(
-            {"title": "Losses of learned steps", "text": "Mean squared error, or what the step states.", "svg": _curves(curves)}
-        )
+        text = f"{_OUTLIERS}: in the original, and after the recipe's transforms."
+        after = {row["name"]: row["outliers"] for row in rows}
+        found.append(_plot("Outliers of activations", text, _outliers(comparison["float"]["outliers"], after)))
+    found += _losses([note for row in rows for note in row["notes"]])
     for row in rows:
-        if row["histogram"]:
-            text = f"{row['histogram']['linear']}, the linear with the largest error; marks: the grid of its first group. "
-            text += "Quantized are the weights as the recipe's transforms left them."
-            found.append({"title": f"{row['name']}: weights", "text": text, "svg": _histogram(row["histogram"])})
+        worst = row["histograms"][:1]
+        if worst:
+            text = f"{worst[0]['linear']}, the linear with the largest error; marks: the grid of its first group."
+            found.append(_plot(f"{row['name']}: weights", text, _histograms(worst)))
     return found
+
+
+def _losses(notes: list[dict[str, Any]]) -> list[dict[str, str]]:
+    curves = [(note["steps"], note["curve"]) for note in notes if note.get("curve") and "steps" in note]
+    return [_plot("Losses of learned steps", _LOSSES, _curves(curves))] if curves else []
+
+
+def _layers(linears: list[dict[str, Any]]) -> str:
+    errors = {row["name"]: row["error"] for row in linears}
+    bits = {row["name"]: row["bits_per_weight"] for row in linears}
+    return _heat({"error of each linear (log10)": by_layer(errors), "bits of each weight": by_layer(bits)})
 
 
 def by_layer(values: dict[str, float]) -> dict[str, dict[int, float]]:
@@ -124,11 +142,9 @@ def _sensitivities(measured: dict[str, Any]) -> dict[str, dict[str, dict[int, fl
 
 
 def _figure(width: float, height: float, count: int = 1) -> tuple[Any, list[Any]]:
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"the page's plots need matplotlib ({error}): pip install 'lowbit[plots]'") from error
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     style = ink | {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with rc_context(style):  # type: ignore[arg-type]
@@ -189,19 +205,17 @@ def _heat(grids: dict[str, dict[str, dict[int, float]]]) -> str:
     return _svg(figure)
 
 
-def _outliers(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    kinds = by_layer(comparison["float"]["outliers"])
+def _outliers(before: dict[str, float], after: dict[str, dict[str, float]]) -> str:
+    """One diagram for each of the kinds of linears with the largest outliers; `after` by what they were changed by."""
+    kinds = by_layer(before)
     shown = sorted(kinds, key=lambda kind: -max(kinds[kind].values()))[:4]
     figure, axes = _figure(6.4, 1.6 * len(shown), len(shown))
     for axis, kind in zip(axes, shown, strict=True):
-        line = sorted(kinds[kind].items())
-        axis.plot(*zip(*line, strict=True), color=_INK, linewidth=1.2, label="original")
-        for i, row in enumerate(rows):
-            after = by_layer(row["outliers"]).get(kind)
-            if after:
-                axis.plot(
-                    *zip(*sorted(after.items()), strict=True), color=_SERIES[i % len(_SERIES)], linewidth=1, label=row["name"]
-                )
+        lines = {"original": kinds[kind]} | {name: by_layer(values).get(kind, {}) for name, values in after.items()}
+        colours = itertools.chain((_INK,), itertools.cycle(_SERIES))
+        for (name, values), colour in zip(lines.items(), colours, strict=False):
+            at = sorted(values)
+            axis.plot(at, [values[block] for block in at], color=colour, linewidth=1.1, label=name, marker=".", markersize=3)
         axis.set_title(kind, fontsize=9, loc="left", color=_INK)
         axis.set_yscale("log")
     axes[-1].set_xlabel("block")
@@ -221,15 +235,17 @@ def _curves(curves: list[tuple[int, list[float]]]) -> str:
     return _svg(figure)
 
 
-def _histogram(given: dict[str, Any]) -> str:
-    figure, (axis,) = _figure(6.4, 2.2)
-    width = (given["high"] - given["low"]) / len(given["float"])
-    edges = [given["low"] + i * width for i in range(len(given["float"]) + 1)]
-    axis.stairs(given["float"], edges, fill=True, color=_SERIES[0], alpha=0.5, label="original")
-    axis.stairs(given["quantized"], edges, color=_SERIES[1], linewidth=1, label="quantized")
-    for value in given["grid"]:
-        axis.plot([value, value], [0, 0.06], color=_INK, linewidth=1, transform=axis.get_xaxis_transform())
-    axis.set_yscale("symlog", linthresh=10)
-    axis.legend(frameon=False, fontsize=8, labelcolor=_INK)
-    axis.set_xlabel("weight")
+def _histograms(given: list[dict[str, Any]]) -> str:
+    figure, axes = _figure(6.4, 0.5 + 1.7 * len(given), len(given))
+    for axis, each in zip(axes, given, strict=True):
+        width = (each["high"] - each["low"]) / len(each["float"])
+        edges = [each["low"] + i * width for i in range(len(each["float"]) + 1)]
+        axis.stairs(each["float"], edges, fill=True, color=_SERIES[0], alpha=0.5, label="original")
+        axis.stairs(each["quantized"], edges, color=_SERIES[1], linewidth=1, label="quantized")
+        for value in each["grid"]:
+            axis.plot([value, value], [0, 0.06], color=_INK, linewidth=1, transform=axis.get_xaxis_transform())
+        axis.set_yscale("symlog", linthresh=10)
+        axis.set_title(each["linear"], fontsize=9, loc="left", color=_INK)
+    axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
+    axes[-1].set_xlabel("weight")
     return _svg(figure)

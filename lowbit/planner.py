@@ -10,15 +10,16 @@ every offset had the most digits.
 
 import json
 import re
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import exp, prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowbit import __version__
 from lowbit.allocate import allocate
@@ -27,15 +28,17 @@ from lowbit.data import DataSpec
 from lowbit.export import NATIVE, encode, reason_against
 from lowbit.files import write_json
 from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
-from lowbit.recipe import FLOAT, Recipe, Rule, short_recipe
+from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
 from lowbit.run import Progress, available_memory, differences, drawn
-from lowbit.sensitivity import SIGNALS, Decision, Effort, Inputs, Signal, Whole, check_candidates, decisions, measure, put
+from lowbit.sensitivity import SIGNALS, Decision, Effort, Inputs, Signal, Solved, Whole, check_candidates, decisions, measure
 from lowbit.source import Source, open_source, read_json
+from lowbit.unit import Stream, Unit
 
 # Offered where none are named, as far as the engine loads them.
 SCHEMES = ("w2a16-g64", "w3a16-g128", "w4a16-g128", "w4a16-g32", "w8a16-g128", FLOAT)
 _OFFSET = 10**13  # of the most digits in a shard's header
 _SHARD = 1024  # bytes for what else is in the headers of a shard, and its padding
+_SOLVED = 4  # rows that the solver sees for each that is measured on
 _TRIALS = 10  # budgets tried for a ratio of perplexities
 
 
@@ -51,8 +54,8 @@ class Plan:
         sizes: by decision and candidate, bytes of the tensors, without headers.
         output_bytes: of all safetensors files, at most.
         bits: stored bits for each weight of the linears, those left float included.
-        ppl_ratio: perplexity over that of the float model on the calibration text, with weights rounded to nearest; None
-            where it was not asked for.
+        ppl_ratio: perplexity over that of the float model on the rows that are measured on, after the recipe's transforms and
+            its solver; None where it was not asked for.
         seconds: the solver took.
     """
 
@@ -77,7 +80,7 @@ def plan(
     signal: Signal = "kl",
     effort: Effort | None = None,
     data: DataSpec | str | None = None,
-    rows: int = 8,
+    rows: int = 16,
     length: int = 256,
     method: str = "gptq",
     options: dict[str, Any] | None = None,
@@ -96,10 +99,11 @@ def plan(
         bits: stored bits for each weight of the linears, scales and zero points included, at most.
         size: of all safetensors files of the result, bytes, at most.
         max_ppl_ratio: perplexity over that of the float model, at most; the smallest mix is chosen for which it holds on the
-            calibration text with weights rounded to nearest. Give one of these three.
+            rows that are measured on, after the recipe's transforms and its solver. Give one of these three.
         schemes: the candidates; "float" leaves a linear as it is. By default what the engine loads of `SCHEMES`.
         signal: what a scheme's cost is measured by, see `sensitivity`.
-        data: calibration data of the recipe; the first `rows` of `length` tokens of it are what is measured on.
+        data: calibration data of the recipe. Of it, `rows` of `length` tokens are what is measured on, and four times as many
+            others what the solver sees for it.
         method: what the recipe does, such as "gptq" or "awq+gptq", with `options` as in `recipe.short_recipe`.
         sensitivities: the file that keeps what was measured; a present one is gone on with, or used if complete.
         overwrite: measure anew where the file is of something else.
@@ -126,7 +130,9 @@ def plan(
     source = open_source(model, revision)
     arch = Arch(source, device=device)
     arch.probe(lambda done, total: say("reading the model", done, total))
-    calibration = drawn(replace(spec, rows=rows, length=length), source)
+    calibration = drawn(replace(spec, rows=(_SOLVED + 1) * rows, length=length), source)
+    given, judged = calibration.tokens[:-rows], calibration.tokens[-rows:]
+    solver = next(step for step in base.steps if METHODS[step.method].kind == "solver")
     if signal != "kl":
         arch.matrix_dtype = torch.float32
     job = {
@@ -134,6 +140,7 @@ def plan(
         "model": source.fingerprint(),
         "data": calibration.describe(),
         "signal": signal,
+        "solver": vars(solver) if signal == "kl" else None,
         "effort": vars(effort),
         "schemes": [*offered],
     }
@@ -141,35 +148,39 @@ def plan(
     known = _known(path, job, overwrite)
     every = decisions(arch)
     missing = any(decision.name not in known for decision in every)
-    whole = None
-    if max_ppl_ratio is not None or missing:
-        say("loading the model", 0, 1)
-        _check_memory(arch)
-        whole = Whole(arch, calibration.tokens, effort.subsets)
-        if max_ppl_ratio is not None and not whole.causal:
-            raise ValueError(f"{type(arch.model).__name__} has no perplexity; plan for --bits or --size")
 
     def keep(measured: dict[str, Any]) -> None:
         if path is not None:
             write_json(path, job | {"decisions": measured})
 
-    found = known
-    if whole is not None and missing:
-        found = measure(
-            whole,
-            offered,
-            signal,
-            effort,
-            known=known,
-            keep=keep,
-            progress=lambda done, total: say(f"measuring {signal}", done, total),
-        )
+    with tempfile.TemporaryDirectory(prefix="lowbit-plan-") as folder:
+        whole, solved = None, None
+        if max_ppl_ratio is not None or missing:
+            say("loading the model", 0, 1)
+            _check_memory(arch)
+            if missing and signal == "kl":
+                solved = Solved(arch, given, solver, Path(folder))
+            whole = Whole(arch, judged, effort.subsets)
+            if max_ppl_ratio is not None and not whole.causal:
+                raise ValueError(f"{type(arch.model).__name__} has no perplexity; plan for --bits or --size")
+        found = known
+        if whole is not None and missing:
+            found = measure(
+                whole,
+                offered,
+                signal,
+                effort,
+                solved=solved,
+                known=known,
+                keep=keep,
+                progress=lambda done, total: say(f"measuring {signal}", done, total),
+            )
     choices = Choices(arch, every, found, offered, format)
     ratio = None
     began = time.monotonic()
     if max_ppl_ratio is not None:
         assert whole is not None
-        chosen, ratio = _smallest(whole, choices, offered, max_ppl_ratio, say)
+        chosen, ratio = _smallest(whole, choices, offered, base.steps, given, max_ppl_ratio, say)
     elif size is not None:
         chosen = choices.within(int(size) - choices.fixed)
     else:
@@ -321,9 +332,15 @@ def _entry(name: str, dtype: str, shape: Sequence[int]) -> int:
 
 
 def _smallest(
-    whole: Whole, choices: Choices, offered: dict[str, Scheme], most: float, say: Progress
+    whole: Whole,
+    choices: Choices,
+    offered: dict[str, Scheme],
+    steps: Sequence[Step],
+    tokens: Tensor,
+    most: float,
+    say: Progress,
 ) -> tuple[list[str], float]:
-    """The smallest mix whose perplexity, with rounded weights, is at most `most` times that of the float model."""
+    """The smallest mix whose perplexity, after `steps` on `tokens`, is at most `most` times that of the float model."""
     whole.restart()
     base = whole.loss_of_text(whole.ends)
     low = sum(min(size[name][0] for name in names) for size, names in zip(choices.sizes, choices.names, strict=True))
@@ -333,7 +350,7 @@ def _smallest(
         say("trying budgets", trial, _TRIALS)
         middle = low if trial == 0 else (low + high) // 2  # first of all the smallest: it may do
         chosen = choices.within(middle, headers=False)
-        ratio = exp(_loss(whole, choices.every, chosen, offered) - base)
+        ratio = exp(_loss(whole, choices.every, chosen, offered, steps, tokens) - base)
         if ratio <= most:
             best, high = (chosen, ratio), middle
             if trial == 0:
@@ -346,14 +363,36 @@ def _smallest(
     return best
 
 
-def _loss(whole: Whole, every: Sequence[Decision], chosen: Sequence[str], offered: dict[str, Scheme]) -> float:
-    """The loss of the text with all decisions taken, weights rounded to nearest."""
+def _loss(
+    whole: Whole,
+    every: Sequence[Decision],
+    chosen: Sequence[str],
+    offered: dict[str, Scheme],
+    steps: Sequence[Step],
+    tokens: Tensor,
+) -> float:
+    """The loss of the text with the whole model transformed and solved on `tokens` as a run would; then it is float again."""
+    arch = whole.arch
     inputs: Inputs = {}
-    with ExitStack() as stack:
-        for decision, name in zip(every, chosen, strict=True):
-            if name != FLOAT:
-                inputs |= put(whole.arch, decision, offered[name], stack)
-        return whole.loss_of_text([whole.end(k, inputs) for k in range(len(whole.parts))])
+    taken = [step for step in steps if METHODS[step.method].kind in ("transform", "solver")]
+    schemes = {x.name: offered[name] for d, name in zip(every, chosen, strict=True) if name != FLOAT for x in d.linears}
+    with tempfile.TemporaryDirectory(prefix="lowbit-plan-") as folder:
+        stream = Stream(arch, tokens, Path(folder))
+        stream.start()
+        for block in arch.blocks:
+            mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
+            unit = Unit(arch, block, mine, stream, arch.source.dtype())
+            for step in taken if mine else ():
+                METHODS[step.method].apply(unit, **step.options)
+            unit.finish()
+            inputs |= unit.inputs_by_site()
+            stream.drop(block.index)
+    arch.load_outside()
+    whole.restart()
+    loss = whole.loss_of_text([whole.end(k, inputs) for k in range(len(whole.parts))])
+    for block in arch.blocks:
+        arch.load(block.tensors)
+    return loss
 
 
 def _rules(every: Sequence[Decision], chosen: Sequence[str]) -> tuple[Rule, ...]:

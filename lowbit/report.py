@@ -1,20 +1,23 @@
-"""The report beside a checkpoint: report.json for programs, report.md for people, both from one dict."""
+"""The report beside a checkpoint: report.json for programs, report.md and report.html for people, all from one dict."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from lowbit.files import replacing, write_json
+from lowbit.page import report_page
 
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
+PAGE_NAME = "report.html"
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write report.json and report.md into a checkpoint's folder."""
+    """Write report.json, report.md and report.html into a checkpoint's folder."""
     write_json(folder / JSON_NAME, report)
-    with replacing(folder / MARKDOWN_NAME) as temporary:
-        temporary.write_text(markdown(report), encoding="utf-8")
+    for name, text in ((MARKDOWN_NAME, markdown(report)), (PAGE_NAME, report_page(report))):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

@@ -50,6 +50,7 @@ from lowbit.reconstruct import check_optimizer
 from lowbit.report import write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
 from lowbit.unit import Input, LinearRecord, Stream, Unit, fast_products, quantized_inputs
+from lowbit.views import histograms, outliers, watching
 
 _WRITTEN = "written-"  # name of the files with tokens that the model wrote
 _ROUNDINGS = 8  # of the checkpoint's dtype that a transform may add to a block's output, relative
@@ -138,7 +139,7 @@ def quantize(
         raise ValueError(f"parallel = {parallel}: give the number of processes; deterministic is for two or more")
     source = open_source(model, revision)
     _check_apart(out, source.folder)
-    arch = Arch(source, device=device)
+    arch = original = Arch(source, device=device)
     recipe.schemes(_candidates(arch, recipe), tied_head=arch.tied_head)
     data_used, solver_tokens = _calibration(recipe, source, out, device, say)
     with (
@@ -171,9 +172,16 @@ def quantize(
         if recipe.finish is not None:
             records = _finish(arch, recipe, recipe.finish, schemes, stream, records, folder, say)
             clock.lap("whole model")
-        gate = _gate(arch, stream, records, folder, say)
+        after: dict[str, float] = {}
+        gate = _gate(arch, stream, records, folder, say, after)
         clock.lap("gate")
         report = _report(source, model, revision, recipe, data_used, arch, records, searches, gate, clock, folder)
+        rewritten = any(METHODS[step.method].kind in ("model", "search", "transform") for step in recipe.steps)
+        if rewritten:
+            report["outliers"] = {"before": outliers(original, solver_tokens[:GATE_ROWS]), "after": after}
+        report["histograms"] = histograms(
+            source, QuantizedSource(folder), linears, {row["name"]: row["error"] for row in report["linears"]}
+        )
         write_report(folder, report)
         _publish(folder, out)
     return report
@@ -703,8 +711,11 @@ def _assemble_adapter(arch: Arch, linears: list[Linear], folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- the gate
 
 
-def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Path, say: Progress) -> dict[str, Any]:
-    """Read the output back and compare: every dequantized weight bit for bit, and logits on calibration rows.
+def _gate(
+    arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Path, say: Progress, seen: dict[str, float]
+) -> dict[str, Any]:
+    """Read the output back and compare: every dequantized weight bit for bit, and logits on calibration rows. `seen` gets the
+    outliers of the quantized model's activations, see `views`.
 
     Raises:
         RuntimeError: they differ, which would be an error in lowbit. The output keeps its temporary name.
@@ -727,7 +738,7 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
         twin.load(block.tensors)
         compared += _compared(twin, block, expected, dtype)
         inputs = {linear.site: quantized[linear.name] for linear in block.linears if linear.name in quantized}
-        observe = quantized_inputs(twin.sites(block), inputs)
+        observe = watching(twin, block, seen, quantized_inputs(twin.sites(block), inputs))
         with fast_products():
             hidden = stream.rounded(twin.call(block, hidden, calls[block.index], observe))
         twin.free(block.name)
@@ -1182,6 +1193,8 @@ def _report(
         "recipe_sha256": recipe.hash(),
         "data": data.describe(),
         "searches": searches,
+        "outliers": None,
+        "histograms": [],
         "linears": rows,
         "float_matrices": [{"name": name, "reason": reason} for name, reason in _left_float(arch, rows)],
         "blocks": [{key: record[key] for key in ("block", "seconds", "peak_rss", "transforms")} for record in records],

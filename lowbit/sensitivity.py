@@ -2,9 +2,10 @@
 
 Four signals, all measured on calibration text with the float model:
 
-    kl           put one decision's rounded weights (and quantized inputs) into the model: mean KL(float || quantized) of the
-                 next token, in nats. Nothing is assumed about the loss, but that decisions add up. One pass from the
-                 decision's block to the end for every candidate.
+    kl           put one decision's weights, as the recipe's solver makes them (and quantized inputs), into the model: mean
+                 KL(float || quantized) of the next token, in nats, on rows that the solver does not see. Nothing is assumed
+                 about the loss, but that decisions add up. For every candidate the solver runs once, on the float model's
+                 inputs, and the model from the decision's block to the end.
     eigenvalue   Q-BERT (Shen et al., AAAI 2020, section 3.1): Omega = |mean| + std, over subsets of the text, of the largest
                  eigenvalue of the loss's Hessian of a linear, times |W - Q|^2
     trace        HAWQ-V2 (Dong et al., NeurIPS 2020, section 3): mean of the Hessian's diagonal (Hutchinson) times |W - Q|^2
@@ -13,12 +14,14 @@ Four signals, all measured on calibration text with the float model:
 A decision is one or more linears that get one scheme, because engines keep them in one matrix: linears with one input, and
 all experts of a block.
 
-The last three see weights only. Their loss is that of the text (nats a token); of models that do not predict a next token, the
+The last three see weights only, rounded to nearest: a solver such as gptq lets |W - Q|^2 grow so that the loss does not. Their
+loss is that of the text (nats a token); of models that do not predict a next token, the
 distance of the output from the float model's (see `Arch.divergence`). Deviation from Q-BERT: Omega alone ranks linears, but
 says nothing about how large an error a scheme makes, so it is multiplied with that error. Where the trace is negative, because
 the model is at no minimum of this text's loss, its magnitude counts, as with Omega.
 
-Memory: the whole float model (float32 but for `kl`), hidden states of the text at one block, and for `eigenvalue` and
+Memory: the whole float model (float32 but for `kl`), hidden states of the text at one block, for `kl` all candidates of one
+block, and for `eigenvalue` and
 `trace` the second-order graph from one block to the end of the model, for one subset of the text: it cannot be smaller, since
 the loss is the model's. Attention runs unfused, because fused kernels have no second derivative.
 """
@@ -26,6 +29,7 @@ the loss is the model's. Attention runs unfused, because fused kernels have no s
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,8 +38,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowbit.arch import Arch, Block, Linear, Site
 from lowbit.qtensor import Scheme, check_shape, dequantize, find_params, quantize
-from lowbit.recipe import FLOAT
-from lowbit.unit import Input, fast_products, quantized_inputs
+from lowbit.recipe import FLOAT, METHODS, Step
+from lowbit.unit import Input, Stream, Unit, fast_products, quantized_inputs
 
 Signal = Literal["kl", "eigenvalue", "trace", "fisher"]
 SIGNALS = get_args(Signal)
@@ -84,6 +88,39 @@ def _name(linears: Sequence[Linear]) -> str:
     if linears[0].index is not None:
         return f"{first} and {len(linears) - 1} more experts' matrices"
     return "+".join([first, *(linear.name.rpartition(".")[2] for linear in linears[1:])])
+
+
+class Solved:
+    """What a solver makes of a block under every candidate, from the float model's inputs.
+
+    Attributes:
+        step: the solver.
+    """
+
+    def __init__(self, arch: Arch, tokens: Tensor, step: Step, folder: Path) -> None:
+        """tokens [rows, length] int64: what is solved on; folder: for their hidden states."""
+        self.arch, self.step = arch, step
+        self.stream = Stream(arch, tokens, folder)
+        self.stream.start()
+
+    def weights(self, block: Block, every: Sequence[Decision], schemes: dict[str, Scheme]) -> dict[str, dict[str, Tensor]]:
+        """By scheme, the weights [out, in] by linear of the given decisions of a loaded block that the scheme fits."""
+        found: dict[str, dict[str, Tensor]] = {}
+        unit = None
+        for name, scheme in schemes.items():
+            chosen = {linear.name: scheme for decision in every if decision.fits(scheme) for linear in decision.linears}
+            if not chosen:
+                continue
+            unit = unit.twin(chosen) if unit else Unit(self.arch, block, chosen, self.stream, self.arch.source.dtype())
+            METHODS[self.step.method].apply(unit, **self.step.options)
+            found[name] = {linear: unit.value(linear) for linear in chosen}
+        return found
+
+    @torch.no_grad()
+    def advance(self, block: Block) -> None:
+        """Move on to the next block."""
+        self.stream.advance(block, lambda hidden, call: self.arch.call(block, hidden, call))
+        self.stream.drop(block.index)
 
 
 class Whole:
@@ -327,6 +364,7 @@ def measure(
     signal: Signal,
     effort: Effort,
     *,
+    solved: Solved | None = None,
     known: dict[str, dict[str, Any]],
     keep: Callable[[dict[str, dict[str, Any]]], None],
     progress: Callable[[int, int], None],
@@ -334,6 +372,7 @@ def measure(
     """The cost of every decision under every scheme that fits it.
 
     Args:
+        solved: for `kl`, what is put into the model; None rounds to nearest.
         known: rows measured before, by decision; they are not measured again.
         keep: called with all rows whenever those of a block are finished.
         progress: called with (decisions done, in all).
@@ -352,15 +391,24 @@ def measure(
             if signal != "kl":
                 linears = [linear for decision in new for linear in decision.linears]
                 values = _Curvature(whole, block, linears).measure(signal, effort)
+            made = solved.weights(block, new, schemes) if solved is not None else {}
             for decision in new:
-                rows[decision.name] = _row(whole, decision, schemes, values)
+                rows[decision.name] = _row(whole, decision, schemes, values, made)
                 progress(len(rows), len(every))
             keep(rows)
+        if solved is not None:
+            solved.advance(block)
         whole.advance()
     return {decision.name: rows[decision.name] for decision in every}
 
 
-def _row(whole: Whole, decision: Decision, schemes: dict[str, Scheme], values: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _row(
+    whole: Whole,
+    decision: Decision,
+    schemes: dict[str, Scheme],
+    values: dict[str, dict[str, Any]],
+    made: dict[str, dict[str, Tensor]],
+) -> dict[str, Any]:
     cost = {FLOAT: 0.0}
     for name, scheme in schemes.items():
         if not decision.fits(scheme):
@@ -368,7 +416,7 @@ def _row(whole: Whole, decision: Decision, schemes: dict[str, Scheme], values: d
         if values:
             cost[name] = _error(whole.arch, decision, scheme, values)
         else:
-            cost[name] = _measured(whole, decision, scheme)
+            cost[name] = _measured(whole, decision, scheme, made.get(name) or rounded(whole.arch, decision, scheme))
     row: dict[str, Any] = {
         "block": decision.block,
         "linears": [linear.name for linear in decision.linears],
@@ -392,18 +440,17 @@ def _error(arch: Arch, decision: Decision, scheme: Scheme, values: dict[str, dic
     return total
 
 
-def _measured(whole: Whole, decision: Decision, scheme: Scheme) -> float:
+def _measured(whole: Whole, decision: Decision, scheme: Scheme, weights: dict[str, Tensor]) -> float:
     """The divergence of the model with one decision quantized."""
     with ExitStack() as stack:
-        return max(whole.divergence(put(whole.arch, decision, scheme, stack)), 0.0)
+        return max(whole.divergence(_put(whole.arch, decision, scheme, weights, stack)), 0.0)
 
 
 @torch.no_grad()
-def put(arch: Arch, decision: Decision, scheme: Scheme, stack: ExitStack) -> Inputs:
-    """Put the rounded weights of a decision into the model until the stack is left; returns how its inputs are quantized."""
-    quantized = rounded(arch, decision, scheme)
+def _put(arch: Arch, decision: Decision, scheme: Scheme, weights: dict[str, Tensor], stack: ExitStack) -> Inputs:
+    """Put weights of a decision into the model until the stack is left; returns how its inputs are quantized."""
     for linear in decision.linears:
         view = linear.view(arch.param(linear))
         stack.callback(view.copy_, view.clone())
-        view.copy_(quantized[linear.name])
+        view.copy_(weights[linear.name])
     return {} if scheme.input is None else {linear.site: Input(scheme.input) for linear in decision.linears}

@@ -256,6 +256,12 @@ class Unit:
             with torch.no_grad():
                 stream.advance(block, lambda hidden, call: arch.call(block, hidden, call), teacher=True)
 
+    def twin(self, schemes: dict[str, Scheme]) -> "Unit":
+        """The same block, not rewritten, with other schemes and with the Gram matrices gathered so far."""
+        other = Unit(self.arch, self.block, schemes, self.stream, self.scale_dtype)
+        other._grams = self._grams
+        return other
+
     def scheme(self, linear: Linear) -> Scheme:
         """The scheme the rules chose for a linear."""
         return self.schemes[linear.name]

@@ -1,4 +1,4 @@
-"""The page of a comparison: everything in it, nothing from elsewhere, and what a browser makes of it."""
+"""The pages of a comparison and of a run: everything in them, nothing from elsewhere, and what a browser makes of them."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lowbit.page import by_layer, page, write_page
+from lowbit.page import by_layer, comparison_page, report_page
 
 BLOCKS, KINDS = 32, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAMES = [f"model.layers.{block}.self_attn.{kind}" for block in range(BLOCKS) for kind in KINDS]
@@ -46,7 +46,6 @@ def row(number: int) -> dict[str, Any]:
         "decode_tokens_per_second": 20.0,
         "linears": linears,
         "notes": [{"block": "model.layers.0", "step": "mrem", "steps": 100, "kept": number != 2, "curve": [3.0, 2.0, 1.5]}],
-        "warnings": [f"{x['name']}: {w}" for x in linears for w in x["warnings"]],
         "adapter": None,
         "evaluations": [
             {"source": "test.txt", "perplexity": 20.0 + number, "kl": 0.01 * (number + 1), "top1_agreement": 0.9}
@@ -54,14 +53,17 @@ def row(number: int) -> dict[str, Any]:
         ],
         "samples": [{"prompt": "Once upon", "text": f" a time & {'x' * 300}"}],
         "outliers": {name: 2.0 + number for name in NAMES},
-        "histogram": {
-            "linear": NAMES[0],
-            "low": -1.0,
-            "high": 1.0,
-            "float": [1, 5, 9, 5],
-            "quantized": [0, 9, 9, 2],
-            "grid": [-1.0, -0.5, 0.0, 0.5],
-        },
+        "histograms": [
+            {
+                "linear": name,
+                "low": -1.0,
+                "high": 1.0,
+                "float": [1, 5, 9, 5],
+                "quantized": [0, 9, 9, 2],
+                "grid": [-1.0, -0.5, 0.0, 0.5],
+            }
+            for name in NAMES[:2]
+        ],
     }
 
 
@@ -94,6 +96,52 @@ def comparison() -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """The report of one run, with something of everything."""
+    one = row(1)
+    note = {"step": "mrem", "steps": 100, "kept": False, "curve": [3.0, 2.0, 1.5]}
+    return {
+        "lowbit": "0.0",
+        "device": "cpu",
+        "threads": 2,
+        "versions": {"torch": "2.99"},
+        "model": {"name": "a <model>"},
+        "recipe": one["recipe"] | {"rules": [{"match": "", "scheme": "w4a16-g128"}]},
+        "sizes": {
+            "source_bytes": 4 * 10**9,
+            "output_bytes": 10**9,
+            "bits_per_quantized_weight": 4.125,
+            "bits_per_parameter": 4.5,
+            "quantized_weights": 10**9,
+            "parameters": 2 * 10**9,
+        },
+        "gate": {"weights_compared": 224, "rows": 2, "largest_logit_difference": 0.001, "largest_logit": 12.0},
+        "stages": [{"stage": "probe", "seconds": 1.5, "peak_rss": 10**9}],
+        "blocks": [{"block": "model.layers.0", "seconds": 2.0, "peak_rss": 10**9, "transforms": [note]}],
+        "evaluations": [
+            {"source": "t.txt", "windows": 3, "window": 128, "perplexity": 21.5, "reference_perplexity": None, "kl": None},
+            {
+                "source": "t.txt",
+                "windows": 3,
+                "window": 128,
+                "perplexity": 21.5,
+                "reference_perplexity": 20.0,
+                "kl": 0.0123,
+                "top1_agreement": 0.9,
+            },
+        ],
+        "searches": [
+            {"step": "smooth_search", "alpha": 0.5, "curve": [{"alpha": None, "loss": 0.5}, {"alpha": 0.5, "loss": 0.25}]}
+        ],
+        "outliers": {"before": dict.fromkeys(NAMES, 40.0), "after": dict.fromkeys(NAMES, 4.0)},
+        "histograms": one["histograms"],
+        "linears": one["linears"],
+        "float_matrices": [{"name": "lm_head", "reason": "outside the blocks"}],
+        "adapter": None,
+    }
+
+
 class _Tags(HTMLParser):
     """What is open when the page ends, and every address in it."""
 
@@ -116,14 +164,23 @@ class _Tags(HTMLParser):
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
 
 
-def test_one_page_holds_all(comparison: dict[str, Any]) -> None:
-    """No script, nothing fetched, well formed, escaped, small, with the numbers of the comparison."""
-    text = page(comparison)
+def check(text: str) -> None:
+    """No script, nothing fetched, well formed, small."""
     tags = _Tags()
     tags.feed(text)
     assert tags.open == [] and tags.scripts == 0
     assert all(address.startswith(("#", "data:")) for address in tags.addresses)
     assert len(text) < 5e6
+    # every id is there once, so that no plot is cut by the outline of another
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    assert not re.search("#010203", text)
+
+
+def test_one_page_holds_all(comparison: dict[str, Any]) -> None:
+    """Escaped, with the numbers of the comparison."""
+    text = comparison_page(comparison)
+    check(text)
     assert "recipe &lt;3&gt;" in text and "recipe <3>" not in text
     for wanted in (
         "Quality against size",
@@ -136,15 +193,37 @@ def test_one_page_holds_all(comparison: dict[str, Any]) -> None:
     ):
         assert wanted in text, wanted
     assert "1.00e-02" in text and "90.0 %" in text
-    # every id is there once, so that no plot is cut by the outline of another
-    ids = re.findall(r'\bid="([^"]*)"', text)
-    assert len(ids) == len(set(ids))
-    assert not re.search("#010203", text)
+
+
+def test_the_page_of_a_run(report: dict[str, Any]) -> None:
+    """The numbers of the report, every plot that there is something for, and what to mind on top."""
+    text = report_page(report)
+    check(text)
+    assert "a &lt;model&gt;" in text and "a <model>" not in text
+    top = text.partition("<h2>Result")[0]
+    assert "damping was raised" in top and "1 trainings made held-out rows worse" in top
+    for wanted in (
+        "4000.0 &rarr; 1000.0",
+        "4.12",
+        "1.23e-02",
+        "lm_head",
+        "2.5000e-01",
+        "Layer by layer",
+        "Outliers of activations",
+        "Losses of learned steps",
+        "Weights before and after",
+        NAMES[1],
+        f"{report['linears'][5]['error']:.3e}",
+    ):
+        assert wanted in text, wanted
+    plain = report | {"outliers": None, "histograms": [], "evaluations": [], "searches": [], "blocks": []}
+    shorter = report_page(plain | {"linears": report["linears"][4:]})
+    assert 'class="alarm"' not in shorter and "Outliers" not in shorter and "Losses" not in shorter
 
 
 def test_what_to_mind_is_on_top(comparison: dict[str, Any]) -> None:
     """Failures, what was left out, warnings and undone trainings stand before the table."""
-    top = page(comparison).partition("<h2>Result")[0]
+    top = comparison_page(comparison).partition("<h2>Result")[0]
     for wanted in (
         "group 128 does not divide 96",
         "late was not run",
@@ -153,7 +232,7 @@ def test_what_to_mind_is_on_top(comparison: dict[str, Any]) -> None:
     ):
         assert wanted in top
     clean = comparison | {"rows": comparison["rows"][3:4], "front": ["recipe <3>"], "left_out": []}
-    assert 'class="alarm"' not in page(clean)
+    assert 'class="alarm"' not in comparison_page(clean)
 
 
 def test_by_layer() -> None:
@@ -164,7 +243,8 @@ def test_by_layer() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1440, "dark")])
-def test_in_a_browser(comparison: dict[str, Any], tmp_path: Path, width: int, scheme: str) -> None:
+@pytest.mark.parametrize("of", ["comparison", "report"])
+def test_in_a_browser(of: str, request: pytest.FixtureRequest, tmp_path: Path, width: int, scheme: str) -> None:
     """Nothing is wider than the window, no complaint on the console, quick, and dark where dark is asked for."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
@@ -172,7 +252,8 @@ def test_in_a_browser(comparison: dict[str, Any], tmp_path: Path, width: int, sc
     from playwright.sync_api import sync_playwright
 
     path = tmp_path / "page.html"
-    write_page(path, comparison)
+    make = {"comparison": comparison_page, "report": report_page}[of]
+    path.write_text(make(request.getfixturevalue(of)), encoding="utf-8")
     complaints: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lowbit.report import JSON_NAME, MARKDOWN_NAME, add_evaluation, markdown, read_report, table, write_report
+from lowbit.report import JSON_NAME, MARKDOWN_NAME, PAGE_NAME, add_evaluation, markdown, read_report, table, write_report
 
 PLAIN: dict[str, Any] = {
     "lowbit": "9.8.7",
@@ -55,7 +55,7 @@ PLAIN: dict[str, Any] = {
         },
     ],
     "float_matrices": [{"name": "layers.0.q_proj", "reason": "left float by the rules"}],
-    "blocks": [{"block": "layers.0", "seconds": 1.25, "peak_rss": 345_000_000}],
+    "blocks": [{"block": "layers.0", "seconds": 1.25, "peak_rss": 345_000_000, "transforms": []}],
     "stages": [{"stage": "probe", "seconds": 0.5, "peak_rss": 123_000_000}],
     "sizes": {
         "source_bytes": 12_300_000,
@@ -74,6 +74,8 @@ PLAIN: dict[str, Any] = {
     },
     "adapter": None,
     "searches": [],
+    "outliers": None,
+    "histograms": [],
     "evaluations": [],
 }
 EVALUATION: dict[str, Any] = {
@@ -226,7 +228,11 @@ def test_written_and_read(tmp_path: Path, report: dict[str, Any]) -> None:
     report["model"]["name"] = "Größe"
     assert read_report(tmp_path) is None
     write_report(tmp_path, report)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [JSON_NAME, MARKDOWN_NAME] == ["report.json", "report.md"]
+    assert (
+        sorted(path.name for path in tmp_path.iterdir())
+        == [PAGE_NAME, JSON_NAME, MARKDOWN_NAME]
+        == ["report.html", "report.json", "report.md"]
+    )
     assert read_report(tmp_path) == json.loads((tmp_path / JSON_NAME).read_bytes()) == report
     assert (tmp_path / MARKDOWN_NAME).read_text(encoding="utf-8") == markdown(report)
 

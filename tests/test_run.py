@@ -96,7 +96,7 @@ def files_of(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("report.json", "report.md")
+        if path.is_file() and path.name not in ("report.json", "report.md", "report.html")
     }
 
 
@@ -228,7 +228,14 @@ def assert_complete(out: Path, source: Source, report: dict[str, Any], format: s
     for name in beside:
         assert (out / name).read_bytes() == (model / name).read_bytes()
     written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    own = {"config.json", "report.json", "report.md", f"{stem}.safetensors.index.json", *(path.name for path in shards)}
+    own = {
+        "config.json",
+        "report.json",
+        "report.md",
+        "report.html",
+        f"{stem}.safetensors.index.json",
+        *(path.name for path in shards),
+    }
     assert written == beside | own | ({"lowbit.json"} if format == "lowbit" else set())
     assert transformers.AutoTokenizer.from_pretrained(out).chat_template == tiny.CHAT_TEMPLATE
 

@@ -28,7 +28,7 @@ LEVELS = (
     ("unit", "kernels"),
     ("reconstruct",),
     ("methods", "allocate", "export", "runtime"),
-    ("recipe",),
+    ("recipe", "views"),
     ("parallel",),
     ("run",),
     ("sensitivity",),
