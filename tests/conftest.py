@@ -60,6 +60,16 @@ def _collections() -> Iterator[None]:
     gc.collect()
 
 
+_READ_PAGES = {"test_page.py", "test_report.py", "test_views.py", "test_cli.py", "test_demo.py"}
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no page for the hundreds of runs of tests that look at none: half a second each."""
+    if request.path.name not in _READ_PAGES:
+        monkeypatch.setattr("lowbit.report.report_page", lambda report: report["model"]["name"])
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Larger models and texts that live beside the repository, where a developer has them."""

@@ -102,7 +102,7 @@ def test_run_reuse_and_go_on(llama: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert first["front"] == ["two", "eight"]
     assert first["float"]["evaluations"][0]["perplexity"] == pytest.approx(eight["evaluations"][0]["reference_perplexity"])
     assert eight["samples"][0]["prompt"] and set(eight["outliers"]) == set(first["float"]["outliers"])
-    assert sum(two["histogram"]["float"]) == sum(two["histogram"]["quantized"])
+    assert two["histograms"] and all(sum(each["float"]) == sum(each["quantized"]) for each in two["histograms"])
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert f"{two['evaluations'][0]['perplexity']:.4g}" in page
 

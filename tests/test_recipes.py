@@ -61,7 +61,7 @@ MOST = {
     "smoothquant-w8a8": 0.0021,
     "smoothquant-w8a8-static": 0.0035,
     "squeezellm-w3": 0.19,
-    "tesseraq-w2a16": 9.0,
+    "tesseraq-w2a16": 0.62,
     "two-level-w4a8": 0.064,
     "zeroquant-fp-w4a8": 0.062,
     "zeroquant-lkd-w4-8": 0.098,
