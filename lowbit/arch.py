@@ -223,9 +223,16 @@ class Arch:
 
     def site(self, tensor: str, index: int | None = None) -> Site:
         """Where the model multiplies by a checkpoint tensor (or by expert `index` of one that is 3-D)."""
+        linear = self.linear(tensor, index)
+        assert linear is not None, tensor
+        return linear.site
+
+    def linear(self, tensor: str, index: int | None = None, *, transposed: bool = False) -> Linear | None:
+        """The linear of a checkpoint tensor (or expert `index` of one that is 3-D) without a probe, so what it shares is not
+        known; `transposed` if the model keeps [in, out]. None where transformers rearranges the tensor."""
         shape = torch.Size(self.source.tensors[tensor].shape)
-        every = {self._places.param_of(tensor): False}
-        return next(x.site for x in self._places.linears(tensor, shape, every) if index in (None, x.index))
+        every = {self._places.param_of(tensor): transposed}
+        return next((x for x in self._places.linears(tensor, shape, every) if index in (None, x.index)), None)
 
     def place(self, tensor: str) -> str | None:
         """The parameter of which a checkpoint tensor is the whole or a slice; None where the model holds it otherwise."""
