@@ -293,7 +293,8 @@ def write_config(
             for linear in linears
             if linear.name in schemes
         }
-        (folder / "config.json").write_bytes(original)
+        described = json.loads(original) | {"quantization_config": {"quant_method": NATIVE}}
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         (folder / NATIVE_FILE).write_text(
             json.dumps({"format": NATIVE, "version": _NATIVE_VERSION, "dtype": dtype, "linears": table}, indent=1) + "\n"
         )
@@ -657,11 +658,7 @@ def load(
     arch = Arch(source, dtype or source.dtype())
     loaded: Any = arch.fill()
     loaded.to(device)
-    generation = source.folder / "generation_config.json"
-    if generation.exists():
-        from transformers import GenerationConfig
-
-        loaded.generation_config = GenerationConfig.from_pretrained(source.folder)
+    restore_generation(loaded, source.folder)
     if isinstance(source, QuantizedSource):
         inputs = quantized_sites(arch, source)
         if inputs:
@@ -669,6 +666,14 @@ def load(
         for module, scales in source.cache_scales().items():
             simulate_cache(loaded.get_submodule(module), CacheSpec(name="fp8", format=FP8_E4M3), scales)
     return loaded
+
+
+def restore_generation(model: Any, folder: Path) -> None:
+    """Give a model the generation settings of its checkpoint, where it has any."""
+    if (folder / "generation_config.json").exists():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _quantize_inputs(model: Any, inputs: dict[Site, Input]) -> None:
