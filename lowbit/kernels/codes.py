@@ -38,7 +38,7 @@ def _step(x, words, zero, acc, n0, m0, k, n, columns, ASM: tl.constexpr, FOUR: t
         HALF: tl.constexpr = BLOCK_K // 2
         pair = words.load([k // BLOCK_K * columns + n0, 0])
         for half in tl.static_range(2):
-            if ASM is None:
+            if ASM[half] is None:
                 w = (pair << 4) if half == 0 else (pair >> 4 << 4)
             else:
                 w = tl.inline_asm_elementwise(ASM[half], "=r,r", [pair], dtype=tl.int8, is_pure=True, pack=4)
@@ -56,11 +56,11 @@ def _step(x, words, zero, acc, n0, m0, k, n, columns, ASM: tl.constexpr, FOUR: t
 def _kernel(
     x, words, x_scale, x_zero, scale, zero, outer, sums, bias, residual, out, scratch, counters,
     rows, columns, inner, parts, x_groups,
-    ASM: tl.constexpr, FOUR: tl.constexpr, FLOAT: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, STEPS: tl.constexpr,
-    ASYMMETRIC: tl.constexpr, X_ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
+    ASM: tl.constexpr, FOUR: tl.constexpr, FLOAT: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
+    STEPS: tl.constexpr, ASYMMETRIC: tl.constexpr, X_ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, columns] = x [rows, inner] W^T; programs: blocks, parts of K. Blocks go down BAND columns of blocks at a time."""
+    """out [rows, columns] = x [rows, inner] W^T; programs: blocks, parts of K. BAND columns of blocks at a time share x."""
     block, part = tl.program_id(0), tl.program_id(1)
     blocks_m, blocks_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     band = block // (BAND * blocks_m)
@@ -99,10 +99,11 @@ def _kernel(
     else:
         acc = tl.zeros((BLOCK_N, BLOCK_M), OF)
         for step in range(first, last):
-            acc = _step(x, words, zero, acc, n0, m0, step * BLOCK_K, n, columns, ASM, FOUR, ASYMMETRIC, GROUP, BLOCK_N, BLOCK_K)
+            k = step * BLOCK_K
+            acc = _step(x, words, zero, acc, n0, m0, k, n, columns, ASM, FOUR, ASYMMETRIC, GROUP, BLOCK_N, BLOCK_K)
         total = acc.to(tl.float32) * UNIT
         if X_ASYMMETRIC:
-            z = tl.load(x_zero + m, mask=(m < rows) & (part == 0), other=0.0)
+            z = tl.load(x_zero + m, mask=m < rows, other=0.0) * (part == 0)
             total -= z[None, :] * tl.load(sums + n, mask=there, other=0.0)[:, None]
     if X_GROUP == 0:
         total *= tl.load(x_scale + m, mask=m < rows, other=0.0)[None, :]
@@ -114,8 +115,11 @@ def _kernel(
         _write(total, outer, bias, residual, out, n, m, rows, columns, BIASED, ADDED)
 
 
-def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
-    """Blocks by classes of shapes; to be measured (benchmarks/kernels.py --sweep)."""
+def config_for(rows: int, columns: int, inner: int, processors: int, stepped: bool = False) -> Config:
+    """Blocks by classes of shapes, chosen by registers and shared memory as compiled; not yet by a sweep on a GPU.
+
+    stepped: the sums of steps are scaled, which takes registers for two sums.
+    """
     if rows <= 64:
         block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
         blocks = -(-columns // 64)
@@ -125,7 +129,7 @@ def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
         blocks = -(-columns // 128) * -(-rows // 64)
         config = Config(64, 128, 2 if blocks < processors else 1, stages=4)
     else:
-        config = Config(128, 128, 1, stages=3)
+        config = Config(128, 128, 1, warps=8 if stepped else 4, stages=3)
     return replace(config, split=max(1, min(config.split, -(-inner // STEP) // 2)))
 
 
@@ -144,7 +148,7 @@ def linear(
     if not rows:
         return out
     if config is None:
-        config = config_for(rows, columns, inner, processors(x.codes.device))
+        config = config_for(rows, columns, inner, processors(x.codes.device), packed.step > 0)
     fmt, four = FORMATS[packed.format], packed.words.dim() == 3
     block_k = packed.step or STEP
     codes = F.pad(x.codes.view(torch.int8), (0, -inner % ALIGNED)).view(x.codes.dtype).contiguous()
@@ -159,7 +163,7 @@ def linear(
         *(described, TensorDescriptor.from_tensor(words, [config.block_n, block_k // 2 if four else block_k])),
         *(x.scale, x.zero, packed.scale, packed.zero, packed.outer, packed.sums, bias, residual, out, scratch, packed.counters),
         *(rows, columns, inner, split, x_groups),
-        ASM=None if INTERPRETED else (_LOWER, _UPPER),
+        ASM=(None, None) if INTERPRETED else (_LOWER, _UPPER),
         FOUR=four,
         FLOAT=fmt.kind == "float",
         GROUP=packed.group,

@@ -109,9 +109,7 @@ def prepare(
     return Prepared(stacked(packed), inputs, dtype, tuple(len(q.codes) for q in parts))
 
 
-def linear(
-    x: Tensor | Quantized, prepared: Prepared, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor | Quantized, prepared: Prepared, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x [..., in] times the matrix, plus bias [out], plus residual [..., out]: [..., out] in `prepared.dtype`.
 
     Raises:

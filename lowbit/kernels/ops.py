@@ -27,7 +27,7 @@ def _by_kernel(x: Tensor, fp8: bool = False) -> bool:
         if found < least:
             what = "FP8" if fp8 else "bfloat16"
             raise ValueError(
-                f"{torch.cuda.get_device_name(x.device)} has compute capability {found[0]}.{found[1]} and no {what} tensor cores "
+                f"{torch.cuda.get_device_name(x.device)} has compute capability {found[0]}.{found[1]}, no {what} tensor cores "
                 f"({least[0]}.{least[1]}), which this product needs; load the model on a newer GPU, or with dequantized weights"
             )
         return True
@@ -39,16 +39,16 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _packed(
-    words: Tensor, high: Tensor | None, scale: Tensor | None, zero: Tensor | None, outer: Tensor, sums: Tensor | None,
-    counters: Tensor, layout: list[int], fmt: str, inner: int,
+    words: Tensor, high: Tensor | None, scale: Tensor | None, zero: Tensor | None, outer: Tensor,
+    sums: Tensor | None, counters: Tensor, layout: list[int], fmt: str, inner: int,
 ) -> Packed:  # fmt: skip
-    return Packed(words, high, scale, zero, outer, sums, counters, fmt, *layout, (outer.shape[0], inner))
+    return Packed(words, high, scale, zero, outer, sums, counters, fmt, layout[0], layout[1], (outer.shape[0], inner))
 
 
 @torch.library.custom_op("lowbit::linear_floats", mutates_args=())
 def linear_floats(
-    x: Tensor, words: Tensor, high: Tensor | None, scale: Tensor | None, zero: Tensor | None, outer: Tensor, sums: Tensor | None,
-    counters: Tensor, layout: list[int], fmt: str, bias: Tensor | None, residual: Tensor | None,
+    x: Tensor, words: Tensor, high: Tensor | None, scale: Tensor | None, zero: Tensor | None, outer: Tensor,
+    sums: Tensor | None, counters: Tensor, layout: list[int], fmt: str, bias: Tensor | None, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """x [..., in] times a `Packed`, plus bias [out], plus residual [..., out]: [..., out] in the dtype of x."""
     packed = _packed(words, high, scale, zero, outer, sums, counters, layout, fmt, x.shape[-1])
@@ -61,7 +61,7 @@ def linear_floats(
 
 
 @linear_floats.register_fake
-def _(x, words, high, scale, zero, outer, sums, counters, layout, fmt, bias, residual):  # type: ignore[no-untyped-def]
+def _(x, words, high, scale, zero, outer, sums, counters, layout, fmt, bias, residual):
     return x.new_empty(*x.shape[:-1], outer.shape[0])
 
 
@@ -97,7 +97,7 @@ def _scaled_mm_takes(x: Quantized, packed: Packed, dtype: torch.dtype) -> bool:
 
 
 @linear_codes.register_fake
-def _(codes, x_scale, x_zero, words, high, scale, zero, outer, sums, counters, layout, fmt, bias, residual, dtype):  # type: ignore[no-untyped-def]
+def _(codes, x_scale, x_zero, words, high, scale, zero, outer, sums, counters, layout, fmt, bias, residual, dtype):
     return codes.new_empty(*codes.shape[:-1], outer.shape[0], dtype=dtype)
 
 
@@ -119,7 +119,7 @@ def rows(
 
         first, other = (None if part is None else _rows_contiguous(part) for part in (x, second))
         assert first is not None
-        flat = tuple(part.view(-1, part.shape[-1]) for part in out)
+        flat = tuple(part.view(len(first), part.shape[-1]) for part in out)
         given = None if largest is None else largest / FORMATS[fmt].max
         how = {"fmt": FORMATS[fmt] if fmt else None, "group": max(group, 0), "given": given, "symmetric": symmetric}
         kernel.rows(producer, first, other, weight, bias, flat, added=added, eps=eps, one_plus=one_plus, **how)  # type: ignore[arg-type]
@@ -180,5 +180,5 @@ def _empty_rows(
 
 
 @rows.register_fake
-def _(producer, x, second, weight, bias, eps, one_plus, fmt, group, symmetric, largest):  # type: ignore[no-untyped-def]
+def _(producer, x, second, weight, bias, eps, one_plus, fmt, group, symmetric, largest):
     return _empty_rows(producer, x, second, fmt, group, symmetric)

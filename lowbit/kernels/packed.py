@@ -1,8 +1,8 @@
 """Matrices as the kernels read them: laid out once, when a model is loaded; plain torch.
 
-Two layouts. With float inputs ("planes"), codes lie in tiles [tiles, out, words]; a word of 16 bits holds the codes of columns
-that are `width` apart, so that one mask over a register of words gives the weights of consecutive columns, and each word is
-loaded once. With 4 bits and a width of 32, word j of a tile holds columns j, 32 + j, 64 + j, 96 + j. Of 3 bits, two are in words
+Two layouts. With float inputs, codes lie in tiles [tiles, out, words]; a word of 16 bits holds the codes of columns that are
+`width` apart, so that one mask over a register of words gives the weights of consecutive columns, and each word is loaded
+once. With 4 bits and a width of 32, word j of a tile holds columns j, 32 + j, 64 + j, 96 + j. Of 3 bits, two are in words
 of 16 bits and the third in bytes. With quantized inputs, codes of 8 bits lie in rows, and those of 4 bits in such tiles, in
 words of 8 bits: byte j holds columns j (low half) and 64 + j.
 
@@ -13,6 +13,7 @@ nor precision is lost to float16.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import gcd
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,8 @@ class Packed:
 
     def to(self, device: str | torch.device) -> "Packed":
         """The same on another device."""
-        return replace(self, **{name: None if part is None else part.to(device) for name, part in self.tensors.items()})
+        moved: dict[str, Any] = {name: None if part is None else part.to(device) for name, part in self.tensors.items()}
+        return replace(self, **moved)
 
     @property
     def nbytes(self) -> int:
@@ -176,7 +178,9 @@ def stacked(parts: Sequence[Packed]) -> Packed:
     first = parts[0]
     for part in parts[1:]:
         same = (part.format, part.group, part.step, part.shape[1]) == (first.format, first.group, first.step, first.shape[1])
-        if not same or any((a is None) != (b is None) for a, b in zip(part.tensors.values(), first.tensors.values(), strict=True)):
+        if not same or any(
+            (a is None) != (b is None) for a, b in zip(part.tensors.values(), first.tensors.values(), strict=True)
+        ):
             raise ValueError(
                 f"matrices of one product differ: {first.format} of {first.shape[1]} columns in groups of {first.group}, and "
                 f"{part.format} of {part.shape[1]} in groups of {part.group}; multiply by each of them"
@@ -189,8 +193,7 @@ def stacked(parts: Sequence[Packed]) -> Packed:
         return None if tensors[0] is None else torch.cat([t for t in tensors if t is not None], axis)
 
     shape = (sum(part.shape[0] for part in parts), first.shape[1])
-    tensors = {name: joined(name) for name in first.tensors if name != "counters"}
-    assert tensors["words"] is not None
+    tensors: dict[str, Any] = {name: joined(name) for name in first.tensors if name != "counters"}
     return replace(first, **tensors, counters=_counters(tensors["words"]), shape=shape)
 
 

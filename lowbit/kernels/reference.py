@@ -1,7 +1,7 @@
 """What every kernel computes, in plain torch: slow, on any device, and the specification.
 
-Rounding is half to even, as in IEEE 754. Rows are quantized as `qtensor.fake_quantize_input` has it: one scale a row or a group of
-it (ZeroQuant, Yao et al., NeurIPS 2022, section 4.1), or one for all from calibration.
+Rounding is half to even, as in IEEE 754. Rows are quantized as `qtensor.fake_quantize_input` has it: one scale a row or a
+group of it (ZeroQuant, Yao et al., NeurIPS 2022, section 4.1), or one for all from calibration.
 """
 
 from typing import NamedTuple

@@ -1,12 +1,11 @@
 """Rows of activations as codes, by the kernel that computes them: one pass over memory, a row in registers.
 
-A program makes one row: what produces it (a norm, after the addition of a residual; SiLU times another; GELU; nothing), then the
-largest magnitude of the row or of each group, then codes. Where no inputs are quantized, the row is written as floats.
+A program makes one row: what produces it (a norm, after the addition of a residual; SiLU times another; GELU; nothing),
+then the largest magnitude of the row or of each group, then codes. Where no inputs are quantized, the row is written as floats.
 """
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -72,6 +71,10 @@ def _kernel(
         groups = tl.minimum(tl.maximum(groups, LOW), HIGH)
         if WHOLE:
             groups = groups + _ROUNDS - _ROUNDS
+        else:  # E4M3: 8 steps in a binade, from 2^-6 on
+            binade = (groups.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            rounds = tl.maximum(binade, 0.015625) * 0.125 * _ROUNDS
+            groups = groups + rounds - rounds
         tl.store(out + row * width + at, groups.to(out.dtype.element_ty).reshape(BLOCK), mask=here)
 
 

@@ -3,11 +3,11 @@
 The product is computed transposed, y^T = W x^T, because only the left operand of a tensor core may come from registers, where
 the weights are unpacked (see `packed` for their layout in planes of columns).
 
-A code becomes a float without a conversion. Integers are put into the mantissa of 1024 (float16) or 128 (bfloat16), which makes
-that number plus the code, from which that number plus the zero point is taken away, exactly. The bits of a small float are moved
-to where the larger format has them, which makes it too small by a power of two. A binary plane becomes -1 and 1: the sign of a
-one. Planes are multiplied one by one and their sums added with their factors, the offset being that of a plane of ones: no
-weight is ever rounded (LUT-GEMM, Park et al., ICLR 2024, has tables of sums instead, for one row of x).
+A code becomes a float without a conversion. Integers are put into the mantissa of 1024 (float16) or 128 (bfloat16), which
+makes that number plus the code, from which that number plus the zero point is taken away, exactly. The bits of a small float
+are moved to where the larger format has them, which makes it too small by a power of two. A binary plane becomes -1 and 1: the
+sign of a one. Planes are multiplied one by one and their sums added with their factors, the offset being that of a plane of
+ones: no weight is ever rounded (LUT-GEMM, Park et al., ICLR 2024, has tables of sums instead, for one row of x).
 
 Scales multiply the sum of a group where few rows of x share it, else the weights. From `rows_of_cublas` rows on, the weights
 are unpacked to memory and cuBLAS multiplies, which it does that much faster.
@@ -34,15 +34,15 @@ from lowbit.kernels.packed import Packed, container, planes_of
 
 
 @cache
-def _instructions(fmt: Format, dtype: torch.dtype) -> tuple[str, ...] | None:
+def _instructions(fmt: Format, dtype: torch.dtype) -> tuple[str | None, ...]:
     """For every plane (of binary coding, for every plane and bit): words in a register become two floats, see above.
 
-    None where there are none: 8-bit integers do not fit into the mantissa of a bfloat16.
+    None where there are none: in the interpreter, and for 8-bit integers, which do not fit into the mantissa of a bfloat16.
     """
     bits, half = container(fmt), dtype == torch.float16
     mantissa, one = (10, 0x3C00) if half else (7, 0x3F80)
-    if fmt.kind == "int" and bits > mantissa:
-        return None
+    if INTERPRETED or (fmt.kind == "int" and bits > mantissa):
+        return (None,) * (planes_of(bits) * max(1, fmt.bits))
     twice = 0x00010001
     low = 2 if bits == 3 else bits
 
@@ -52,36 +52,40 @@ def _instructions(fmt: Format, dtype: torch.dtype) -> tuple[str, ...] | None:
     def kept(mask: int, other: str) -> str:  # (t & mask) | other
         return f"lop3.b32 $0, t, 0x{mask * twice:08x}, {other}, 0xea;"
 
-    found = []
+    found: list[str | None] = []
     for plane in range(planes_of(bits)):
         at = plane * low
         if fmt.kind == "bcq":
             for bit in range(fmt.bits):
                 source, place = ("$2", plane) if bit == 2 and bits == 3 else ("$1", at + bit)
-                found.append(moved(source, 15 - place) + kept(0x8000, f"0x{one * twice:08x}"))
+                found.append(_scoped(moved(source, 15 - place) + kept(0x8000, f"0x{one * twice:08x}")))
         elif fmt.kind == "int":
             base = 0x6400 if half else 0x4300
             code = moved("$1", -at) + kept(2**low - 1, f"0x{base * twice:08x}")
-            found.append(code + (moved("$2", 2 - plane) + kept(4, "$0") if bits == 3 else ""))
+            found.append(_scoped(code + (moved("$2", 2 - plane) + kept(4, "$0") if bits == 3 else "")))
         else:
             up = mantissa - fmt.mantissa
             magnitude = f"{moved('$1', up - at)} and.b32 $0, t, 0x{(2 ** (bits - 1) - 1 << up) * twice:08x};"
-            found.append(magnitude + moved("$1", 15 - (at + bits - 1)) + kept(0x8000, "$0"))
-    return tuple(f"{{ .reg .b32 t; {text} }}" for text in found)
+            found.append(_scoped(magnitude + moved("$1", 15 - (at + bits - 1)) + kept(0x8000, "$0")))
+    return tuple(found)
+
+
+def _scoped(text: str) -> str:
+    return f"{{ .reg .b32 t; {text} }}"
 
 
 @triton.jit
 def _unpacked(
-    word, third, dtype: tl.constexpr, ASM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,
-    PLANE: tl.constexpr, BIT: tl.constexpr, BASE: tl.constexpr,
+    word, third, dtype: tl.constexpr, ASM: tl.constexpr, AT: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    MANTISSA: tl.constexpr, PLANE: tl.constexpr, BIT: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
     """Floats of a plane: integers BASE + code, floats without `_factor`, of binary coding -1 where the bit is 1, else 1."""
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
-    if ASM is not None:
+    if ASM[AT] is not None:
         if BITS == 3:
-            w = tl.inline_asm_elementwise(ASM, "=&r,r,r", [word, third], dtype=dtype, is_pure=True, pack=2)
+            w = tl.inline_asm_elementwise(ASM[AT], "=&r,r,r", [word, third], dtype=dtype, is_pure=True, pack=2)
         else:
-            w = tl.inline_asm_elementwise(ASM, "=&r,r", [word], dtype=dtype, is_pure=True, pack=2)
+            w = tl.inline_asm_elementwise(ASM[AT], "=&r,r", [word], dtype=dtype, is_pure=True, pack=2)
     else:
         code = (word >> (PLANE * LOW)) & ((1 << LOW) - 1)
         if BITS == 3:
@@ -101,10 +105,10 @@ def _unpacked(
 def _kernel(
     x, words, high, scale, zero, outer, bias, residual, out, scratch, counters,
     rows, columns, inner, tiles, groups, parts,
-    ASM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, CODED: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr, ASYMMETRIC: tl.constexpr,
-    BIASED: tl.constexpr, ADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    SCALE_SUMS: tl.constexpr,
+    ASM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, CODED: tl.constexpr, MANTISSA: tl.constexpr,
+    FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr,
+    ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr,
 ):  # fmt: skip
     """out [rows, columns] = x [rows, inner] W^T; programs: blocks of columns, blocks of rows, parts of K.
 
@@ -114,7 +118,7 @@ def _kernel(
     TILE: tl.constexpr = PLANES * WIDTH
     EACH: tl.constexpr = SPAN // WIDTH
     dtype = x.dtype.element_ty
-    BASE: tl.constexpr = 0 if ASM is None else (1024 if dtype == tl.float16 else 128)
+    BASE: tl.constexpr = 0 if ASM[0] is None else (1024 if dtype == tl.float16 else 128)
     block_n, block_m, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -144,8 +148,7 @@ def _kernel(
                         if bit == CODED:
                             w = tl.full((BLOCK_N, WIDTH), 1.0, dtype)
                         else:
-                            asm: tl.constexpr = None if ASM is None else ASM[plane * CODED + bit]
-                            w = _unpacked(word, third, dtype, asm, KIND, BITS, MANTISSA, plane, bit, BASE)
+                            w = _unpacked(word, third, dtype, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE)
                         sums = tl.dot(w, values, sums)
                     alpha = tl.load(scale + (group * (CODED + 1) + bit) * columns + n, mask=there, other=0.0).to(tl.float32)
                     if bit == CODED:
@@ -166,12 +169,8 @@ def _kernel(
                         mask=(m[None, :] < rows) & (k[:, None] < inner),
                         other=0.0,
                     )
-                    asm: tl.constexpr = None if ASM is None else ASM[plane]
-                    w = _unpacked(word, third, dtype, asm, KIND, BITS, MANTISSA, plane, 0, BASE)
-                    if KIND == "int":
-                        w = w - (z + BASE).to(dtype)[:, None]
-                    else:
-                        w = w * tl.full((1, 1), FACTOR, dtype)
+                    w = _unpacked(word, third, dtype, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE)
+                    w = w - (z + BASE).to(dtype)[:, None] if KIND == "int" else w * tl.full((1, 1), FACTOR, dtype)
                     if SCALE_SUMS:
                         sums = tl.dot(w, values, sums)
                     elif SCALED:
@@ -223,14 +222,14 @@ def _write(total, outer, bias, residual, out, n, m, rows, columns, BIASED: tl.co
 @triton.jit
 def _unpack_kernel(
     words, high, scale, zero, outer, out, columns, inner, groups,
-    ASM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, CODED: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr, ASYMMETRIC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ASM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, CODED: tl.constexpr, MANTISSA: tl.constexpr,
+    FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr,
+    ASYMMETRIC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [columns, inner] = the weights; programs: blocks of columns, tiles."""
     PLANES: tl.constexpr = 8 if BITS == 3 else 16 // BITS
     dtype = out.dtype.element_ty
-    BASE: tl.constexpr = 0 if ASM is None else (1024 if dtype == tl.float16 else 128)
+    BASE: tl.constexpr = 0 if ASM[0] is None else (1024 if dtype == tl.float16 else 128)
     tile = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, WIDTH)
@@ -251,12 +250,10 @@ def _unpack_kernel(
                 (1, WIDTH), tl.float32
             )
             for bit in tl.static_range(CODED):
-                asm: tl.constexpr = None if ASM is None else ASM[plane * CODED + bit]
-                w = _unpacked(word, third, dtype, asm, KIND, BITS, MANTISSA, plane, bit, BASE)
+                w = _unpacked(word, third, dtype, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE)
                 value -= w.to(tl.float32) * tl.load(alphas + bit * columns, mask=there, other=0.0).to(tl.float32)[:, None]
         else:
-            asm: tl.constexpr = None if ASM is None else ASM[plane]
-            w = _unpacked(word, third, dtype, asm, KIND, BITS, MANTISSA, plane, 0, BASE)
+            w = _unpacked(word, third, dtype, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE)
             if KIND != "int":
                 w = w * tl.full((1, 1), FACTOR, dtype)
             elif ASYMMETRIC:
@@ -309,9 +306,7 @@ def rows_of_cublas(fmt: Format) -> int:
     return 65 if fmt.kind == "bcq" else 1024
 
 
-def linear(
-    x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None, *, config: Config | None = None
-) -> Tensor:
+def linear(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None, *, config: Config | None = None) -> Tensor:
     """x [rows, in] times the packed matrix, plus bias [out], plus residual [rows, out]: [rows, out] in the dtype of x."""
     rows, (columns, inner) = len(x), packed.shape
     if rows >= rows_of_cublas(FORMATS[packed.format]) and config is None:
@@ -366,7 +361,7 @@ def _how(packed: Packed, dtype: torch.dtype) -> dict[str, Any]:
     tile = planes_of(bits) * width
     bias = 2 ** (fmt.exponent - 1) - 1 if fmt.exponent else 0
     return {
-        "ASM": None if INTERPRETED else _instructions(fmt, dtype),
+        "ASM": _instructions(fmt, dtype),
         "KIND": fmt.kind,
         "BITS": bits,
         "CODED": fmt.bits,
