@@ -76,10 +76,11 @@ def _scoped(text: str) -> str:
 
 @triton.jit
 def _unpacked(
-    word, third, dtype: tl.constexpr, ASM: tl.constexpr, AT: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    word, third, HALF: tl.constexpr, ASM: tl.constexpr, AT: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
     MANTISSA: tl.constexpr, PLANE: tl.constexpr, BIT: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
-    """Floats of a plane: integers BASE + code, floats without `_factor`, of binary coding -1 where the bit is 1, else 1."""
+    """Floats of a plane: integers BASE + code, floats too small by FACTOR, of binary coding -1 where the bit is 1, else 1."""
+    dtype = tl.float16 if HALF else tl.bfloat16
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     if ASM[AT] is not None:
         if BITS == 3:
@@ -95,7 +96,7 @@ def _unpacked(
         elif KIND == "int":
             w = code.to(dtype) + BASE
         else:
-            UP: tl.constexpr = (10 if dtype == tl.float16 else 7) - MANTISSA
+            UP: tl.constexpr = (10 if HALF else 7) - MANTISSA
             bits = ((code & ((1 << (BITS - 1)) - 1)) << UP) | ((code >> (BITS - 1)) << 15)
             w = bits.to(tl.int16).to(dtype, bitcast=True)
     return w
@@ -118,7 +119,8 @@ def _kernel(
     TILE: tl.constexpr = PLANES * WIDTH
     EACH: tl.constexpr = SPAN // WIDTH
     dtype = x.dtype.element_ty
-    BASE: tl.constexpr = 0 if ASM[0] is None else (1024 if dtype == tl.float16 else 128)
+    HALF: tl.constexpr = dtype == tl.float16
+    BASE: tl.constexpr = 0 if ASM[0] is None else (1024 if HALF else 128)
     block_n, block_m, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -148,7 +150,7 @@ def _kernel(
                         if bit == CODED:
                             w = tl.full((BLOCK_N, WIDTH), 1.0, dtype)
                         else:
-                            w = _unpacked(word, third, dtype, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE)
+                            w = _unpacked(word, third, HALF, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE)
                         sums = tl.dot(w, values, sums)
                     alpha = tl.load(scale + (group * (CODED + 1) + bit) * columns + n, mask=there, other=0.0).to(tl.float32)
                     if bit == CODED:
@@ -169,7 +171,7 @@ def _kernel(
                         mask=(m[None, :] < rows) & (k[:, None] < inner),
                         other=0.0,
                     )
-                    w = _unpacked(word, third, dtype, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE)
+                    w = _unpacked(word, third, HALF, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE)
                     w = w - (z + BASE).to(dtype)[:, None] if KIND == "int" else w * tl.full((1, 1), FACTOR, dtype)
                     if SCALE_SUMS:
                         sums = tl.dot(w, values, sums)
@@ -229,7 +231,8 @@ def _unpack_kernel(
     """out [columns, inner] = the weights; programs: blocks of columns, tiles."""
     PLANES: tl.constexpr = 8 if BITS == 3 else 16 // BITS
     dtype = out.dtype.element_ty
-    BASE: tl.constexpr = 0 if ASM[0] is None else (1024 if dtype == tl.float16 else 128)
+    HALF: tl.constexpr = dtype == tl.float16
+    BASE: tl.constexpr = 0 if ASM[0] is None else (1024 if HALF else 128)
     tile = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, WIDTH)
@@ -250,10 +253,10 @@ def _unpack_kernel(
                 (1, WIDTH), tl.float32
             )
             for bit in tl.static_range(CODED):
-                w = _unpacked(word, third, dtype, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE)
+                w = _unpacked(word, third, HALF, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE)
                 value -= w.to(tl.float32) * tl.load(alphas + bit * columns, mask=there, other=0.0).to(tl.float32)[:, None]
         else:
-            w = _unpacked(word, third, dtype, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE)
+            w = _unpacked(word, third, HALF, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE)
             if KIND != "int":
                 w = w * tl.full((1, 1), FACTOR, dtype)
             elif ASYMMETRIC:
