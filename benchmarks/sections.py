@@ -30,7 +30,8 @@ SECTIONS = {
     "depth": ("Memory of training against depth", "blocks.py --section depth --layers 4 16 --hidden 512 ..."),
     "mixed": ("Mixed precision", "mixed.py"),
     "mixed-encoder": ("Mixed precision of an encoder", "mixed.py --encoder --round --section mixed-encoder --model MINILM"),
-    "weight-only": ("Weight-only linear on a GPU", "weight_only.py"),
+    "weight-only": ("Weight-only linear on a GPU, before 2026-11-25", "kernels.py --part floats"),
+    "kernels": ("Kernels on a GPU", "kernels.py --part check|floats|others|codes|rows|binary"),
     "streaming": ("Memory on a model larger than its blocks", "streaming_memory.py"),
 }
 PACKAGES = ("torch", "transformers", "accelerate", "compressed-tensors", "safetensors", "numpy")
