@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from lowbit.arch import Arch
     from lowbit.comparison import compare
     from lowbit.evaluate import evaluate
-    from lowbit.export import load
     from lowbit.formats import Format
     from lowbit.planner import Plan, plan
     from lowbit.qtensor import QTensor, Scheme, Spec
     from lowbit.recipe import Recipe
     from lowbit.run import quantize
+    from lowbit.runtime import load
     from lowbit.unit import Unit
 
 __version__ = "0.1.0"
@@ -49,7 +49,7 @@ _MODULE_OF = {
     "Unit": "lowbit.unit",
     "compare": "lowbit.comparison",
     "evaluate": "lowbit.evaluate",
-    "load": "lowbit.export",
+    "load": "lowbit.runtime",
     "plan": "lowbit.planner",
     "quantize": "lowbit.run",
 }

@@ -76,7 +76,7 @@ class Linear:
 
 Site = tuple[str, int | None]
 Observe = Callable[[Tensor, Tensor, bool], Tensor]
-_MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class Tap(TorchFunctionMode):
             return _product(F.linear, self.observe(args[1], args[0], False), args[1], bias)
         if func is torch.addmm and len(args) == 3:
             return _product(torch.matmul, self.observe(args[2], args[1], True), args[2], args[0])
-        if func in _MATMUL and len(args) == 2 and args[1].dim() == 2:
+        if func in MATMUL and len(args) == 2 and args[1].dim() == 2:
             return _product(torch.matmul, self.observe(args[1], args[0], args[1].is_contiguous()), args[1], None)
         return func(*args, **kwargs)
 
@@ -137,15 +137,18 @@ class Arch:
         unused: checkpoint tensors the model has no place for; they are kept as they are.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    def __init__(
+        self, source: Source, dtype: torch.dtype = torch.float32, device: str = "cpu", model: "PreTrainedModel | None" = None
+    ) -> None:
+        """model: the transformers model on the meta device; built from the checkpoint's config by default."""
         self.source = source
         self.dtype = dtype
-        self.model = _empty_model(source)
+        self.model = _empty_model(source) if model is None else model
         self.device = torch.device(device)
         self.matrix_dtype = _matrix_dtype(source, dtype, self.device)
         self._matrices: frozenset[str] = frozenset()
         for name, buffer in list(self.model.named_buffers()):
-            _set_tensor(self.model, name, buffer.to(self.device))
+            _set_tensor(self.model, name, buffer if buffer.is_meta else buffer.to(self.device))
         self._places = _Places(self.model, source)
         self.unused = self._places.unused
         prefix = _block_list(self.model)
@@ -225,11 +228,23 @@ class Arch:
         """The addresses of a loaded block; see `site_of`."""
         return addresses(self.model.get_submodule(block.name), block.name + ".")
 
+    @property
+    def tied(self) -> dict[str, str]:
+        """Parameters that are the same as another, by name."""
+        return self._places.tied
+
     def site(self, tensor: str, index: int | None = None) -> Site:
         """Where the model multiplies by a checkpoint tensor (or by expert `index` of one that is 3-D)."""
+        linear = self.linear(tensor, index)
+        assert linear is not None, tensor
+        return linear.site
+
+    def linear(self, tensor: str, index: int | None = None, *, transposed: bool = False) -> Linear | None:
+        """The linear of a checkpoint tensor (or expert `index` of one that is 3-D) without a probe, so what it shares is not
+        known; `transposed` if the model keeps [in, out]. None where transformers rearranges the tensor."""
         shape = torch.Size(self.source.tensors[tensor].shape)
-        every = {self._places.param_of(tensor): False}
-        return next(x.site for x in self._places.linears(tensor, shape, every) if index in (None, x.index))
+        every = {self._places.param_of(tensor): transposed}
+        return next((x for x in self._places.linears(tensor, shape, every) if index in (None, x.index)), None)
 
     def place(self, tensor: str) -> str | None:
         """The parameter of which a checkpoint tensor is the whole or a slice; None where the model holds it otherwise."""
@@ -339,7 +354,11 @@ class Arch:
                 module = self.model.get_submodule(block.name)
                 module.forward = _Replaced(call, block, module.forward)
                 stack.callback(module.__dict__.pop, "forward")
-            return self.model(input_ids=tokens.to(self.device), **self._no_cache)
+            return self.run(tokens.to(self.device))
+
+    def run(self, tokens: Tensor) -> Any:
+        """The whole model, filled, on tokens [rows, length] on its device, without a cache."""
+        return self.model(input_ids=tokens, **self._no_cache)
 
     # --------------------------------------------------------------------------------------------------- discovery
 
@@ -358,6 +377,15 @@ class Arch:
         linear = replace(linear, shares=linear.name)
         return Block(index=len(self.blocks), name=path, tensors=tensors, linears=(linear,)), None
 
+    def sample_tokens(self) -> Tensor:
+        """Two different rows of PROBE_TOKENS tokens, none of them a special one."""
+        embedding = self.model.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        special = json.dumps([self.source.config.get(key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")])
+        named = set(map(int, re.findall(r"\d+", special)))  # each an id, a list of ids, or null
+        usable = [i for i in range(min(embedding.num_embeddings, 4 * PROBE_TOKENS)) if i not in named]
+        return torch.tensor([usable[:PROBE_TOKENS], usable[-PROBE_TOKENS:]])
+
     @torch.no_grad()
     def probe(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Discover the linears by running one short row through the model, block by block from the checkpoint.
@@ -366,12 +394,7 @@ class Arch:
             ValueError: the blocks do not form a chain, depend on the tokens beside the hidden states, contain no linear, or
                 a tensor is damaged.
         """
-        embedding = self.model.get_input_embeddings()
-        assert isinstance(embedding, nn.Embedding)
-        special = json.dumps([self.source.config.get(key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")])
-        named = set(map(int, re.findall(r"\d+", special)))  # each an id, a list of ids, or null
-        usable = [i for i in range(min(embedding.num_embeddings, 4 * PROBE_TOKENS)) if i not in named]
-        tokens = torch.tensor([usable[:PROBE_TOKENS], usable[-PROBE_TOKENS:]])
+        tokens = self.sample_tokens()
         found: list[Block] = []
         previous: list[Tensor] = []
 

@@ -251,7 +251,7 @@ def _encode_native(name: str, q: QTensor, inputs: Input | None) -> dict[str, Ten
     return tensors
 
 
-def _decode_native(name: str, tensors: dict[str, Tensor], spec: Spec, columns: int, dtype: torch.dtype) -> Tensor:
+def _decode_native(name: str, tensors: dict[str, Tensor], spec: Spec, columns: int) -> QTensor:
     bits = spec.format.bits
     codes = unpack(tensors[f"{name}.codes"], bits, columns)
     if spec.format.kind == "int":
@@ -259,7 +259,34 @@ def _decode_native(name: str, tensors: dict[str, Tensor], spec: Spec, columns: i
     scale = tensors[f"{name}.scale"]
     if spec.scale in ("e8m0", "e4m3"):
         scale = scale.view(torch.float8_e8m0fnu if spec.scale == "e8m0" else torch.float8_e4m3fn)
-    return dequantize(QTensor(codes, scale, tensors.get(f"{name}.zero"), spec, tensors.get(f"{name}.outer")), dtype)
+    return QTensor(codes, scale, tensors.get(f"{name}.zero"), spec, tensors.get(f"{name}.outer"))
+
+
+def _decode_library(name: str, tensors: dict[str, Tensor], spec: Spec, shape: tuple[int, int]) -> QTensor:
+    """The inverse of `encode` for compressed-tensors; also of what the library itself writes."""
+    from compressed_tensors.compressors.mxfp6.helpers import unpack_fp6_from_uint8
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    packed, plain, scale = (tensors.get(f"{name}.{part}") for part in ("weight_packed", "weight", "weight_scale"))
+    zero, divisor = (tensors.get(f"{name}.{part}") for part in ("weight_zero_point", "weight_global_scale"))
+    fmt = spec.format
+    assert scale is not None
+    if plain is not None:
+        codes = plain if fmt.kind == "int" else plain.view(torch.uint8)
+    elif fmt.kind == "int":
+        assert packed is not None
+        codes = unpack_from_int32(packed, fmt.bits, torch.Size(shape))
+        if zero is not None:
+            zero = unpack_from_int32(zero, fmt.bits, torch.Size((shape[0], scale.shape[-1])), packed_dim=0).contiguous()
+    else:
+        assert packed is not None
+        values = (unpack_fp4_from_uint8 if fmt == FP4_E2M1 else unpack_fp6_from_uint8)(packed, *shape, dtype=torch.float32)
+        codes = fmt.encode(values)
+    scale = scale.view(torch.float8_e8m0fnu) if spec.scale == "e8m0" else scale
+    scale = scale.reshape(-1, 1) if spec.rows == 1 and spec.group in (CHANNEL, TENSOR) else scale
+    zero = zero.reshape(scale.shape) if zero is not None and not spec.symmetric else None
+    return QTensor(codes, scale, zero, spec, None if divisor is None else 1 / divisor.reshape(1, 1))
 
 
 def write_config(
@@ -287,7 +314,8 @@ def write_config(
             for linear in linears
             if linear.name in schemes
         }
-        (folder / "config.json").write_bytes(original)
+        described = json.loads(original) | {"quantization_config": {"quant_method": NATIVE}}
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         (folder / NATIVE_FILE).write_text(
             json.dumps({"format": NATIVE, "version": _NATIVE_VERSION, "dtype": dtype, "linears": table}, indent=1) + "\n"
         )
@@ -434,6 +462,14 @@ class QuantizedSource(Source):
                 out[name] = matrices[0] if modules[0].index is None else torch.stack(matrices)
         return out
 
+    def quantized(self, name: str, device: str | torch.device = "cpu") -> QTensor:
+        """The codes and scales of a quantized linear, unpacked on `device`, without its low-rank correction."""
+        module = self.modules[name]
+        tensors = {part: tensor.to(device) for part, tensor in self._read_stored(self._parts(module)).items()}
+        if self.native:
+            return _decode_native(name, tensors, module.scheme.weight, module.shape[1])
+        return _decode_library(name, tensors, module.scheme.weight, module.shape)
+
     def schemes(self) -> dict[str, Scheme]:
         """The scheme of every quantized linear."""
         return {name: module.scheme for name, module in self.modules.items()}
@@ -482,13 +518,12 @@ class QuantizedSource(Source):
         return merged(w, self.corrections[module.name]) if module.name in self.corrections else w
 
     def _uncorrected(self, module: _Module) -> Tensor:
-        parts = self._parts(module)
-        tensors = self._read_stored(parts)
         dtype = FLOAT_DTYPES[self.tensors[module.tensor].dtype]
         if self.native:
-            return _decode_native(module.name, tensors, module.scheme.weight, module.shape[1], dtype)
+            return dequantize(self.quantized(module.name), dtype)
         from compressed_tensors.compressors import BaseCompressor
 
+        tensors = self._read_stored(self._parts(module))
         local = {name.removeprefix(module.name + "."): tensor for name, tensor in tensors.items()}
         compressor = BaseCompressor.get_value_from_registry(str(module.library.format))
         return compressor.decompress(local, module.library)["weight"].to(dtype)
@@ -646,11 +681,7 @@ def load(
     arch = Arch(source, dtype or source.dtype())
     loaded: Any = arch.fill()
     loaded.to(device)
-    generation = source.folder / "generation_config.json"
-    if generation.exists():
-        from transformers import GenerationConfig
-
-        loaded.generation_config = GenerationConfig.from_pretrained(source.folder)
+    restore_generation(loaded, source.folder)
     if isinstance(source, QuantizedSource):
         inputs = quantized_sites(arch, source)
         if inputs:
@@ -658,6 +689,14 @@ def load(
         for module, scales in source.cache_scales().items():
             simulate_cache(loaded.get_submodule(module), CacheSpec(name="fp8", format=FP8_E4M3), scales)
     return loaded
+
+
+def restore_generation(model: Any, folder: Path) -> None:
+    """Give a model the generation settings of its checkpoint, where it has any."""
+    if (folder / "generation_config.json").exists():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _quantize_inputs(model: Any, inputs: dict[Site, Input]) -> None:

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lowbit.export import QuantizedSource, open_checkpoint
+from lowbit.export import NATIVE, QuantizedSource, open_checkpoint
 from lowbit.report import read_report
 from lowbit.source import Source, read_json
 
@@ -35,7 +35,7 @@ def summary_of(model: str) -> dict[str, Any]:
         method = config.get("quant_method") if isinstance(config, dict) else None
         if config is not None and method in ("gptq", "awq"):
             return _packed(path, method, config)
-        if method not in (None, "compressed-tensors"):
+        if method not in (None, "compressed-tensors", NATIVE):
             raise ValueError(
                 f"{model} is quantized by {method}, which lowbit cannot inspect; known are compressed-tensors, gptq, awq"
             )

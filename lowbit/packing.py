@@ -47,9 +47,9 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         raise ValueError(f"a packed row of {columns} {bits}-bit codes has {packed_width(columns, bits)} bytes, not {width}")
     if bits == 8:
         return packed.clone()
-    out = torch.empty(rows, columns, dtype=torch.uint8)
-    shifts = torch.arange(8, dtype=torch.uint8)
-    weights = (2 ** torch.arange(bits)).to(torch.uint8)
+    out = torch.empty(rows, columns, dtype=torch.uint8, device=packed.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    weights = (2 ** torch.arange(bits, device=packed.device)).to(torch.uint8)
     for start, stop in _row_chunks(rows, columns):
         stream = ((packed[start:stop].unsqueeze(-1) >> shifts) & 1).flatten(1)[:, : columns * bits]
         out[start:stop] = (stream.view(stop - start, columns, bits) * weights).sum(-1, dtype=torch.uint8)

@@ -120,8 +120,11 @@ def assert_reads_back(folder: Path, arch: Arch, written: dict[str, QTensor]) -> 
         name: (info.shape, info.dtype) for name, info in original.items()
     }
     assert set(source.modules) == set(written)
-    for found in source.inputs().values():
-        assert found.largest == (pytest.approx(LARGEST, rel=2**-7) if found.calibrated else None)
+    for given in source.inputs().values():
+        assert given.largest == (pytest.approx(LARGEST, rel=2**-7) if given.calibrated else None)
+    for name, q in written.items():
+        found = source.quantized(name)
+        assert torch.equal(found.codes, q.codes) and torch.equal(dequantize(found), dequantize(q))
     values = source.read(list(original))
     plain = arch.source.read(list(original))
     by_tensor: dict[str, list[Linear]] = {}

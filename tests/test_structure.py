@@ -27,7 +27,8 @@ LEVELS = (
     ("links",),
     ("unit", "kernels"),
     ("reconstruct",),
-    ("methods", "allocate", "export", "runtime"),
+    ("methods", "allocate", "export"),
+    ("runtime", "decoding", "transformers"),
     ("recipe", "views"),
     ("parallel",),
     ("run",),
@@ -41,7 +42,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FOLDERS = {"kernels", "methods"}
 # Beyond the levels: the quantizer never needs a kernel, the runtime never needs a method. Neither written in the module
 # itself (an import inside a function counts), nor loaded by importing it (through whatever its imports import).
-NEVER = {"run": {"kernels", "runtime", "evaluate"}, "runtime": {"methods"}}
+NEVER = {"run": {"kernels", "runtime", "decoding", "evaluate"}, "runtime": {"methods"}, "transformers": {"methods"}}
 
 
 class Import(NamedTuple):

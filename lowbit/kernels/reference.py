@@ -1,28 +1,70 @@
 """What every kernel computes, in plain torch: slow, on any device, and the specification.
 
-Rounding is half to even, as in IEEE 754; int8 codes span -127 .. 127 with one scale a row (ZeroQuant, Yao et al., NeurIPS 2022,
-section 4.1).
+Rounding is half to even, as in IEEE 754. Rows are quantized as `qtensor.fake_quantize_input` has it: one scale a row or a
+group of it (ZeroQuant, Yao et al., NeurIPS 2022, section 4.1), or one for all from calibration.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INT8_MAX = 127
+from lowbit.qtensor import Spec
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times weight [out, in] transposed, summed in float32 (float64 for float64), in the dtype of x."""
+class Quantized(NamedTuple):
+    """Rows as codes: x ~ (codes - zero) * scale.
+
+    Attributes:
+        codes: [..., width], int8 or float8_e4m3fn.
+        scale: float32 [..., groups].
+        zero: the same, whole numbers; None where symmetric.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x [..., in] times weight [out, in] transposed, plus bias [out], plus residual [..., out], in the dtype of x; computed in
+    float32 (float64 for float64)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
+    out = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return (out if residual is None else out + residual.to(wide)).to(x.dtype)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., width] as int8 codes of that shape and float32 scales [..., 1], x ~ codes * scale; a row of zeros has scale 1."""
-    x = x.float()
-    largest = x.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest > 0, largest / INT8_MAX, 1.0)
-    return (x / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
+def quantize_rows(x: Tensor, spec: Spec, largest: float | None = None) -> Quantized:
+    """x [..., width] as codes, by integers of up to 8 bits or E4M3 with float scales.
+
+    Args:
+        largest: the largest magnitude seen in calibration, where the spec is static.
+    """
+    fmt = spec.format
+    kind = torch.int8 if fmt.kind == "int" else torch.float8_e4m3fn
+    groups = x.float().unflatten(-1, (-1, spec.group_size(x.shape[-1])))
+    zero = None
+    if not spec.dynamic:
+        assert largest is not None
+        scale = torch.full_like(groups[..., :1], largest / fmt.max)
+    elif spec.symmetric:
+        scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / fmt.max
+    else:
+        low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+        scale = (high - low).clamp(min=1e-12) / (fmt.max - fmt.min)
+        zero = (fmt.min - low / scale).round()
+    values = groups / scale if zero is None else groups / scale + zero
+    codes = fmt.round(values).to(kind).flatten(-2)
+    return Quantized(codes, scale.squeeze(-1), None if zero is None else zero.squeeze(-1))
+
+
+def dequantize_rows(x: Quantized) -> Tensor:
+    """The float32 rows that codes stand for."""
+    groups = x.codes.float().unflatten(-1, (x.scale.shape[-1], -1))
+    if x.zero is not None:
+        groups = groups - x.zero[..., None]
+    return (groups * x.scale[..., None]).flatten(-2)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,9 +73,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last axis, float32."""
-    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
+    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), None if bias is None else bias.float(), eps)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -41,15 +83,6 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate.float()) * up.float()
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The exact GELU, float32."""
-    return F.gelu(x.float())
-
-
-def int8_linear(
-    codes: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Product of int8 codes [rows, in] (scale [rows, 1]) and int8 weights [out, in] (scale [out]), summed exactly."""
-    total = codes.double() @ weight.double().T
-    out = total * x_scale.double() * w_scale.double()
-    return (out if bias is None else out + bias.double()).to(dtype)
+def gelu(x: Tensor, tanh: bool = False) -> Tensor:
+    """GELU, exact or by its approximation with tanh, float32."""
+    return F.gelu(x.float(), approximate="tanh" if tanh else "none")

@@ -1,0 +1,362 @@
+"""The kernels on a GPU: checked against the specification first, then timed beside what PyTorch has.
+
+    python benchmarks/kernels.py --part check|floats|others|codes|rows|binary [--sweep]
+
+Each part takes a few minutes and writes its own file; the table of all parts that are there goes into the section `kernels`.
+
+check: every scheme, dtype, and odd shapes, outputs poisoned by NaN, the same bits twice; without a GPU on small shapes, by
+the specification or, with TRITON_INTERPRET=1, by the interpreted kernels. Times: CUDA graphs of launches over as many copies of
+the weights as exceed twice the L2 cache, the median of replays; the floor is bytes over the read bandwidth, or operations over
+the rate of a large product, both measured in that run. --sweep also times other configurations and says which are best. The
+exit status is 1 if a check fails or a bar is missed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from sections import RESULTS, ROOT, describe, environment, keep
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from lowbit.kernels import codes, entry, reference, weight_only
+from lowbit.kernels.entry import Prepared, linear, prepare
+from lowbit.kernels.packed import unpack
+from lowbit.kernels.weight_only import Config
+from lowbit.qtensor import QTensor, find_params, parse_scheme, quantize
+from lowbit.report import table
+from lowbit.unit import Input
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (5120, 13824), (8192, 28672)]  # in, out
+ROWS = [1, 4, 16, 64, 256, 2048]
+CHECKS = [
+    *("w2a16-g32", "w2a16-g64-asym", "w3a16-g128", "w3a16-g64-asym", "w4a16-g32", "w4a16-g64-asym", "w4a16-g128"),
+    *("w4a16-g128-asym", "w4a16-channel", "w4a16-g128-two", "w8a16-g128", "w8a16-channel-asym", "w8a16-g32", "mxfp4a16"),
+    *("nvfp4a16", "mxfp8a16", "fp8a16", "bcq1", "bcq2", "bcq3", "bcq4"),
+    *("w8a8", "w8a8-aasym", "w8a8-ag128", "fp8", "fp8-block", "w4a8", "w4a8-channel", "w4a8-g128-asym", "w4a8-g128-two"),
+]
+SHAPES_OF_CHECKS = [(1, 256, 1024), (5, 1024, 640), (17, 384, 1408), (64, 384, 2048), (130, 640, 4096), (300, 256, 896)]
+PRODUCERS: dict[str, tuple[int, Callable[..., Any]]] = {  # bytes an element with int8 codes and 16-bit floats; the producer
+    "add_rms_norm": (7, lambda x, y, w: entry.add_rms_norm(x, y, w, 1e-6)),
+    "layer_norm": (3, lambda x, y, w: entry.layer_norm(x, w, w, 1e-5)),
+    "silu_mul": (5, lambda x, y, w: entry.silu_mul(x, y)),
+    "gelu": (3, lambda x, y, w: entry.gelu(x)),
+    "plain": (3, lambda x, y, w: entry.plain(x)),
+}
+SWEEP = {
+    16: [Config(16, n, s, stages=p) for n in (64, 128) for s in (2, 4, 8, 16) for p in (3, 5, 8)],
+    64: [Config(m, n, s, stages=p) for m in (32, 64) for n in (64, 128) for s in (1, 2, 4, 8) for p in (3, 5)],
+    256: [Config(m, n, s, w, p) for m in (64, 128, 256) for n in (64, 128) for s in (1, 2, 4) for w, p in ((4, 3), (8, 4))],
+    8192: [Config(m, n, 1, w, p) for m in (128, 256) for n in (128, 256) for w in (4, 8) for p in (3, 4)],
+}
+
+
+def quantized(scheme: str, out: int, inner: int, dtype: torch.dtype = torch.float16) -> QTensor:
+    """A random matrix, quantized."""
+    spec = parse_scheme(scheme).weight
+    w = torch.randn(out, inner, device=DEVICE) / inner**0.5
+    return quantize(w, find_params(w, spec, scale_dtype=dtype), spec)
+
+
+def prepared(scheme: str, out: int, inner: int, dtype: torch.dtype = torch.float16) -> Prepared:
+    """The same, laid out."""
+    inputs = parse_scheme(scheme).input
+    given = None if inputs is None else Input(inputs)
+    return prepare(quantized(scheme, out, inner, dtype), inputs=given, dtype=dtype, device=DEVICE)
+
+
+def check() -> list[dict[str, Any]]:
+    """Relative errors of every scheme, dtype and a few shapes; a row that is wrong is not "right"."""
+    rows = []
+    shapes = SHAPES_OF_CHECKS if DEVICE == "cuda" else [(3, 128, 256)]
+    for dtype in (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,):
+        most = 1e-3 if dtype == torch.float16 else 8e-3
+        for scheme in CHECKS:
+            worst, same = 0.0, True
+            for m, out, inner in shapes:
+                inner = inner // 128 * 128
+                matrix = prepared(scheme, out, inner, dtype)
+                x = torch.randn(m, inner, device=DEVICE, dtype=dtype)
+                bias, residual = (torch.randn(*shape, device=DEVICE, dtype=dtype) for shape in ((out,), (m, out)))
+                rows_of_x = x if matrix.inputs is None else entry.plain(x, matrix.inputs)
+                known = x if isinstance(rows_of_x, torch.Tensor) else reference.dequantize_rows(rows_of_x)
+                wanted = reference.linear(known.double(), unpack(matrix.packed), bias, residual)
+                torch.full((m, out), float("nan"), device=DEVICE, dtype=dtype)  # what the output may be put on
+                found = linear(rows_of_x, matrix, bias, residual)
+                same &= torch.equal(found, linear(rows_of_x, matrix, bias, residual))
+                error = float((found.double() - wanted).norm() / wanted.norm())
+                worst = max(worst, error if error == error else float("inf"))
+            rows.append({"scheme": scheme, "dtype": str(dtype), "error": worst, "right": worst < most and same})
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows + check_rows()
+
+
+def check_rows() -> list[dict[str, Any]]:
+    """The same for the row quantizers: codes that differ from the specification's, by more than one or in more than 1 %."""
+    rows = []
+    x, y = (torch.randn(33, 1408, device=DEVICE, dtype=torch.float16) for _ in range(2))
+    w = torch.rand(1408, device=DEVICE, dtype=torch.float16)
+    wanted = {
+        "add_rms_norm": reference.rms_norm(x + y, w, 1e-6),
+        "layer_norm": reference.layer_norm(x, w, w, 1e-5),
+        "silu_mul": reference.silu_mul(x, y),
+        "gelu": reference.gelu(x),
+        "plain": x.float(),
+    }
+    for name, (_, producer) in PRODUCERS.items():
+        made = producer(x, y, w)
+        found = made if isinstance(made, reference.Quantized) else made[0]
+        expected = reference.quantize_rows(wanted[name], entry.INT8.spec)
+        apart = (found.codes.int() - expected.codes.int()).abs()
+        share = float((apart > 0).float().mean())
+        rows.append({"scheme": name, "dtype": "int8", "error": share, "right": int(apart.max()) <= 1 and share < 0.01})
+    return rows
+
+
+def time_of(launches: list[Callable[[], Any]], replays: int = 15) -> float:
+    """Median microseconds of one of the launches, run one after the other in a CUDA graph."""
+    for launch in launches[:2]:
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    times = []
+    for _ in range(replays + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(launches))
+    return statistics.median(times[3:])
+
+
+def copies_of(nbytes: int) -> int:
+    """How many copies exceed twice the L2 cache."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, -(-2 * cache // nbytes) + 1)
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes read a second, and float16 operations a second."""
+    big = torch.randn(2**28, device="cuda")
+    read = time_of([lambda: big.sum()] * 4)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
+    product = time_of([lambda: a @ b] * 4)
+    other = torch.empty_like(big)
+    copy = time_of([lambda: other.copy_(big)] * 4)
+    return {"bytes": big.nbytes / read * 1e6, "copy": 2 * big.nbytes / copy * 1e6, "operations": 2 * 8192**3 / product * 1e6}
+
+
+def copies(matrix: Prepared) -> list[Prepared]:
+    """As many as exceed twice the L2 cache."""
+    return [matrix, *(matrix.to("cpu").to(DEVICE) for _ in range(copies_of(matrix.nbytes) - 1))]
+
+
+def cublas(m: int, inner: int, out: int) -> float:
+    """Microseconds of a float16 product."""
+    weights = [torch.randn(out, inner, device=DEVICE, dtype=torch.float16) for _ in range(copies_of(2 * out * inner))]
+    x = torch.randn(m, inner, device=DEVICE, dtype=torch.float16)
+    return time_of([lambda w=w: x @ w.T for w in weights])
+
+
+def tinygemm(m: int, inner: int, out: int) -> float:
+    """Microseconds of PyTorch's int4 kernel (bfloat16, groups of 128)."""
+    codes = torch.randint(0, 256, (out, inner // 2), device=DEVICE, dtype=torch.uint8)
+    words = torch._convert_weight_to_int4pack(codes, 8)
+    scales = torch.rand(inner // 128, out, 2, device=DEVICE, dtype=torch.bfloat16)
+    many = [words.clone() for _ in range(copies_of(words.nbytes))]
+    x = torch.randn(m, inner, device=DEVICE, dtype=torch.bfloat16)
+    return time_of([lambda w=w: torch._weight_int4pack_mm(x, w, 128, scales) for w in many])
+
+
+def int_mm(m: int, inner: int, out: int) -> float:
+    """Microseconds of PyTorch's int8 product alone, without scales."""
+    many = [torch.ones(out, inner, device=DEVICE, dtype=torch.int8) for _ in range(copies_of(out * inner))]
+    x = torch.ones(m, inner, device=DEVICE, dtype=torch.int8)
+    return time_of([lambda w=w: torch._int_mm(x, w.T) for w in many])
+
+
+def scaled_mm(m: int, inner: int, out: int) -> float:
+    """Microseconds of PyTorch's E4M3 product with a scale for each row and output, bfloat16 out."""
+    kind = torch.float8_e4m3fn
+    many = [torch.ones(out, inner, device=DEVICE).to(kind) for _ in range(copies_of(out * inner))]
+    x, a, b = torch.ones(m, inner, device=DEVICE).to(kind), torch.ones(m, 1, device=DEVICE), torch.ones(1, out, device=DEVICE)
+    return time_of([lambda w=w: torch._scaled_mm(x, w.T, a, b, out_dtype=torch.bfloat16, use_fast_accum=True) for w in many])
+
+
+def gemlite(m: int, inner: int, out: int) -> float:
+    """Microseconds of gemlite's int4 kernel, where that is installed (ImportError otherwise)."""
+    from gemlite.core import DType, GemLiteLinearTriton
+
+    layer = GemLiteLinearTriton(4, 128, inner, out, DType.FP16, DType.FP16)
+    scales = torch.rand(out * inner // 128, 1, device=DEVICE, dtype=torch.float16)
+    layer.pack(torch.randint(0, 16, (out, inner), device=DEVICE, dtype=torch.uint8), scales, torch.full_like(scales, 8))
+    x = torch.randn(m, inner, device=DEVICE, dtype=torch.float16)
+    return time_of([lambda: layer(x)] * 4)
+
+
+def timed(peer: Callable[[int, int, int], float], m: int, inner: int, out: int) -> dict[str, float]:
+    """Microseconds of a peer by its name; none where it does not take the shape, which is said."""
+    try:
+        return {peer.__name__: peer(m, inner, out)}
+    except (RuntimeError, ImportError, AttributeError) as error:
+        print(f"{peer.__name__} {m} x {inner} x {out}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+        return {}
+
+
+def swept(x: torch.Tensor, many: list[Prepared]) -> tuple[float, Config | None]:
+    """The least microseconds, and of which configuration; of codes without their quantization."""
+    inputs = many[0].inputs
+    rows = x if inputs is None else entry.plain(x, inputs)
+
+    def run(matrix: Prepared, config: Config) -> torch.Tensor:
+        if isinstance(rows, torch.Tensor):
+            return weight_only.linear(rows, matrix.packed, None, None, config=config)
+        return codes.linear(rows, matrix.packed, None, None, matrix.dtype, config=config)
+
+    best, found = float("inf"), None
+    for config in SWEEP[next(limit for limit in SWEEP if len(x) <= limit)]:
+        try:
+            taken = time_of([lambda w=w, config=config: run(w, config) for w in many], replays=7)
+        except (RuntimeError, AssertionError, OutOfResources, PTXASError, CompilationError) as error:  # does not fit the GPU
+            print(f"{config}: {str(error).splitlines()[0][:80]}", file=sys.stderr)
+            continue
+        if taken < best:
+            best, found = taken, config
+    return best, found
+
+
+def measured(part: str, sweep: bool, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Every shape, number of rows and scheme of a part, with the peers of that part."""
+    schemes, rows, others = PARTS[part]
+    for inner, out in SHAPES:
+        beside: dict[int, dict[str, float]] = {}
+        for scheme in schemes:
+            matrix = prepared(scheme, out, inner, torch.bfloat16 if scheme == "fp8" else torch.float16)
+            many = copies(matrix)
+            for m in rows:
+                if m not in beside:
+                    beside[m] = {name: us for peer in others for name, us in timed(peer, m, inner, out).items()}
+                x = torch.randn(m, inner, device=DEVICE, dtype=matrix.dtype)
+                rate = limits["operations"] * (1 if matrix.inputs is None else 2)
+                floor = max((matrix.nbytes + 2 * m * (inner + out)) / limits["bytes"], 2 * m * inner * out / rate) * 1e6
+                row: dict[str, Any] = {"scheme": scheme, "inner": inner, "out": out, "m": m, "floor": floor}
+                row["lowbit"] = time_of([lambda w=w: linear(x, w) for w in many])
+                if sweep:
+                    row["best"], config = swept(x, many)
+                    row["best_config"] = None if config is None else vars(config)
+                yield row | beside[m]
+
+
+def measured_rows(limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Every producer, 2048 rows of 4096."""
+    for name, (nbytes, producer) in PRODUCERS.items():
+        count = copies_of(nbytes * 2048 * 4096)
+        many = [tuple(torch.randn(2048, 4096, device=DEVICE, dtype=torch.float16) for _ in range(2)) for _ in range(count)]
+        w = torch.rand(4096, device=DEVICE, dtype=torch.float16)
+        row: dict[str, Any] = {"scheme": name, "inner": 4096, "out": 4096, "m": 2048}
+        row["floor"] = nbytes * 2048 * 4096 / limits["copy"] * 1e6
+        yield row | {"lowbit": time_of([lambda x=x, y=y, w=w, make=producer: make(x, y, w) for x, y in many])}
+
+
+# Schemes, numbers of rows, and what they are timed beside.
+PARTS: dict[str, tuple[list[str], list[int], list[Callable[[int, int, int], float]]]] = {
+    "floats": (["w4a16-g128"], ROWS, [cublas, tinygemm, gemlite]),
+    "others": (["w2a16-g64", "w3a16-g128", "w8a16-channel", "mxfp4a16", "nvfp4a16"], [1, 16, 256], [cublas]),
+    "codes": (["w8a8", "fp8", "w4a8-channel", "w4a8"], [16, 64, 256, 2048, 8192], [cublas, int_mm, scaled_mm]),
+    "binary": (["bcq2", "bcq3", "bcq4"], [1, 4, 16], [cublas]),
+}
+LUT_GEMM = {"bcq2": 0.32, "bcq3": 0.41, "bcq4": 0.49}  # its time at M = 1 over that of cuBLAS, 4096 x 11008, one H100
+
+
+def met(part: str, row: dict[str, Any]) -> bool | None:
+    """Whether a row does what is asked for; None where nothing is."""
+    ours, m, floor = row["lowbit"], row["m"], row["floor"]
+    if part == "rows":
+        return ours <= 1.25 * floor
+    if "cublas" not in row:
+        return None
+    if part == "floats":
+        rival = min(row[name] for name in ("cublas", "tinygemm", "gemlite") if name in row)
+        near = m > 16 or floor < 10 or ours <= (1.2 if floor >= 40 else 1.35) * floor
+        return ours <= (1.0 if m <= 64 else 1.1) * rival and near
+    if part == "binary":
+        return ours <= LUT_GEMM[row["scheme"]] * row["cublas"] if m == 1 else None
+    if part == "codes" and row["scheme"] in ("w8a8", "fp8"):
+        return ours * (1.5 if m >= 2048 else 1.0) <= row["cublas"]
+    return None
+
+
+def markdown(parts: dict[str, dict[str, Any]]) -> str:
+    """The section `kernels`."""
+    first = next(iter(parts.values()))
+    lines = [*describe(first["environment"])]
+    for part, result in parts.items():
+        lines += ["", f"### {part}", ""]
+        if part == "check":
+            wrong = [f"{row['scheme']} {row['dtype']} {row['error']:.1e}" for row in result["rows"] if not row["right"]]
+            lines.append(f"{len(result['rows'])} schemes, dtypes and producers checked; wrong: {', '.join(wrong) or 'none'}")
+            continue
+        limits, rows = result["limits"], result["rows"]
+        lines += [
+            f"Read {limits['bytes'] / 1e12:.2f} TB/s, copy {limits['copy'] / 1e12:.2f} TB/s, cuBLAS float16 "
+            f"{limits['operations'] / 1e12:.0f} T/s. Microseconds, medians of CUDA-graph replays, with the quantization of inputs.",
+            "",
+        ]
+        others = [
+            name for name in ("best", "cublas", "tinygemm", "gemlite", "int_mm", "scaled_mm") if any(name in r for r in rows)
+        ]
+        words = {True: "met", False: "missed", None: ""}
+        cells = [
+            [row["scheme"], f"{row['inner']} x {row['out']}", str(row["m"]), f"{row['lowbit']:.1f}", f"{row['floor']:.1f}"]
+            + [f"{row[name]:.1f}" if name in row else "" for name in others]
+            + [words[met(part, row)]]
+            for row in rows
+        ]
+        lines.append(table(["scheme", "in x out", "M", "lowbit", "floor", *others, "bar"], cells))
+    return "\n".join(lines)
+
+
+def measure(part: str, *, sweep: bool = False) -> dict[str, Any]:
+    """One part: environment, limits (but of "check") and rows; what `lowbit bench` may call."""
+    torch.manual_seed(0)
+    where = environment(DEVICE)
+    if part == "check":
+        return {"environment": where, "rows": check()}
+    limits = ceilings()
+    rows = []
+    for row in measured_rows(limits) if part == "rows" else measured(part, sweep, limits):
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        rows.append(row)
+    return {"environment": where, "limits": limits, "rows": rows}
+
+
+def main() -> int:
+    """Check or time, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["check", "rows", *PARTS], default="check")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "kernels")
+    parser.add_argument("--markdown", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    result = measure(args.part, sweep=args.sweep)
+    there = {name: args.out / f"{name}.json" for name in ("check", "rows", *PARTS)}
+    parts = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in there.items() if path.exists()}
+    parts[args.part] = result
+    keep(result, there[args.part], markdown(parts), page=args.markdown, name="kernels")
+    if args.part == "check":
+        return 0 if all(row["right"] for row in result["rows"]) else 1
+    return 0 if all(met(args.part, row) is not False for row in result["rows"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

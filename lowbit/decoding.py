@@ -1,0 +1,207 @@
+"""Generation with a static key-value cache, where every step after the prompt is one CUDA graph.
+
+A step takes its token, its position and its cache from fixed addresses and leaves the next token and position there, so that it
+is captured once and replayed without Python; what is generated is looked at every few steps only. On a CPU the same step
+runs without a graph. Greedy output is that of transformers' generate.
+"""
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOOK = 16  # steps between two looks for the end of the text
+_WARM_UP = 3
+# Settings of generation that change what greedy decoding gives, and their values that do not.
+_PLAIN = {
+    "repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,), "sequence_bias": (None,), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []),
+    "forced_bos_token_id": (None,), "forced_eos_token_id": (None,), "min_length": (None, 0), "min_new_tokens": (None, 0),
+    "num_beams": (None, 1), "guidance_scale": (None, 1.0), "stop_strings": (None,), "exponential_decay_length_penalty": (None,),
+    "top_k": (None, 50, 0), "top_p": (None, 1.0), "min_p": (None,), "watermarking_config": (None,), "penalty_alpha": (None,),
+}  # fmt: skip
+
+
+class Decoder:
+    """A causal language model with a static cache for `rows` sequences of up to `length` tokens.
+
+    Attributes:
+        token, position: [rows, 1] int64, of the next step; a step replaces them by the likeliest token and its position.
+        logits: [rows, vocabulary], what the last call gave for its last position.
+    """
+
+    def __init__(self, model: Any, rows: int, length: int, *, compiled: bool = False) -> None:
+        """compiled: have torch.compile join what lies between the products, which takes a minute.
+
+        Raises:
+            ValueError: the model cannot decode so; see `reason_against`.
+        """
+        from transformers import StaticCache
+
+        reason = reason_against(model)
+        if reason is not None:
+            raise ValueError(reason)
+        self.model = model
+        self.length = length
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
+        self.position = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
+        self.logits: Tensor = torch.empty(0)
+        self._forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self._graph: Any = None
+
+    @torch.no_grad()
+    def prefill(self, prompt: Tensor) -> Tensor:
+        """Start anew with a prompt [rows, tokens]; returns `logits`."""
+        self.cache.reset()
+        positions = torch.arange(prompt.shape[1], device=prompt.device).expand(len(prompt), -1)
+        out = self.model(input_ids=prompt, position_ids=positions, past_key_values=self.cache, use_cache=True, **self._last)
+        if self._graph is None:
+            self.logits = out.logits[:, -1].clone()
+        else:
+            self.logits.copy_(out.logits[:, -1])
+        self.token.copy_(self.logits.argmax(-1, keepdim=True))
+        self.position.fill_(prompt.shape[1])
+        return self.logits
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Have later steps replay a CUDA graph; after the first `prefill`, which lays out the cache.
+
+        Raises:
+            ValueError: the step of this model cannot be captured; see `reason_against_graph`.
+        """
+        reason = reason_against_graph(self.model, self.length)
+        if reason is not None:
+            raise ValueError(reason)
+        counts = [(layer, layer.cumulative_length.clone()) for layer in self.cache.layers]
+        token, position, logits = self.token.clone(), self.position.clone(), self.logits.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                self._restore(counts, token, position)
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        self._restore(counts, token, position)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self._graph = graph
+        self._restore(counts, token, position)
+        self.logits.copy_(logits)
+
+    def _restore(self, counts: list[tuple[Any, Tensor]], token: Tensor, position: Tensor) -> None:
+        for layer, count in counts:
+            layer.cumulative_length.copy_(count)
+            if hasattr(layer, "cumulative_length_int"):
+                layer.cumulative_length_int = int(count)
+        self.token.copy_(token)
+        self.position.copy_(position)
+
+    def step(self) -> Tensor:
+        """Run `token` at `position`; returns `logits`, and both have gone on."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            with torch.no_grad():
+                self._step()
+        return self.logits
+
+    def _step(self) -> None:
+        out = self._forward(
+            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True, **self._last
+        )
+        self.logits.copy_(out.logits[:, -1])
+        self.token.copy_(self.logits.argmax(-1, keepdim=True))
+        self.position.add_(1)
+
+
+def reason_against(model: Any) -> str | None:
+    """Why a model cannot decode with a static cache at given positions; None if it can."""
+    forward = inspect.signature(model.forward).parameters
+    for name in ("past_key_values", "position_ids"):
+        if name not in forward:
+            return f"{type(model).__name__} takes no {name}"
+    settings = getattr(model, "generation_config", None)
+    changed = [name for name, plain in _PLAIN.items() if getattr(settings, name, None) not in plain]
+    return f"its generation settings have {', '.join(changed)}" if changed else None
+
+
+def reason_against_graph(model: Any, length: int) -> str | None:
+    """Why a step cannot be a CUDA graph; None if it can."""
+    if model.device.type != "cuda":
+        return f"there are no CUDA graphs on {model.device}"
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < length and getattr(config, "use_sliding_window", True):
+        return f"a window of {window} tokens slides within {length}, which changes the step"
+    experts = [name for name, module in model.named_modules() if type(module).__name__.endswith("Experts")]
+    return f"which experts run depends on the tokens ({experts[0]})" if experts else None
+
+
+@torch.no_grad()
+def generate(
+    model: Any, prompt: Tensor, *, tokens: int, temperature: float = 0.0, graph: bool | None = None, compiled: bool = False
+) -> Tensor:
+    """Continue a prompt [rows, length] by up to `tokens` tokens.
+
+    Args:
+        temperature: 0 takes the likeliest token, more samples, from torch's default generator.
+        graph: whether steps are one CUDA graph; by default wherever that can be, with a warning where it cannot on a GPU.
+        compiled: see `Decoder`.
+
+    Returns:
+        [rows, length + tokens], or fewer where all rows have ended; ended rows are filled up as transformers fills them.
+    """
+    reason = reason_against(model)
+    if reason is not None:
+        warnings.warn(f"decoding by transformers' generate, without a graph: {reason}", stacklevel=2)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, **sampling)
+    length = prompt.shape[1] + tokens
+    decoder = Decoder(model, len(prompt), length, compiled=compiled)
+    decoder.prefill(prompt)
+    against = reason_against_graph(model, length)
+    if graph or (graph is None and against is None):
+        decoder.capture()
+    elif graph is None and model.device.type == "cuda":
+        warnings.warn(f"decoding without a graph: {against}", stacklevel=2)
+    ends = _ends(model)
+    found = prompt.new_zeros(len(prompt), tokens)
+    made = 0
+    while made < tokens:
+        if temperature > 0:
+            decoder.token.copy_(torch.multinomial((decoder.logits.float() / temperature).softmax(-1), 1))
+        found[:, made] = decoder.token[:, 0]
+        made += 1
+        if ends and (made % LOOK == 0 or made == tokens) and bool(torch.isin(found[:, :made], _like(ends, found)).any(1).all()):
+            break
+        if made < tokens:
+            decoder.step()
+    return torch.cat([prompt, _ended(model, found[:, :made], ends)], 1)
+
+
+def _ends(model: Any) -> list[int]:
+    """The tokens that end a text."""
+    given = getattr(model.generation_config, "eos_token_id", None)
+    return [] if given is None else [given] if isinstance(given, int) else list(given)
+
+
+def _like(ids: list[int], tokens: Tensor) -> Tensor:
+    return torch.tensor(ids, dtype=tokens.dtype, device=tokens.device)
+
+
+def _ended(model: Any, found: Tensor, ends: list[int]) -> Tensor:
+    """Cut off what was generated after all rows had ended, and fill up those that ended earlier."""
+    if not ends:
+        return found
+    ended = torch.isin(found, _like(ends, found)).int().cumsum(1)
+    after = (ended - torch.isin(found, _like(ends, found)).int()) > 0  # an end came before
+    fill = model.generation_config.pad_token_id
+    found = found.masked_fill(after, ends[0] if fill is None else fill)
+    alive = int((~after).any(0).sum())
+    return found[:, :alive]

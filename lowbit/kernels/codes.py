@@ -1,0 +1,184 @@
+"""Products of codes: int8 or E4M3 rows of inputs with weights of 8 bits, and int8 rows with integers of up to 4 bits.
+
+The product is computed transposed, as in `weight_only`: few rows of x do not fill the 64 rows that a tensor core's instruction
+has, but outputs do. Codes of 4 bits become bytes without a conversion: each half of a byte, moved to the top, is 16 times its
+code, which the scale takes back. With groups, the sum of a step of up to 128 columns is scaled by the group of the weights and
+that of the inputs. Such a sum of integers starts at the bits of 1.5 * 2^23 and is read as a float, from which that number is
+taken away: no conversion (|sum| < 2^22).
+
+Zero points of inputs take away sums of weights, which were computed when these were packed; those of 4-bit weights are taken
+from the codes. K is split, and parts are added, as in `weight_only`.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lowbit.formats import FORMATS
+from lowbit.kernels.packed import ALIGNED, STEP, Packed
+from lowbit.kernels.reference import Quantized
+from lowbit.kernels.weight_only import INTERPRETED, Config, _added, _write, processors, scratch_for
+
+_UPPER = "and.b32 $0, $1, 0xf0f0f0f0;"
+_LOWER = "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xf0f0f0f0; }"
+_BITS_OF_ROUNDS = tl.constexpr(0x4B400000)
+_ROUNDS = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _step(x, words, zero, acc, n0, m0, k, n, columns, ASM: tl.constexpr, FOUR: tl.constexpr, ASYMMETRIC: tl.constexpr,
+          GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """acc plus the product of BLOCK_K columns from k on."""
+    if FOUR:
+        HALF: tl.constexpr = BLOCK_K // 2
+        pair = words.load([k // BLOCK_K * columns + n0, 0])
+        for half in tl.static_range(2):
+            if ASM[half] is None:
+                w = (pair << 4) if half == 0 else (pair >> 4 << 4)
+            else:
+                w = tl.inline_asm_elementwise(ASM[half], "=r,r", [pair], dtype=tl.int8, is_pure=True, pack=4)
+            if ASYMMETRIC:
+                group = k // GROUP if GROUP > 0 else 0
+                z = tl.load(zero + group * columns + n, mask=n < columns, other=0.0).to(tl.int8)
+                w = (w >> 4) - z[:, None]
+            acc = tl.dot(w, x.load([m0, k + half * HALF]).T, acc, out_dtype=acc.dtype)
+    else:
+        acc = tl.dot(words.load([n0, k]), x.load([m0, k]).T, acc, out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit
+def _kernel(
+    x, words, x_scale, x_zero, scale, zero, outer, sums, bias, residual, out, scratch, counters,
+    rows, columns, inner, parts, x_groups,
+    ASM: tl.constexpr, FOUR: tl.constexpr, FLOAT: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
+    STEPS: tl.constexpr, ASYMMETRIC: tl.constexpr, X_ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """out [rows, columns] = x [rows, inner] W^T; programs: blocks, parts of K. BAND columns of blocks at a time share x."""
+    block, part = tl.program_id(0), tl.program_id(1)
+    blocks_m, blocks_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    band = block // (BAND * blocks_m)
+    height = tl.minimum(blocks_n - band * BAND, BAND)
+    inside = block % (BAND * blocks_m)
+    n0, m0 = (band * BAND + inside % height) * BLOCK_N, (inside // height) * BLOCK_M
+    n, m = n0 + tl.arange(0, BLOCK_N), m0 + tl.arange(0, BLOCK_M)
+    there = n < columns
+    OF: tl.constexpr = tl.float32 if FLOAT else tl.int32
+    UNIT: tl.constexpr = 0.0625 if FOUR and not ASYMMETRIC else 1.0
+    steps = tl.cdiv(inner, BLOCK_K)
+    each = tl.cdiv(steps, parts)
+    first, last = part * each, tl.minimum(steps, part * each + each)
+    if STEPS:
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for step in range(first, last):
+            k = step * BLOCK_K
+            if FLOAT:
+                value = _step(x, words, zero, tl.zeros((BLOCK_N, BLOCK_M), OF), n0, m0, k, n, columns, ASM, FOUR, ASYMMETRIC,
+                              GROUP, BLOCK_N, BLOCK_K)  # fmt: skip
+            else:
+                start = tl.full((BLOCK_N, BLOCK_M), _BITS_OF_ROUNDS, OF)
+                acc = _step(x, words, zero, start, n0, m0, k, n, columns, ASM, FOUR, ASYMMETRIC, GROUP, BLOCK_N, BLOCK_K)
+                value = (acc.to(tl.float32, bitcast=True) - _ROUNDS) * UNIT
+            x_group = k // X_GROUP if X_GROUP > 0 else 0
+            if X_ASYMMETRIC:
+                z = tl.load(x_zero + m.to(tl.int64) * x_groups + x_group, mask=m < rows, other=0.0)
+                value -= z[None, :] * tl.load(sums + step * columns + n, mask=there, other=0.0)[:, None]
+            if X_GROUP > 0:
+                value *= tl.load(x_scale + m.to(tl.int64) * x_groups + x_group, mask=m < rows, other=0.0)[None, :]
+            if GROUP > 0:
+                s = tl.load(scale + k // GROUP * columns + n, mask=there, other=0.0).to(tl.float32)
+                total += value * s[:, None]
+            else:
+                total += value
+    else:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), OF)
+        for step in range(first, last):
+            k = step * BLOCK_K
+            acc = _step(x, words, zero, acc, n0, m0, k, n, columns, ASM, FOUR, ASYMMETRIC, GROUP, BLOCK_N, BLOCK_K)
+        total = acc.to(tl.float32) * UNIT
+        if X_ASYMMETRIC:
+            z = tl.load(x_zero + m, mask=m < rows, other=0.0) * (part == 0)
+            total -= z[None, :] * tl.load(sums + n, mask=there, other=0.0)[:, None]
+    if X_GROUP == 0:
+        total *= tl.load(x_scale + m, mask=m < rows, other=0.0)[None, :]
+    if SPLIT:
+        finished, total = _added(total, scratch, counters, parts, part, block)
+        if finished:
+            _write(total, outer, bias, residual, out, n, m, rows, columns, BIASED, ADDED)
+    else:
+        _write(total, outer, bias, residual, out, n, m, rows, columns, BIASED, ADDED)
+
+
+def config_for(rows: int, columns: int, inner: int, processors: int, stepped: bool = False) -> Config:
+    """Blocks by classes of shapes, chosen by registers and shared memory as compiled; not yet by a sweep on a GPU.
+
+    stepped: the sums of steps are scaled, which takes registers for two sums.
+    """
+    if rows <= 64:
+        block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+        blocks = -(-columns // 64)
+        split = 2 ** max(0, (3 * processors // blocks).bit_length() - 1)
+        config = Config(block_m, 64, split, stages=4)
+    elif rows <= 256:
+        blocks = -(-columns // 128) * -(-rows // 64)
+        config = Config(64, 128, 2 if blocks < processors else 1, stages=4)
+    else:
+        config = Config(128, 128, 1, warps=8 if stepped else 4, stages=3)
+    return replace(config, split=max(1, min(config.split, -(-inner // STEP) // 2)))
+
+
+def linear(
+    x: Quantized,
+    packed: Packed,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    config: Config | None = None,
+) -> Tensor:
+    """Codes [rows, in] times the packed matrix, plus bias [out], plus residual [rows, out]: [rows, out] in `dtype`."""
+    rows, (columns, inner) = len(x.codes), packed.shape
+    out = torch.empty(rows, columns, dtype=dtype, device=x.codes.device)
+    if not rows:
+        return out
+    if config is None:
+        config = config_for(rows, columns, inner, processors(x.codes.device), packed.step > 0)
+    fmt, four = FORMATS[packed.format], packed.words.dim() == 3
+    block_k = packed.step or STEP
+    codes = F.pad(x.codes.view(torch.int8), (0, -inner % ALIGNED)).view(x.codes.dtype).contiguous()
+    described = TensorDescriptor.from_tensor(codes, [config.block_m, block_k // 2 if four else block_k])
+    words = packed.words.flatten(0, 1) if four else packed.words
+    split = min(config.split, -(-inner // block_k))
+    blocks = -(-columns // config.block_n) * -(-rows // config.block_m)
+    scratch = scratch_for((blocks, 1, split), config.block_n * config.block_m, codes.device)
+    assert split == 1 or blocks <= len(packed.counters), (blocks, len(packed.counters))
+    x_groups = x.scale.shape[-1]
+    _kernel[(blocks, split)](
+        *(described, TensorDescriptor.from_tensor(words, [config.block_n, block_k // 2 if four else block_k])),
+        *(x.scale, x.zero, packed.scale, packed.zero, packed.outer, packed.sums, bias, residual, out, scratch, packed.counters),
+        *(rows, columns, inner, split, x_groups),
+        ASM=(None, None) if INTERPRETED else (_LOWER, _UPPER),
+        FOUR=four,
+        FLOAT=fmt.kind == "float",
+        GROUP=packed.group,
+        X_GROUP=0 if x_groups == 1 else inner // x_groups,
+        STEPS=packed.step > 0,
+        ASYMMETRIC=packed.zero is not None,
+        X_ASYMMETRIC=x.zero is not None,
+        BIASED=bias is not None,
+        ADDED=residual is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=block_k,
+        SPLIT=split > 1,
+        BAND=8,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out

@@ -1,0 +1,195 @@
+"""The one way to the kernels: lay a matrix out once, quantize rows of inputs, multiply.
+
+    prepared = prepare([q, k, v], inputs=Input(spec), dtype=torch.bfloat16, device="cuda")
+    rows, stream = add_rms_norm(x, residual, weight, eps, prepared.inputs)
+    out = linear(rows, prepared)
+
+A `Prepared` matrix takes floats, or rows of codes of 8 bits (`takes_codes`), which the functions that quantize make of what
+they compute. Everything here runs on any device, and under torch.compile and CUDA graphs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels import ops
+from lowbit.kernels.packed import Packed, pack_codes, pack_planes, reason_against_codes, reason_against_planes, stacked
+from lowbit.kernels.reference import Quantized
+from lowbit.qtensor import CHANNEL, TENSOR, QTensor, Scheme, Spec, parse_scheme
+
+
+class Inputs(Protocol):
+    """How the input of a linear is quantized, as `unit.Input` says it."""
+
+    @property
+    def spec(self) -> Spec: ...
+
+    @property
+    def largest(self) -> float | None: ...
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    spec: Spec
+    largest: float | None = None
+
+
+_W8A8 = parse_scheme("w8a8").input
+assert _W8A8 is not None
+INT8: Inputs = _Inputs(_W8A8)  # one scale a row
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A matrix [out, in], or several below each other, as a kernel reads it.
+
+    Attributes:
+        packed: the matrix.
+        inputs: how rows are quantized; None: they are floats of `dtype`.
+        dtype: of the product.
+        sizes: the outputs of each matrix.
+    """
+
+    packed: Packed
+    inputs: Inputs | None
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+    def to(self, device: str | torch.device) -> "Prepared":
+        """The same on another device."""
+        return replace(self, packed=self.packed.to(device))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """out, in."""
+        return self.packed.shape
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether inputs are `Quantized`; floats are quantized first."""
+        return self.inputs is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads of it."""
+        return self.packed.nbytes
+
+
+def reason_against(scheme: Scheme) -> str | None:
+    """Why no kernel multiplies by such weights with such inputs; None if one does.
+
+    Where inputs are what it does not take, the same weights may do with float inputs: `replace(scheme, input=None)`.
+    """
+    return reason_against_planes(scheme.weight) if scheme.input is None else reason_against_codes(scheme.weight, scheme.input)
+
+
+def prepare(
+    parts: QTensor | Sequence[QTensor],
+    *,
+    inputs: Inputs | None,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+) -> Prepared:
+    """Lay out a matrix, or several that have one input, below each other.
+
+    Args:
+        inputs: a `unit.Input`, or None for floats.
+        dtype: of the product and of float inputs, float16 or bfloat16.
+
+    Raises:
+        ValueError: no kernel for it (`reason_against`), another dtype, or matrices of different layouts.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"kernels compute in float16 or bfloat16, not {dtype}")
+    parts = [q.to(device) for q in ([parts] if isinstance(parts, QTensor) else parts)]
+    packed = [pack_planes(q, dtype) if inputs is None else pack_codes(q, inputs.spec, dtype) for q in parts]
+    return Prepared(stacked(packed), inputs, dtype, tuple(len(q.codes) for q in parts))
+
+
+def linear(x: Tensor | Quantized, prepared: Prepared, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x [..., in] times the matrix, plus bias [out], plus residual [..., out]: [..., out] in `prepared.dtype`.
+
+    Raises:
+        ValueError: floats of another dtype or width, or codes where floats are taken.
+    """
+    packed, width = prepared.packed, prepared.shape[1]
+    if isinstance(x, Quantized) != prepared.takes_codes:
+        if isinstance(x, Quantized):
+            raise ValueError("codes were given to a matrix whose inputs are floats")
+        assert prepared.inputs is not None
+        x = plain(x, prepared.inputs)
+    found = x.codes if isinstance(x, Quantized) else x
+    if found.shape[-1] != width or (not isinstance(x, Quantized) and found.dtype != prepared.dtype):
+        raise ValueError(f"packed for {prepared.dtype} of width {width}, but x is {found.dtype} [..., {found.shape[-1]}]")
+    tensors = (packed.words, packed.high, packed.scale, packed.zero, packed.outer, packed.sums, packed.counters)
+    layout = [packed.group, packed.step]
+    if isinstance(x, Quantized):
+        out: Tensor = ops.linear_codes(*x, *tensors, layout, packed.format, bias, residual, prepared.dtype)
+    else:
+        out = ops.linear_floats(x, *tensors, layout, packed.format, bias, residual)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------------- rows
+
+
+def plain(x: Tensor, inputs: Inputs = INT8) -> Quantized:
+    """x [..., width] quantized."""
+    return _rows("plain", x, inputs)[0]
+
+
+def silu_mul(gate: Tensor, up: Tensor, inputs: Inputs = INT8) -> Quantized:
+    """silu(gate) * up, quantized."""
+    return _rows("silu_mul", gate, inputs, second=up)[0]
+
+
+def gelu(x: Tensor, inputs: Inputs = INT8, *, tanh: bool = False) -> Quantized:
+    """GELU, exact or by its approximation with tanh, quantized."""
+    return _rows("gelu_tanh" if tanh else "gelu", x, inputs)[0]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, inputs: Inputs = INT8, *, one_plus: bool = False) -> Quantized:
+    """RMSNorm of x, times weight or (`one_plus`) 1 + weight, quantized."""
+    return _rows("rms_norm", x, inputs, weight=weight, eps=eps, one_plus=one_plus)[0]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, inputs: Inputs = INT8) -> Quantized:
+    """LayerNorm of x, quantized."""
+    return _rows("layer_norm", x, inputs, weight=weight, bias=bias, eps=eps)[0]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, inputs: Inputs = INT8, *, one_plus: bool = False
+) -> tuple[Quantized, Tensor]:
+    """`rms_norm` of x + residual, and that sum, rounded to the dtype of x before."""
+    return _rows("rms_norm", x, inputs, second=residual, weight=weight, eps=eps, one_plus=one_plus)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, inputs: Inputs = INT8
+) -> tuple[Quantized, Tensor]:
+    """`layer_norm` of x + residual, and that sum, rounded to the dtype of x before."""
+    return _rows("layer_norm", x, inputs, second=residual, weight=weight, bias=bias, eps=eps)
+
+
+def _rows(
+    producer: str,
+    x: Tensor,
+    inputs: Inputs,
+    *,
+    second: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+    one_plus: bool = False,
+) -> tuple[Quantized, Tensor]:
+    spec = inputs.spec
+    group = CHANNEL if spec.group in (CHANNEL, TENSOR, x.shape[-1]) else spec.group
+    largest = None if spec.dynamic else inputs.largest
+    codes, scale, zero, stream = ops.rows(
+        producer, x, second, weight, bias, eps, one_plus, spec.format.name, group, spec.symmetric, largest
+    )
+    return Quantized(codes, scale, None if spec.symmetric else zero), stream

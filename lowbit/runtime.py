@@ -1,0 +1,672 @@
+"""Models that run on the kernels: low-bit weights stay packed, and what can be done in one step is.
+
+`load` builds the transformers model and puts a `PackedLinear` where a linear is quantized, or `PackedExperts` in the place of a
+3-D parameter. The model's own code stays and calls them; nothing of a model class is known here. Then one short row of tokens
+runs through it, every module's input and output is kept, and what is seen decides:
+
+    linears that get the same tensor       become one product; the first one called computes it, the others take their part
+    a norm or GELU whose output such       quantizes in the same kernel. Its output is a tensor of NaN that stands for the
+    a product takes as codes               codes: whoever reads it otherwise gives NaN, and then nothing is fused there
+    act(gate) * up before a product        one kernel, with the quantization, in place of the module around the three linears
+    that takes codes
+    an RMSNorm                             becomes one kernel
+
+Each candidate is compared with what the module gave before, and the row runs once more at the end: a block that does not
+compute what it did is put back as it was. What no kernel multiplies is dequantized, with a warning.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lowbit import export
+from lowbit.adapter import LowRank
+from lowbit.arch import MATMUL, Arch, Linear
+from lowbit.export import QuantizedSource, open_checkpoint, restore_generation
+from lowbit.formats import FP8_E4M3
+from lowbit.kernels import entry
+from lowbit.kernels.entry import Prepared, Quantized
+from lowbit.kv import CacheSpec, simulate_cache
+from lowbit.qtensor import Scheme
+from lowbit.unit import Input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOLERANCE = 0.05  # relative, of a block's output: codes of inputs flip where sums differ in last bits; what is wrong is near 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- modules
+
+
+class Handoff:
+    """What was computed from a tensor, for the modules that get this very tensor next; kept until `readers` have taken it."""
+
+    def __init__(self, readers: int) -> None:
+        self.readers = readers
+        self._left = 0
+        self._tensor: Tensor | None = None
+        self._value: Any = None
+
+    def put(self, tensor: Tensor, value: Any) -> None:
+        """Keep `value` for those who come with `tensor`."""
+        self._tensor, self._value, self._left = tensor, value, self.readers
+
+    def take(self, tensor: Tensor) -> Any:
+        """What was kept for `tensor`, or None."""
+        if tensor is not self._tensor:
+            return None
+        value = self._value
+        self._left -= 1
+        if self._left == 0:
+            self._tensor = self._value = None
+        return value
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight [out, in] stays packed; of no use before `prepare`.
+
+    Attributes:
+        names: the linears of the checkpoint that make it up, below each other.
+        given: how inputs are quantized; None if they are not.
+        simulated: the kernel takes floats all the same, so inputs are quantized and dequantized before.
+        prepared: the matrix as the kernel reads it.
+        low: a correction b a beside it.
+        codes: where a module before this one leaves the codes of its output.
+    """
+
+    def __init__(self, names: list[str], bias: Tensor | None, given: Input | None, simulated: bool) -> None:
+        super().__init__()
+        self.names = names
+        self.given = given
+        self.simulated = simulated
+        self.prepared: Prepared | None = None
+        self.low: LowRank | None = None
+        self.codes: Handoff | None = None
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def prepare(self, source: QuantizedSource, dtype: torch.dtype, device: torch.device) -> "PackedLinear":
+        """Read the matrix and lay it out for inputs of `dtype`; returns itself."""
+        parts = [source.quantized(name, device) for name in self.names]
+        inputs = self.given.spec if self.given is not None and not self.simulated else None
+        self.prepared = entry.prepare(parts, inputs=inputs, dtype=dtype, device=device)
+        low = source.corrections.get(self.names[0])
+        self.low = None if low is None else LowRank(*(part.to(device, dtype) for part in low))
+        return self
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether the kernel multiplies codes of inputs."""
+        return self.given is not None and not self.simulated
+
+    @property
+    def out_features(self) -> int:
+        """Outputs."""
+        assert self.prepared is not None
+        return self.prepared.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Inputs."""
+        assert self.prepared is not None
+        return self.prepared.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor | Quantized | None = None if self.codes is None else self.codes.take(x)
+        if rows is None and self.takes_codes:
+            rows = entry.plain(x)
+        elif rows is None:
+            rows = x if self.given is None else self.given.quantize(x)
+        residual = None if self.low is None else F.linear(F.linear(x, self.low.a), self.low.b)
+        return self.product(rows, residual)
+
+    def product(self, rows: Tensor | Quantized, residual: Tensor | None = None) -> Tensor:
+        """The product with inputs as the kernel takes them."""
+        assert self.prepared is not None, self.names
+        return entry.linear(rows, self.prepared, self.bias, residual)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        super()._apply(fn, recurse)
+        if self.prepared is not None:  # follows .to(device); its dtype is that of `prepare`
+            device = fn(torch.empty(0, device=self.prepared.device)).device
+            self.prepared = self.prepared.to(device)
+            self.low = None if self.low is None else LowRank(*(part.to(device) for part in self.low))
+        return self
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return f"{', '.join(self.names)}; inputs: {'codes' if self.takes_codes else 'floats'}"
+
+
+class Part(nn.Module):
+    """One of several linears that are one product."""
+
+    def __init__(self, whole: PackedLinear, outputs: Handoff, sizes: list[int], index: int) -> None:
+        super().__init__()
+        self.whole = whole
+        self.outputs = outputs
+        self.sizes = sizes
+        self.index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.outputs.take(x)
+        if parts is None:
+            parts = self.whole(x).split(self.sizes, -1)
+            self.outputs.put(x, parts)
+            self.outputs.take(x)
+        out: Tensor = parts[self.index]
+        return out
+
+
+class PackedExperts(nn.Module):
+    """In the place of a 3-D parameter: `experts[i]` is the matrix of one expert, which F.linear and @ multiply by."""
+
+    def __init__(self, experts: list[PackedLinear], transposed: bool) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        self.transposed = transposed
+
+    def __getitem__(self, index: Any) -> "_Expert":
+        expert = self.experts[int(index)]
+        assert isinstance(expert, PackedLinear)
+        return _Expert(expert, self.transposed)
+
+
+@dataclass
+class _Expert:
+    """Stands for the matrix of one expert where the model multiplies by it."""
+
+    packed: PackedLinear
+    transposed: bool
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        x, expert, *bias = (*args, *(kwargs or {}).values())
+        if isinstance(expert, cls) and (func in MATMUL if expert.transposed else func is F.linear):
+            out = expert.packed(x)
+            return out if not bias or bias[0] is None else out + bias[0]
+        return NotImplemented
+
+
+class Norm(nn.Module):
+    """RMSNorm or, with a bias, LayerNorm, in one kernel."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(self.weight.dtype)
+        if self.bias is None:
+            return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return F.layer_norm(wide, self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class QuantizingNorm(Norm):
+    """A norm that leaves its output as codes, and as floats only where `floats` says that they are read too."""
+
+    def __init__(self, norm: Norm, codes: Handoff, floats: bool) -> None:
+        super().__init__(norm.weight.data, None if norm.bias is None else norm.bias.data, norm.eps)
+        self.codes = codes
+        self.floats = floats
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.floats:
+            out = super().forward(x)
+            self.codes.put(out, entry.plain(out))
+            return out
+        out = _stand_in(x)
+        if self.bias is None:
+            self.codes.put(out, entry.rms_norm(x, self.weight, self.eps))
+        else:
+            self.codes.put(out, entry.layer_norm(x, self.weight, self.bias, self.eps))
+        return out
+
+
+def _stand_in(x: Tensor) -> Tensor:
+    """NaN of the shape of x, without memory."""
+    return x.new_full((), torch.nan).expand(x.shape)
+
+
+class QuantizingGelu(nn.Module):
+    """A GELU that leaves its output as codes."""
+
+    def __init__(self, codes: Handoff) -> None:
+        super().__init__()
+        self.codes = codes
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = _stand_in(x)
+        self.codes.put(out, entry.gelu(x))
+        return out
+
+
+class GatedProduct(nn.Module):
+    """down(silu(gate(x)) * up(x)), with the codes of the input of `down` made in one kernel."""
+
+    def __init__(self, both: PackedLinear, down: PackedLinear, sizes: list[int], gate_first: bool) -> None:
+        super().__init__()
+        self.both = both
+        self.down = down
+        self.sizes = sizes
+        self.gate_first = gate_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.both(x).split(self.sizes, -1)
+        gate, up = (first, second) if self.gate_first else (second, first)
+        return self.down.product(entry.silu_mul(gate, up))
+
+
+# ---------------------------------------------------------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """How a quantized linear of the checkpoint runs.
+
+    Attributes:
+        runs: "packed", "packed, inputs simulated", or "dequantized".
+        reason: why not packed, or why simulated.
+    """
+
+    name: str
+    scheme: str
+    runs: str
+    reason: str = ""
+
+
+def load(
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    kernels: bool | None = None,
+) -> "PreTrainedModel":
+    """Load a checkpoint, quantized or not, as a transformers model.
+
+    Args:
+        model: a folder written by `quantize`, another compressed-tensors folder, a float checkpoint or a hub id.
+        dtype: of activations and of float parameters; the checkpoint's own by default.
+        kernels: keep quantized weights packed and run on the kernels. By default where the device is a GPU and the checkpoint
+            is quantized. On a CPU they run as their specification in plain torch, slowly; without kernels weights are
+            dequantized (`export.load`), which is the reference for accuracy.
+
+    Returns:
+        the model; with kernels its attribute `lowbit` lists a `Row` for each quantized linear.
+
+    Raises:
+        ValueError: the folder is incomplete or in a format lowbit does not read; kernels for a float checkpoint, or for one
+            of which no linear can stay packed.
+    """
+    gpu = torch.device(device).type == "cuda"
+    source = open_checkpoint(model, revision)
+    quantized = isinstance(source, QuantizedSource)
+    if not (kernels or (kernels is None and gpu and quantized)):
+        return export.load(model, revision=revision, dtype=dtype, device=device)
+    if not isinstance(source, QuantizedSource):
+        raise ValueError(f"{model} is not quantized: kernels have nothing to do there; leave out kernels=True")
+    dtype = dtype or source.dtype()
+    if gpu and dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"kernels compute in float16 or bfloat16, not {dtype}; give dtype=torch.bfloat16")
+    arch = Arch(source, dtype, device)
+    rows = place(arch, source)
+    packed = {source.modules[row.name].tensor for row in rows if row.runs != "dequantized"}
+    arch.outside = tuple(name for name in arch.outside if name not in packed)
+    arch.load_outside()
+    for block in arch.blocks:
+        arch.load(tuple(name for name in block.tensors if name not in packed))
+    restore_generation(arch.model, source.folder)
+    return finished(arch, source, rows)
+
+
+def place(arch: Arch, source: QuantizedSource) -> list[Row]:
+    """Put packed modules without weights into the model of a quantized checkpoint, wherever a kernel can do the work."""
+    rows: list[Row] = []
+    inputs = source.inputs()
+    by_param: dict[str, list[tuple[Linear, str]]] = {}
+    for name, module in source.modules.items():
+        linear = arch.linear(module.tensor, module.index, transposed=module.transposed)
+        if linear is None:
+            rows.append(_dequantized(name, module.scheme, "transformers stores it rearranged"))
+        else:
+            by_param.setdefault(linear.param, []).append((linear, name))
+    for param, members in by_param.items():
+        reason, simulated = _how(arch, source, param, members, inputs)
+        for _, name in members:
+            scheme = source.modules[name].scheme
+            if reason is not None:
+                rows.append(_dequantized(name, scheme, reason))
+            else:
+                runs = "packed" if simulated is None else "packed, inputs simulated"
+                rows.append(Row(name=name, scheme=scheme.name, runs=runs, reason=simulated or ""))
+        if reason is None:
+            _place(arch, param, members, inputs.get(members[0][1]), simulated is not None)
+    if all(row.runs == "dequantized" for row in rows):
+        reasons = sorted({row.reason for row in rows})
+        raise ValueError(
+            f"{source.folder}: no linear of it can stay packed ({'; '.join(reasons)}); lowbit.load with kernels=False "
+            "dequantizes it"
+        )
+    return rows
+
+
+def finished(arch: Arch, source: QuantizedSource, rows: list[Row]) -> "PreTrainedModel":
+    """The model, in which `place` was at work and all but packed modules is filled, with these filled, and fused.
+
+    One matrix is read after the other; the float model is never whole in memory.
+    """
+    model: Any = arch.model
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.prepare(source, arch.dtype, arch.device)
+    model.lowbit = rows
+    for reason in sorted({row.reason for row in rows if row.reason}):
+        concerned = [row for row in rows if row.reason == reason]
+        warnings.warn(f"{len(concerned)} linears {concerned[0].runs}: {reason} ({concerned[0].name}, ...)", stacklevel=3)
+    with torch.no_grad():
+        fuse(arch, source)
+    for path, scales in source.cache_scales().items():
+        simulate_cache(model.get_submodule(path), CacheSpec(name="fp8", format=FP8_E4M3), scales)
+    return model
+
+
+def _dequantized(name: str, scheme: Scheme, reason: str) -> Row:
+    return Row(name=name, scheme=scheme.name, runs="dequantized", reason=reason)
+
+
+def _how(
+    arch: Arch, source: QuantizedSource, param: str, members: list[tuple[Linear, str]], inputs: dict[str, Input]
+) -> tuple[str | None, str | None]:
+    """Why a parameter cannot stay packed, or None; why its inputs are simulated, or None."""
+    value = arch.model.get_parameter(param)
+    path, _, leaf = param.rpartition(".")
+    owner = arch.model.get_submodule(path)
+    first = members[0][0]
+    schemes = [source.modules[name].scheme for _, name in members]
+    if value.dim() == 2 and not ((isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D") and leaf == "weight"):
+        return f"it is no linear layer but a {type(owner).__name__}", None
+    if param in arch.tied or param in arch.tied.values():
+        return "it is tied to another parameter", None
+    if sum(linear.out_features * linear.in_features for linear, _ in members) != value.numel():
+        return "other rows of the same matrix are float", None
+    if any((scheme.weight, inputs.get(name)) != (schemes[0].weight, inputs.get(members[0][1]))
+           for scheme, (_, name) in zip(schemes, members, strict=True)):  # fmt: skip
+        return "rows of one matrix have different schemes", None
+    corrected = any(name in source.corrections for _, name in members)
+    if corrected and (len(members) > 1 or inputs.get(members[0][1]) is not None):
+        return "a low-rank correction of several matrices, or with quantized inputs", None
+    scheme = schemes[0]
+    if first.in_features % max(1, scheme.weight.group):
+        return f"its {first.in_features} columns are no multiple of groups of {scheme.weight.group}", None
+    reason = entry.reason_against(scheme)
+    if reason is None or scheme.input is None:
+        return reason, None
+    floats = entry.reason_against(Scheme(name=scheme.name, weight=scheme.weight))
+    return (reason, None) if floats is not None else (None, reason)
+
+
+def _place(arch: Arch, param: str, members: list[tuple[Linear, str]], given: Input | None, simulated: bool) -> None:
+    """Put packed modules in the place of a parameter."""
+    path, _, leaf = param.rpartition(".")
+    owner: Any = arch.model.get_submodule(path)
+    members = sorted(members, key=lambda member: (member[0].index or 0, member[0].rows))
+    if members[0][0].index is None:
+        parent, _, name = path.rpartition(".")
+        packed = PackedLinear([name for _, name in members], owner.bias, given, simulated)
+        setattr(arch.model.get_submodule(parent), name, packed)
+        return
+    by_index: dict[int, list[str]] = {}
+    for linear, name in members:
+        by_index.setdefault(linear.index or 0, []).append(name)
+    experts = [PackedLinear(names, None, given, simulated) for names in by_index.values()]
+    arch.model.set_experts_implementation("eager")  # the one that multiplies by one expert after the other
+    del owner._parameters[leaf]
+    setattr(owner, leaf, PackedExperts(experts, members[0][0].transposed))
+
+
+# ----------------------------------------------------------------------------------------------------------------- fusing
+
+
+@dataclass
+class _Call:
+    """The input and the output of a module in the short run."""
+
+    x: Tensor
+    out: Tensor
+
+
+@dataclass
+class _Swap:
+    """A module put in the place of another."""
+
+    owner: nn.Module
+    name: str
+    old: nn.Module
+    path: str
+
+    def undo(self) -> None:
+        """Put the old one back."""
+        setattr(self.owner, self.name, self.old)
+
+
+def fuse(arch: Arch, source: QuantizedSource) -> None:
+    """Join what can be done in one step; see the module's docstring."""
+    model = arch.model
+    tokens = arch.sample_tokens()[:1].to(arch.device)
+    before = _observed(arch, tokens)
+    swaps: list[_Swap] = []
+
+    def swap(path: str, new: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        swaps.append(_Swap(owner, name, model.get_submodule(path), path))
+        setattr(owner, name, new)
+
+    readers = _merge(arch, source, before.calls, swap)
+    _join_norms(model, before, readers, swap)
+    _join_activations(model, before, readers, swap)
+    after = _observed(arch, tokens)
+    for block in arch.blocks:
+        found, wanted = after.calls[block.name].out, before.calls[block.name].out
+        if _distance(found, wanted) > TOLERANCE:
+            for each in reversed([each for each in swaps if each.path.startswith(block.name + ".")]):
+                each.undo()
+            warnings.warn(f"{block.name}: fused, it does not compute the same; its linears run one by one", stacklevel=2)
+            after = _observed(arch, tokens)
+
+
+class _Seen(TorchFunctionMode):
+    """What happens while the row runs.
+
+    Attributes:
+        calls: the first call of every module that takes a tensor and gives one.
+        read: tensors that anything but a packed linear computed with, by id; kept, so that no other gets their id.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, _Call] = {}
+        self.read: dict[int, Tensor] = {}
+        self.packed = 0  # depth of packed linears
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.packed and getattr(func, "__name__", "") not in _ONLY_SHAPE:
+            self.read |= {id(x): x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+_ONLY_SHAPE = ("__get__", "size", "dim", "numel", "is_floating_point")
+
+
+def _observed(arch: Arch, tokens: Tensor) -> _Seen:
+    """Run the row."""
+    seen = _Seen()
+
+    def entered(module: nn.Module, args: Any) -> None:
+        seen.packed += 1
+
+    def left(module: nn.Module, args: Any, out: Any) -> None:
+        seen.packed -= 1
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            x = args[0] if args else kwargs.get("hidden_states")
+            out = out[0] if isinstance(out, tuple) else out
+            if isinstance(x, Tensor) and isinstance(out, Tensor):
+                seen.calls.setdefault(name, _Call(x, out))
+
+        return hook
+
+    hooks = []
+    for name, module in arch.model.named_modules():
+        hooks.append(module.register_forward_hook(keep(name), with_kwargs=True))
+        if isinstance(module, PackedLinear | Part):
+            hooks += [module.register_forward_pre_hook(entered), module.register_forward_hook(left)]
+    try:
+        with seen:
+            arch.run(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    """Relative; infinite where something is not finite, or of another shape."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    distance = float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
+    return distance if distance == distance else float("inf")
+
+
+_SAME = 0.01  # relative, of what one module gives: rounding to 16 bits is less
+_Readers = dict[int, tuple[Tensor, list[tuple[str, PackedLinear]]]]
+
+
+def _merge(arch: Arch, source: QuantizedSource, calls: dict[str, _Call], swap: Callable[[str, nn.Module], None]) -> _Readers:
+    """Make one product of linears with one input; the packed linears that read each tensor after that, by its id."""
+    by_input: dict[int, list[tuple[str, PackedLinear]]] = {}
+    for name, module in arch.model.named_modules():
+        if isinstance(module, PackedLinear) and name in calls:
+            by_input.setdefault(id(calls[name].x), []).append((name, module))
+    readers: _Readers = {}
+    for key, members in by_input.items():
+        x = calls[members[0][0]].x
+        kinds: dict[Any, list[tuple[str, PackedLinear]]] = {}
+        for name, module in members:
+            spec = source.modules[module.names[0]].scheme.weight
+            kind = name if module.low is not None else (spec, module.given, module.simulated)
+            kinds.setdefault(kind, []).append((name, module))
+        left: list[tuple[str, PackedLinear]] = []
+        for same in kinds.values():
+            if len(same) == 1:
+                left += same
+                continue
+            first = same[0][1]
+            names = [name for _, module in same for name in module.names]
+            bias = _joined_bias([module for _, module in same])
+            whole = PackedLinear(names, bias, first.given, first.simulated).prepare(source, arch.dtype, arch.device)
+            outputs = Handoff(len(same))
+            sizes = [module.out_features for _, module in same]
+            for i, (name, _) in enumerate(same):
+                swap(name, Part(whole, outputs, sizes, i))
+            left.append((same[0][0], whole))
+        readers[key] = (x, left)
+    return readers
+
+
+def _joined_bias(modules: list[PackedLinear]) -> Tensor | None:
+    if all(module.bias is None for module in modules):
+        return None
+    like = next(module.bias for module in modules if module.bias is not None)
+    return torch.cat([like.new_zeros(m.out_features) if m.bias is None else m.bias.data for m in modules])
+
+
+def _join_norms(model: nn.Module, seen: _Seen, readers: _Readers, swap: Callable[[str, nn.Module], None]) -> None:
+    """Put one-kernel norms in the place of norms, with the quantization where their readers take codes."""
+    for name, module in list(model.named_modules()):
+        norm = _norm_of(module, seen.calls[name]) if name in seen.calls else None
+        if norm is None:
+            continue
+        out = seen.calls[name].out
+        codes = _leave_codes(out, readers)
+        if codes is not None:
+            swap(name, QuantizingNorm(norm, codes, floats=id(out) in seen.read))
+        elif norm.bias is None and norm.weight.dtype == out.dtype:
+            swap(name, norm)
+
+
+def _leave_codes(out: Tensor, readers: _Readers) -> Handoff | None:
+    """Have all products that take codes find those of `out` in what is returned; None if there is no such product."""
+    takers = [reader for _, reader in readers.get(id(out), (out, []))[1] if reader.takes_codes]
+    if not takers:
+        return None
+    codes = Handoff(len(takers))
+    for reader in takers:
+        reader.codes = codes
+    return codes
+
+
+def _norm_of(module: nn.Module, call: _Call) -> Norm | None:
+    """The norm that a module computes, if it is one."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or weight.shape != call.x.shape[-1:] or eps is None or list(module.children()):
+        return None
+    for shifted in (weight.data, weight.data.float() + 1):
+        norm = Norm(shifted, None if bias is None else bias.data, eps)
+        if _distance(norm(call.x), call.out) < _SAME:
+            return norm
+    return None
+
+
+def _join_activations(model: nn.Module, seen: _Seen, readers: _Readers, swap: Callable[[str, nn.Module], None]) -> None:
+    """Quantize in the kernel of the activation what products take as codes."""
+    for name, module in list(model.named_modules()):
+        if name in seen.calls and not list(module.parameters()) and not list(module.children()):
+            call = seen.calls[name]
+            distance = _distance(F.gelu(call.x), call.out)
+            exact = distance < _SAME and distance <= _distance(F.gelu(call.x, approximate="tanh"), call.out)
+            if exact and id(call.out) not in seen.read:
+                codes = _leave_codes(call.out, readers)
+                if codes is not None:
+                    swap(name, QuantizingGelu(codes))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear) and name in seen.calls and module.takes_codes and module.codes is None:
+            path = name.rpartition(".")[0]
+            gated = _gated_of(model, path, module, seen.calls, name)
+            if gated is not None:
+                swap(path, gated)
+
+
+def _gated_of(model: nn.Module, path: str, down: PackedLinear, calls: dict[str, _Call], name: str) -> GatedProduct | None:
+    """What computes the same as the module at `path`, if that is a gated product that ends in `down`."""
+    if path not in calls or calls[path].out is not calls[name].out:
+        return None
+    for child, module in model.get_submodule(path).named_children():
+        call = calls.get(f"{path}.{child}")
+        if call is None or call.x is not calls[path].x:
+            continue
+        if isinstance(module, Part) and len(module.sizes) == 2 and module.index == 0:
+            twin = next(n for n, m in model.named_modules() if isinstance(m, Part) and m.whole is module.whole and m.index == 1)
+            whole, pair = module.whole, (call.out, calls[twin].out)
+        elif isinstance(module, PackedLinear) and module.out_features == 2 * down.in_features:
+            first, second = call.out.chunk(2, -1)
+            whole, pair = module, (first, second)
+        else:
+            continue
+        for gate_first in (True, False):
+            gate, up = pair if gate_first else pair[::-1]
+            z = calls[name].x
+            if gate.shape == up.shape == z.shape and _distance(F.silu(gate) * up, z) < _SAME:
+                return GatedProduct(whole, down, [part.shape[-1] for part in pair], gate_first)
+    return None

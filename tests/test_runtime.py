@@ -1,0 +1,123 @@
+"""Models with packed weights compute what the dequantized ones do, fused or not, in all architectures."""
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from lowbit import export, runtime
+from lowbit.recipe import short_recipe
+from lowbit.run import quantize
+from lowbit.runtime import GatedProduct, PackedExperts, PackedLinear, Part, QuantizingGelu, QuantizingNorm
+
+QUICK = ("llama", "gpt2", "bert", "phi3", "mixtral", "mamba2")  # the others are marked slow
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+# KL to the dequantized model in float32; rounding of inputs amplifies last bits, and experts are chosen by them
+MOST = {"w4a16-g32": 2e-4, "w8a8": 1e-3}
+MOST_EXPERTS = {"w4a16-g32": 1e-3, "w8a8": 1e-2}
+
+
+def written(name: str, folder: Path, scheme: str, format: str = "lowbit", ignore: list[str] | None = None, **more: Any) -> str:
+    """A tiny model, rounded to nearest, on disk."""
+    tiny.save(name, folder / "model", dtype=torch.bfloat16)
+    recipe = short_recipe(
+        scheme=scheme, method=more.pop("method", "rtn"), options=more.pop("options", {}), ignore=ignore, data=None,
+        format=format, engine="transformers", kv_cache=None,
+    )  # fmt: skip
+    quantize(str(folder / "model"), str(folder / "out"), recipe=recipe)
+    return str(folder / "out")
+
+
+def kl(a: Any, b: Any) -> float:
+    """KL(a || b) of the output of two models, in nats a token."""
+    tokens = tiny.tokens(3, 24)
+    with torch.no_grad():
+        p, q = (model(tokens).logits.float().log_softmax(-1) for model in (a, b))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def kinds(model: nn.Module) -> Counter[type]:
+    return Counter(type(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w8a8"])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in tiny.NAMES])
+def test_equals_the_dequantized_model(name: str, scheme: str, tmp_path: Path) -> None:
+    """Every linear is packed and nothing is put back, whatever the architecture; nothing of the float matrices is left."""
+    out = written(name, tmp_path, scheme)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed = runtime.load(out, dtype=torch.float32, kernels=True)
+    assert {row.runs for row in packed.lowbit} == {"packed"}
+    most = (MOST_EXPERTS if name in EXPERTS else MOST)[scheme]
+    assert kl(export.load(out, dtype=torch.float32), packed) < most
+    matrices = set(export.QuantizedSource(Path(out)).modules)
+    assert not {n for n, _ in packed.named_parameters()} & {f"{m}.weight" for m in matrices}
+
+
+def test_what_is_joined(tmp_path: Path) -> None:
+    """q, k, v and gate, up are one product; with quantized inputs norms, GELU and the gated product quantize."""
+    llama = runtime.load(written("llama", tmp_path / "a", "w8a8"), kernels=True)
+    found = kinds(llama)
+    assert (found[QuantizingNorm], found[GatedProduct], found[Part]) == (2 * tiny.LAYERS, tiny.LAYERS, 3 * tiny.LAYERS)
+    norms = [module for module in llama.modules() if isinstance(module, QuantizingNorm)]
+    assert not any(norm.floats for norm in norms)
+    assert bool(norms[0](torch.randn(1, 2, tiny.HIDDEN, dtype=llama.dtype)).isnan().all())
+    bert = runtime.load(written("bert", tmp_path / "b", "w8a8"), kernels=True)
+    found = kinds(bert)
+    assert (found[QuantizingNorm], found[QuantizingGelu], found[Part]) == (2 * tiny.LAYERS, tiny.LAYERS, 3 * tiny.LAYERS)
+    assert all(module.floats for module in bert.modules() if isinstance(module, QuantizingNorm))  # residuals read them
+    mixtral = runtime.load(written("mixtral", tmp_path / "c", "w4a16-g32"), kernels=True)
+    assert kinds(mixtral)[PackedExperts] == 2 * tiny.LAYERS
+
+
+def test_a_wrong_fusion_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that does not compute the same runs its linears one by one, and says so."""
+    out = written("llama", tmp_path, "w8a8")
+    monkeypatch.setattr(runtime.GatedProduct, "forward", lambda self, x: x * 3)
+    with pytest.warns(UserWarning, match=r"layers\.0: fused, it does not compute the same"):
+        packed = runtime.load(out, dtype=torch.float32, kernels=True)
+    assert not kinds(packed)[GatedProduct] and not kinds(packed)[Part]
+    assert kl(export.load(out, dtype=torch.float32), packed) < MOST["w8a8"]
+
+
+def test_other_schemes(tmp_path: Path) -> None:
+    """Inputs that no kernel takes are simulated; matrices that none takes are dequantized, or refused if they are all."""
+    out = written("llama", tmp_path / "a", "w4a8-g32")
+    with pytest.warns(UserWarning, match="21 linears packed, inputs simulated"):
+        packed = runtime.load(out, dtype=torch.float32, kernels=True)
+    assert kl(export.load(out, dtype=torch.float32), packed) < MOST["w8a8"]
+    out = written("llama", tmp_path / "b", "nf4-g32")
+    with pytest.raises(ValueError, match="no linear of it can stay packed"):
+        runtime.load(out, kernels=True)
+    assert kl(export.load(out), runtime.load(out)) == 0  # a CPU dequantizes by default
+    with pytest.raises(ValueError, match="is not quantized"):
+        runtime.load(str(tmp_path / "a" / "model"), kernels=True)
+
+
+def test_corrections_and_the_other_format(tmp_path: Path) -> None:
+    """Low-rank corrections run beside packed matrices, and compressed-tensors folders give the same model."""
+    out = written("llama", tmp_path / "a", "w3a16-g32", method="rtn+lorc", options={"lorc.rank": 4})
+    packed = runtime.load(out, dtype=torch.float32, kernels=True)
+    assert all(m.low is not None for m in packed.modules() if isinstance(m, PackedLinear))
+    assert kl(export.load(out, dtype=torch.float32), packed) < MOST["w4a16-g32"]
+    tokens = tiny.tokens(2, 16)
+    for scheme in ("w4a16-g32-asym", "w8a8"):
+        both = [written("llama", tmp_path / scheme / f, scheme, f) for f in ("lowbit", "compressed-tensors")]
+        a, b = (runtime.load(each, kernels=True)(tokens).logits for each in both)
+        assert torch.equal(a, b)
+
+
+def test_compiles_whole(tmp_path: Path) -> None:
+    """torch.compile sees one graph, handoffs included."""
+    packed = runtime.load(written("llama", tmp_path, "w8a8"), dtype=torch.float32, kernels=True)
+    tokens = tiny.tokens(1, 16)
+    with torch.no_grad():
+        wanted = packed(tokens, use_cache=False).logits
+        compiled = torch.compile(packed, backend="eager", fullgraph=True)
+        assert torch.allclose(compiled(tokens, use_cache=False).logits, wanted, atol=1e-4)
