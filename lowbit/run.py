@@ -40,7 +40,7 @@ from lowbit.adapter import FOLDER as ADAPTER
 from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, return_freed_memory
 from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
-from lowbit.export import NATIVE, QuantizedSource, check_export, encode, load, write_config
+from lowbit.export import NATIVE, QuantizedSource, check_export, encode, encode_static, load, quantized_sites, write_config
 from lowbit.files import TEMPORARY, replacing, save_shard, write_json
 from lowbit.methods.embed import Rounded
 from lowbit.parallel import Team, launch, parallel_step, say_step, shares, train
@@ -140,7 +140,7 @@ def quantize(
     _check_apart(out, source.folder)
     arch = Arch(source, device=device)
     candidates = _candidates(arch)
-    recipe.schemes(candidates)
+    recipe.schemes(candidates, _points(arch))
     data_used, solver_tokens = _calibration(recipe, source, out, device, say)
     with (
         _journal(out, _job(source, recipe, data_used, device, parallel, deterministic), overwrite) as folder,
@@ -166,7 +166,7 @@ def quantize(
         clock.lap("search")
         records = _solve(arch, replace(recipe, steps=steps), schemes, stream, folder, say)
         clock.lap("blocks")
-        _assemble(arch, recipe, linears, schemes, folder)
+        _assemble(arch, recipe, linears, schemes, records, folder)
         clock.lap("assembly")
         if recipe.finish is not None:
             records = _finish(arch, recipe, recipe.finish, schemes, stream, records, folder, say)
@@ -203,9 +203,14 @@ def _rewritten(arch: Arch, recipe: Recipe, say: Progress, clock: "_Clock | None"
 def _chosen(arch: Arch, recipe: Recipe) -> tuple[list[Linear], dict[str, Scheme]]:
     """All linears of the model, and the schemes of those that the rules quantize, which are then read as exactly as known."""
     linears = [linear for block in arch.blocks for linear in block.linears]
-    schemes = recipe.schemes(linear.name for linear in linears)
+    schemes = recipe.schemes((linear.name for linear in linears), _points(arch))
     arch.source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
     return linears, schemes
+
+
+def _points(arch: Arch) -> list[str]:
+    """The names of all points of the model."""
+    return [point.name for block in arch.blocks for point in block.points]
 
 
 # ------------------------------------------------------------------------------------------------------ parallel training
@@ -404,7 +409,8 @@ def _solve_blocks(
     for block in blocks:
         values.append(arch.load(block.tensors))
         mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
-        unit = Unit(arch, block, mine, stream, arch.source.dtype(), values[-1])
+        points = recipe.point_schemes(point.name for point in block.points)
+        unit = Unit(arch, block, mine, stream, arch.source.dtype(), values[-1], points)
         unit.say = say
         _take(recipe.steps, unit, ("transform", "solver"))
         if trainers:
@@ -429,8 +435,13 @@ def _write_block(unit: Unit, values: dict[str, Tensor], recipe: Recipe, folder: 
     scales = unit.finish(cache=recipe.kv_cache is not None)
     unit.arch.free(unit.block.name)
     replaced = {linear.tensor for linear in unit.linears}
+    replaced |= {point.tensor for point, _ in unit.points.values() if point.tensor is not None}
     tensors = {name: value for name, value in values.items() if name not in replaced}
     tensors |= changed | scales
+    for name, q in unit.parameters.items():
+        tensors |= encode(name, q, Scheme(name="", weight=q.spec), recipe.format)
+    for name, static in unit.ranges().items():
+        tensors |= encode_static(name, static)
     inputs = unit.inputs()
     for name, q in unit.assigned.items():
         tensors |= encode(name, q, unit.schemes[name], recipe.format, inputs.get(name))
@@ -452,6 +463,8 @@ def _write_record(unit: Unit, folder: Path, seconds: float) -> None:
             "transforms": unit.notes,
             "linears": [asdict(record) for record in unit.records.values()],
             "sha256": {name: _sha256(unit.value(name)) for name in unit.assigned},
+            "points": {name: scheme.name for name, (_, scheme) in unit.points.items()},
+            "turned": [name for name, given in unit.inputs().items() if given.turned],
         },
     )
 
@@ -466,6 +479,7 @@ def _take(steps: Iterable[Step], unit: Unit, kinds: tuple[str, ...]) -> None:
             with _unchanged(unit, step.method):
                 method.apply(unit, **step.options)
         else:
+            unit.settle()
             method.apply(unit, **step.options)
     assert set(unit.assigned) == {linear.name for linear in unit.linears}, f"{unit.block.name}: not every linear was assigned"
 
@@ -512,7 +526,14 @@ def _shard(arch: Arch, recipe: Recipe, index: int) -> str:
     return shard_name(index + 1, len(arch.blocks) + 1, stem)
 
 
-def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[str, Scheme], folder: Path) -> None:
+def _assemble(
+    arch: Arch,
+    recipe: Recipe,
+    linears: list[Linear],
+    schemes: dict[str, Scheme],
+    records: list[dict[str, Any]],
+    folder: Path,
+) -> None:
     """Write everything beside the blocks: the last shard, index, configuration, and the side files as they were."""
     outside, table = [*arch.outside, *sorted(arch.unused)], _rounded(arch)
     tensors = arch.source.read([name for name in outside if table is None or name != table.linear.tensor])
@@ -523,7 +544,16 @@ def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[s
     del tensors
     return_freed_memory()
     stem = NATIVE if recipe.format == NATIVE else STEM
-    write_config(folder, arch, linears, schemes, recipe.format, kv_cache=recipe.kv_cache is not None)
+    write_config(
+        folder,
+        arch,
+        linears,
+        schemes,
+        recipe.format,
+        kv_cache=recipe.kv_cache is not None,
+        points=recipe.point_schemes(_points(arch)),
+        turned=[name for record in records for name in record["turned"]],
+    )
     weight_map, total = {}, 0
     for index in range(len(arch.blocks) + 1):
         name = _shard(arch, recipe, index)
@@ -664,7 +694,7 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
     expected = {name: digest for record in records for name, digest in record["sha256"].items()}
     dtype = arch.source.dtype()
     tokens = stream.tokens[:GATE_ROWS]
-    quantized = reloaded.inputs()
+    quantized = quantized_sites(twin, reloaded)
     twin.load_outside()
     with fast_products():
         hidden, calls = twin.embed(tokens)
@@ -674,16 +704,13 @@ def _gate(arch: Arch, stream: Stream, records: list[dict[str, Any]], folder: Pat
     for block in twin.blocks:
         say("checking the output", block.index, len(twin.blocks))
         twin.load(block.tensors)
-        inputs = {}
         for linear in block.linears:
             if linear.name not in expected:
                 continue
             if _sha256(linear.view(twin.param(linear)).to(dtype).cpu()) != expected[linear.name]:
                 raise RuntimeError(f"gate: {linear.name} reads back with other weights than were solved")
             compared += 1
-            if linear.name in quantized:
-                inputs[linear.site] = quantized[linear.name]
-        observe = quantized_inputs(twin.sites(block), inputs)
+        observe = quantized_inputs(twin.sites(block), quantized)
         with fast_products():
             hidden = stream.rounded(twin.call(block, hidden, calls[block.index], observe))
         twin.free(block.name)
@@ -1081,6 +1108,7 @@ def _report(
     rows = [row for record in records for row in record["linears"]]
     if table := _rounded(arch):
         rows.append(asdict(_record_of(table)))
+    points = {name: scheme for record in records for name, scheme in record["points"].items()}
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
     bits = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in rows)
     shards = sum(path.stat().st_size for pattern in ("*.safetensors", f"{ADAPTER}/*") for path in folder.glob(pattern))
@@ -1102,7 +1130,8 @@ def _report(
         "data": data.describe(),
         "searches": searches,
         "linears": rows,
-        "float_matrices": [{"name": name, "reason": reason} for name, reason in _left_float(arch, rows)],
+        "float_matrices": [{"name": name, "reason": reason} for name, reason in _left_float(arch, rows, points)],
+        "points": points,
         "blocks": [{key: record[key] for key in ("block", "seconds", "peak_rss", "transforms")} for record in records],
         "stages": clock.stages,
         "sizes": {
@@ -1133,12 +1162,12 @@ def _record_of(table: Rounded) -> LinearRecord:
     )
 
 
-def _left_float(arch: Arch, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _left_float(arch: Arch, rows: list[dict[str, Any]], points: Iterable[str]) -> list[tuple[str, str]]:
     """Every matrix that was not quantized, with the reason."""
-    quantized = {row["name"] for row in rows}
+    quantized = {row["name"] for row in rows} | {name.removesuffix(".weight") for name in points}
     left: list[tuple[str, str]] = []
     for block in arch.blocks:
-        left += block.skipped
+        left += [(name, reason) for name, reason in block.skipped if name not in quantized]
         left += [(linear.name, "left float by the rules") for linear in block.linears if linear.name not in quantized]
     outside = [name.removesuffix(".weight") for name in arch.outside if len(arch.source.tensors[name].shape) > 1]
     return [*left, *((name, "outside the blocks") for name in outside if name not in quantized)]
