@@ -438,7 +438,7 @@ class Arch:
         inputs: dict[Site, Tensor] = {}
         transposed: dict[str, bool] = {}
 
-        def observe(weight: Tensor, x: Tensor, transpose: bool) -> Tensor:
+        def observe(weight: Tensor | str, x: Tensor, transpose: bool) -> Tensor:
             site = site_of(weight, sites)
             if site is not None and not isinstance(weight, str):
                 inputs.setdefault(site, x)  # kept alive, so that no later input can have its address
@@ -489,16 +489,14 @@ class Arch:
             for local in mixer.activations():
                 sets, inner = mixer.features(local)
                 groups = mixer.group_of(local)
-                found.append(
-                    Point(name=prefix + local, mixer=path, local=local, sets=sets, inner=inner, groups=groups)
-                )
+                found.append(Point(name=prefix + local, mixer=path, local=local, sets=sets, inner=inner, groups=groups))
             for local in mixer.parameters:
                 found.append(Point(name=prefix + local, mixer=path, local=local, tensor=places[f"{path}.{local}"]))
         return tuple(found)
 
     def _use_mixers(self, block: Block) -> None:
         """Run the mixers of a block by lowbit's own forward, where it has points."""
-        for path in {point.mixer for point in block.points}:
+        for path in {each.mixer for each in block.points}:
             module = self.model.get_submodule(path)
             module.forward = Mixer(module, path)
 
@@ -510,7 +508,7 @@ class Arch:
     def _checked_points(
         self, block: Block, out: Any, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Point, ...], tuple[tuple[str, str], ...]]:
-        """The points of a loaded block whose output is `out`, if lowbit's own forward gives the same; else why there are none."""
+        """The points of a loaded block with the output `out`, if lowbit's own forward gives the same; else why there are none."""
         if not block.points:
             return (), ()
         self._use_mixers(block)
@@ -519,7 +517,7 @@ class Arch:
         a, b = (value[0] if isinstance(value, tuple) else value for value in (own, out))
         if float((a - b).norm()) <= _SAME * float(b.norm()):
             return block.points, ()
-        paths = {point.mixer for point in block.points}
+        paths = {each.mixer for each in block.points}
         for path in paths:
             del self.model.get_submodule(path).forward
         return (), tuple((path, "a scan that lowbit does not know; its projections can be quantized") for path in sorted(paths))

@@ -1,6 +1,6 @@
 """Hadamard matrices, applied without being formed: n log n operations where n is a power of two.
 
-Sylvester's construction gives H of 2^k, Paley's first one (q prime, q = 3 mod 4) gives H of q + 1; their Kronecker product gives
+Sylvester's construction gives H of 2^k, Paley's first one (q prime, q = 3 mod 4) H of q + 1; their Kronecker product gives
 every size 2^k, 12 * 2^k, 20 * 2^k (so 40 * 2^k) and more, the widths of real models.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def paley_order(size: int) -> int | None:
-    """The least order m, 1 or q + 1, such that a Hadamard matrix of m times a power of two has `size` columns; None: unknown."""
+    """The least order m, 1 or q + 1, such that `size` is m times a power of two; None: there is none."""
     for order in (1, 12, 20, 24, 44, 48, 60, 68, 72, 80, 84):
         if size % order == 0 and (size // order) & (size // order - 1) == 0:
             return order

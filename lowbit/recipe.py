@@ -201,7 +201,9 @@ class Recipe:
             if self.format != "lowbit":
                 raise ValueError('schemes of points (s8) have no layout in compressed-tensors; use format = "lowbit"')
             if {"trainer", "finish"} & set(kinds):
-                raise ValueError("steps that train do not know the points of a scan; use rtn, hqq or gptq alone, or no s8 rules")
+                raise ValueError(
+                    "steps that train do not know the points of a scan; use rtn, hqq or gptq alone, or no s8 rules"
+                )
         if any(step.method == "hadamard" for step in self.steps) and self.format != "lowbit":
             raise ValueError('hadamard: no engine turns inputs at run time; use format = "lowbit"')
         if "outside" in kinds and self.format != "lowbit":
@@ -284,8 +286,8 @@ class Recipe:
             if i not in used and not rule.optional:
                 if rule.point is not None:
                     raise ValueError(
-                        f"rule {rule.match!r} -> {rule.scheme} is never used: no point has such a name, or an earlier rule takes "
-                        f"it; the model's points are {', '.join(_families(list(points))) or 'none: it has no scan lowbit knows'}"
+                        f"rule {rule.match!r} -> {rule.scheme} is never used: no point has such a name, or an earlier rule "
+                        f"takes it; the model's points are {', '.join(_families(list(points))) or 'none: it has no scan lowbit knows'}"
                     )
                 anywhere = any(re.search(rule.match, name) for name in names)
                 why = "an earlier rule takes every linear it matches" if anywhere else "no linear has such a name"

@@ -27,13 +27,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 CHUNK = 64  # tokens of a run
 
 ACTIVATIONS = ("z", "conv_in", "x", "B", "C", "dt", "state")
-Chunk = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Chunk = Callable[..., tuple[Tensor, Tensor]]  # (x, dt, B, C, state) -> y, state
 
 
 def point(x: Tensor, name: str) -> Tensor:
     """x, as it is; a torch function mode (`arch.Tap`) sees it under its name and may put something in its place."""
     if has_torch_function((x,)):
-        return handle_torch_function(point, (x,), x, name)  # type: ignore[no-any-return]
+        return handle_torch_function(point, (x,), x, name)
     return x
 
 
@@ -97,7 +97,7 @@ def scan(
     found = []
     length = tokens[0].shape[1]
     for start in range(0, length, CHUNK):
-        y, end = chunk(*(part[:, start : start + CHUNK] for part in tokens), state)  # type: ignore[arg-type]
+        y, end = chunk(*(part[:, start : start + CHUNK] for part in tokens), state)
         found.append(y)
         end = rounded(end)
         if length - start >= CHUNK:
@@ -266,9 +266,7 @@ class Mixer:
         batch = len(x)
         held = 0 if fresh or layer is None else layer.lowbit_held
         if held or not fresh:
-            new = tuple(
-                torch.cat([layer.recurrent_states[i][:, :held], part], 1) for i, part in enumerate(new, 1)
-            )
+            new = tuple(torch.cat([layer.recurrent_states[i][:, :held], part], 1) for i, part in enumerate(new, 1))
         state = x.new_zeros(batch, self.channels * self.state) if fresh else layer.recurrent_states[0]
         A = -self.module.A_log.to(wide).exp()
         p = self.channels // self.heads
@@ -278,8 +276,8 @@ class Mixer:
             if not self.second:
                 y, end = chunk_mamba(x, dt, b, c, state.unflatten(-1, (-1, self.state)), A)
                 return y, end.flatten(1)
-            heads, groups = x.unflatten(-1, (-1, p)), (part.unflatten(-1, (-1, self.state)) for part in (b, c))
-            y, end = chunk_mamba2(heads, dt, *groups, state.view(batch, self.heads, p, self.state), A)
+            b, c = (part.unflatten(-1, (-1, self.state)) for part in (b, c))
+            y, end = chunk_mamba2(x.unflatten(-1, (-1, p)), dt, b, c, state.view(batch, self.heads, p, self.state), A)
             return y.flatten(2), end.flatten(1)
 
         y, state, kept = scan(chunk, new, state, held, lambda end: self._point(end, "state"))

@@ -542,7 +542,10 @@ class Unit:
         """Which scale each set of features of a point has [sets]."""
         if scheme.scales == "clusters":
             return self.clusters[point.mixer]
-        return torch.zeros(point.sets, dtype=torch.int64) if scheme.scales == "tensor" else point.groups  # type: ignore[return-value]
+        if scheme.scales == "groups":
+            assert point.groups is not None
+            return point.groups
+        return torch.zeros(point.sets, dtype=torch.int64)
 
     @torch.no_grad()
     def ranges(self) -> dict[str, Static]:
@@ -846,7 +849,7 @@ class Unit:
         which stands for `key`. `inputs` are quantized. whole: a site may come several times in a batch."""
         sites = self.arch.sites(self.block)
         turns = {linear.site: Input(None, turned=True) for linear in self.linears if linear.name in self._turned}
-        inputs = turns | inputs
+        inputs = {**turns, **inputs}
         pending: set[Site] = set()
 
         def observe(weight: Tensor | str, x: Tensor, transposed: bool) -> Tensor:

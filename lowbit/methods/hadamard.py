@@ -2,8 +2,8 @@
 
     y W^T = (y H) (W H)^T        H H^T = I
 
-W H is computed once; y H costs n log n operations a token (Quamba, Chiang et al., 2410.13229, section 4.3: the output of the scan,
-which out_proj reads, has the outliers of a state space model; QuaRot does the same to down_proj). Only lowbit runs such
+W H is computed once; y H costs n log n operations a token (Quamba, Chiang et al., 2410.13229: the output
+of the scan, which out_proj reads, has the outliers of a state space model; QuaRot does the same to down_proj). Only lowbit runs such
 checkpoints. Sizes: 2^k, 12 * 2^k, 20 * 2^k and a few more (orthogonal.py). Cost: nothing but the weights is touched.
 """
 
@@ -26,7 +26,9 @@ def hadamard(unit: Unit, *, match: str = "") -> None:
     chosen = [linear for linear in unit.linears if (re.search(match, linear.name) if match else linear.param in outputs)]
     for linear in chosen:
         if paley_order(linear.in_features) is None:
-            raise ValueError(f"hadamard: no Hadamard matrix of the {linear.in_features} inputs of {linear.name} is known; leave it out")
+            raise ValueError(
+                f"hadamard: no Hadamard matrix of the {linear.in_features} inputs of {linear.name} is known; leave it out"
+            )
     for linear in {linear.shares: linear for linear in chosen}.values():
         unit.turn(linear)
     unit.notes.append({"step": "hadamard", "linears": [linear.name for linear in chosen]})

@@ -1,12 +1,12 @@
-"""Reorder: heads and channels of a scan sorted by magnitude, so that a few scales serve all of them (Quamba2's sort-and-cluster).
+"""Reorder: heads and channels of a scan sorted by magnitude, so that a few scales serve all (Quamba2's sort-and-cluster).
 
-With clusters S of channels, each under one scale, rounding x costs about the sum over channels of its squared scale, so minimises
+With clusters S of channels, each under one scale, rounding x costs about the sum of squared scales, so this minimises
 
     sum over clusters S of |S| max over channels c in S of r_c^2        r_c = max |x_c| on the calibration data
 
-(Chiang et al., 2503.22879, section 4.2). Channels keep their magnitudes through the scan, so the state is clustered alike. Channels
-are sorted inside their head, and heads, inside their state group, by their largest channel; heads are cut into `heads` runs and
-the channels of a run into `channels` runs, by dynamic programming on the sum above. Deviation: the paper clusters heads by Ward's
+(Chiang et al., 2503.22879). Channels keep their magnitudes through the scan, so the state is clustered alike. Channels
+are sorted inside their head, and heads, inside their state group, by their largest channel; heads are cut into `heads` runs
+and the channels of a run into `channels` runs, by dynamic programming on the sum above. Deviation: the paper clusters heads by Ward's
 method and channels by k-means on normalised magnitudes. A Mamba scan, for which the public code refuses to reorder, is one head
 here: its channels are independent. Everything indexed by channel or head follows (`ssm.Mixer.indexed`), which is exact.
 
