@@ -508,7 +508,7 @@ class Arch:
     def _checked_points(
         self, block: Block, out: Any, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Point, ...], tuple[tuple[str, str], ...]]:
-        """The points of a loaded block with the output `out`, if lowbit's own forward gives the same; else why there are none."""
+        """The points of a loaded block with the output `out`, if lowbit's own forward gives the same; or why not."""
         if not block.points:
             return (), ()
         self._use_mixers(block)

@@ -285,9 +285,10 @@ class Recipe:
         for i, rule in enumerate(self.rules):
             if i not in used and not rule.optional:
                 if rule.point is not None:
+                    known = ", ".join(_families(points)) or "none: it has no scan lowbit knows"
                     raise ValueError(
                         f"rule {rule.match!r} -> {rule.scheme} is never used: no point has such a name, or an earlier rule "
-                        f"takes it; the model's points are {', '.join(_families(list(points))) or 'none: it has no scan lowbit knows'}"
+                        f"takes it; the model's points are {known}"
                     )
                 anywhere = any(re.search(rule.match, name) for name in names)
                 why = "an earlier rule takes every linear it matches" if anywhere else "no linear has such a name"

@@ -247,11 +247,13 @@ class Mixer:
         y = self._scanned((x, dt, b, c), layer, fresh)
         skip = m.D.to(wide)
         y = y + x * (skip.repeat_interleave(self.channels // self.heads) if self.second else skip)
-        if self.second:
-            y = gated_norm(y, z, m.norm.weight, m.norm.variance_epsilon, self.norm_groups())
-        else:
-            y = y * m.act(z)
-        return m.out_proj(y.to(hidden_states.dtype))
+        return m.out_proj(self._gated(y, z).to(hidden_states.dtype))
+
+    def _gated(self, y: Tensor, z: Tensor) -> Tensor:
+        if not self.second:
+            return y * self.module.act(z)
+        norm = self.module.norm
+        return gated_norm(y, z, norm.weight, norm.variance_epsilon, self.norm_groups())
 
     def _point(self, x: Tensor, name: str) -> Tensor:
         return point(x, f"{self.path}.{name}")

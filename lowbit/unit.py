@@ -250,7 +250,8 @@ class Unit:
         points: dict[str, PointScheme] | None = None,
     ) -> None:
         """values: tensors of the block as they were read; linears of which more is known there than the model holds, because
-        they were rotated, start from these. points: schemes of the block's points, by name. With a teacher in the stream, it moves past the block now."""
+        they were rotated, start from these. points: schemes of the block's points, by name. With a
+        teacher in the stream, it moves past the block now."""
         self.arch = arch
         self.block = block
         self.stream = stream

@@ -3,8 +3,8 @@
     y W^T = (y H) (W H)^T        H H^T = I
 
 W H is computed once; y H costs n log n operations a token (Quamba, Chiang et al., 2410.13229: the output
-of the scan, which out_proj reads, has the outliers of a state space model; QuaRot does the same to down_proj). Only lowbit runs such
-checkpoints. Sizes: 2^k, 12 * 2^k, 20 * 2^k and a few more (orthogonal.py). Cost: nothing but the weights is touched.
+of the scan, which out_proj reads, has the outliers of a state space model; QuaRot does the same to down_proj). Only lowbit runs
+such checkpoints. Sizes: 2^k, 12 * 2^k, 20 * 2^k and a few more (orthogonal.py). Cost: nothing but the weights is touched.
 """
 
 import re
