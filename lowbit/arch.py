@@ -29,11 +29,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lowbit.source import FLOAT_DTYPES, Source
+from lowbit.ssm import Mixer, is_mixer, point
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROBE_TOKENS = 16
+_SAME = 1e-2  # relative, of a mixer's output: another formula differs by more, bfloat16 products by less
 REARRANGED = "transformers stores it rearranged"  # a reason in `Block.skipped`
 
 
@@ -74,8 +76,35 @@ class Linear:
         return (matrix.T if self.transposed else matrix)[self.rows[0] : self.rows[1]]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Point:
+    """A tensor of a block, besides the weights and inputs of its linears, that may be quantized.
+
+    Attributes:
+        name: under the checkpoint's name of its module.
+        mixer: the module's path in the model.
+        local: the name within the module.
+        tensor: of a parameter, the checkpoint's tensor; None for what is computed.
+        sets, inner: consecutive `inner` features of an activation are one of `sets` sets, which may have scales of their own.
+        groups: the state group of each set [sets], where it has one.
+    """
+
+    name: str
+    mixer: str
+    local: str
+    tensor: str | None = None
+    sets: int = 1
+    inner: int = 1
+    groups: Tensor | None = None
+
+    @property
+    def site(self) -> "Site":
+        """Where the model computes it, or the parameter."""
+        return (f"{self.mixer}.{self.local}", None)
+
+
 Site = tuple[str, int | None]
-Observe = Callable[[Tensor, Tensor, bool], Tensor]
+Observe = Callable[[Tensor | str, Tensor, bool], Tensor]
 MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
@@ -83,7 +112,8 @@ MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 class Block:
     """One transformer (or state space) block: its path in the model, its checkpoint tensors, its linears as they run.
 
-    `skipped` names the matrices of the block that no scheme can choose, with the reason.
+    `skipped` names the matrices of the block that no scheme can choose, with the reason. `points` are those of a state space
+    mixer, if there is one and lowbit's own forward computes what the model's does.
     """
 
     index: int
@@ -92,11 +122,13 @@ class Block:
     linears: tuple[Linear, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     returns: int = 0  # 0: a tensor, n: a tuple of n with the hidden states first
+    points: tuple[Point, ...] = ()
 
 
 class Tap(TorchFunctionMode):
     """While active, calls `observe(weight, x, transposed)` for every product x W^T (or x W: transposed) and uses what it
     returns in place of x. Sees F.linear, addmm and x @ w, hence nn.Linear, Conv1D and experts that slice a 3-D parameter.
+    A `ssm.point` x is seen as well, with its name in the place of the weight.
 
     A weight in another dtype than x is multiplied in its own dtype, and the product returned in that of x."""
 
@@ -106,6 +138,8 @@ class Tap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is point:
+            return self.observe(args[1], args[0], False)
         if func is F.linear and len(args) >= 2:
             bias = args[2] if len(args) == 3 else kwargs.get("bias")
             return _product(F.linear, self.observe(args[1], args[0], False), args[1], bias)
@@ -156,6 +190,7 @@ class Arch:
         self.blocks = tuple(
             Block(index=i, name=f"{prefix}.{i}", tensors=self._places.sources_under(f"{prefix}.{i}.")) for i in range(count)
         )
+        self.blocks = tuple(replace(block, points=self._points(block)) for block in self.blocks)
         taken = {name for block in self.blocks for name in block.tensors}
         self.outside = tuple(name for name in source.tensors if name not in taken and name not in self.unused)
         self.head, self.tied_head = self._find_head()
@@ -270,6 +305,8 @@ class Arch:
     def adopt(self, blocks: tuple[Block, ...]) -> None:
         """Take over blocks as `probe` discovered them, here or in the same model from another checkpoint."""
         self.blocks = blocks
+        for block in blocks:
+            self._use_mixers(block)
         self._matrices = frozenset(linear.param for block in blocks for linear in block.linears)
 
     @torch.no_grad()
@@ -408,12 +445,14 @@ class Arch:
                 )
             values = self.load(block.tensors)
             linears, skipped, out = self._observe(block, values, original, args, kwargs)
+            points, reasons = self._checked_points(block, out, original, args, kwargs)
             self.free(block.name)
             found.append(
                 replace(
                     block,
+                    points=points,
                     linears=linears,
-                    skipped=skipped,
+                    skipped=(*skipped, *reasons),
                     returns=len(out) if isinstance(out, tuple) else 0,
                 )
             )
@@ -442,9 +481,9 @@ class Arch:
         inputs: dict[Site, Tensor] = {}
         transposed: dict[str, bool] = {}
 
-        def observe(weight: Tensor, x: Tensor, transpose: bool) -> Tensor:
+        def observe(weight: Tensor | str, x: Tensor, transpose: bool) -> Tensor:
             site = site_of(weight, sites)
-            if site is not None:
+            if site is not None and not isinstance(weight, str):
                 inputs.setdefault(site, x)  # kept alive, so that no later input can have its address
                 transposed[site[0]] = transpose
             return x
@@ -478,6 +517,54 @@ class Arch:
             linears[i] = replace(linear, shares=leaders.setdefault(key, linear.name))
         return tuple(linears), tuple(skipped), out
 
+    def _mixers(self, block: Block) -> list[str]:
+        """The paths of the state space mixers of a block."""
+        modules = self.model.get_submodule(block.name).named_modules()
+        return [f"{block.name}.{path}" for path, module in modules if is_mixer(module)]
+
+    def _points(self, block: Block) -> tuple[Point, ...]:
+        """What could be quantized in the mixers of a block, by their structure alone."""
+        places = {self._places.param_of(tensor): tensor for tensor in block.tensors}
+        found = []
+        for path in self._mixers(block):
+            mixer = Mixer(self.model.get_submodule(path), path)
+            prefix = places[f"{path}.in_proj.weight"].removesuffix("in_proj.weight")
+            for local in mixer.activations():
+                sets, inner = mixer.features(local)
+                groups = mixer.group_of(local)
+                found.append(Point(name=prefix + local, mixer=path, local=local, sets=sets, inner=inner, groups=groups))
+            for local in mixer.parameters:
+                found.append(Point(name=prefix + local, mixer=path, local=local, tensor=places[f"{path}.{local}"]))
+        return tuple(found)
+
+    def _use_mixers(self, block: Block) -> None:
+        """Run the mixers of a block by lowbit's own forward, where it has points."""
+        for path in {each.mixer for each in block.points}:
+            module = self.model.get_submodule(path)
+            module.forward = Mixer(module, path)
+
+    def use_points(self) -> None:
+        """Run all mixers by lowbit's own forward, without a probe, for a checkpoint whose points were quantized."""
+        for block in self.blocks:
+            self._use_mixers(block)
+
+    def _checked_points(
+        self, block: Block, out: Any, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Point, ...], tuple[tuple[str, str], ...]]:
+        """The points of a loaded block with the output `out`, if lowbit's own forward gives the same; or why not."""
+        if not block.points:
+            return (), ()
+        self._use_mixers(block)
+        with Tap(lambda weight, x, transposed: x):
+            own = original(*args, **kwargs)
+        a, b = (value[0] if isinstance(value, tuple) else value for value in (own, out))
+        if float((a - b).norm()) <= _SAME * float(b.norm()):
+            return block.points, ()
+        paths = {each.mixer for each in block.points}
+        for path in paths:
+            del self.model.get_submodule(path).forward
+        return (), tuple((path, "a scan that lowbit does not know; its projections can be quantized") for path in sorted(paths))
+
     def _reason_to_skip(self, linear: Linear, transposed: dict[str, bool]) -> str | None:
         module = self.model.get_submodule(linear.param.rpartition(".")[0])
         kind = type(module).__name__
@@ -507,8 +594,11 @@ def addresses(module: nn.Module, prefix: str = "") -> dict[int, str]:
     return {p.untyped_storage().data_ptr(): prefix + name for name, p in module.named_parameters()}
 
 
-def site_of(weight: Tensor, sites: dict[int, str]) -> Site | None:
-    """Which parameter (and which slice of a 3-D one) a tensor seen by a `Tap` is; `sites` comes from `addresses`."""
+def site_of(weight: Tensor | str, sites: dict[int, str]) -> Site | None:
+    """Which parameter (and which slice of a 3-D one) a tensor seen by a `Tap` is, or which point; `sites` comes from
+    `addresses`."""
+    if isinstance(weight, str):
+        return weight, None
     name = sites.get(weight.untyped_storage().data_ptr())
     if name is None:
         return None

@@ -30,6 +30,7 @@ from lowbit.qtensor import (
     CHANNEL,
     ENGINE_RULES,
     TENSOR,
+    PointScheme,
     QTensor,
     Scheme,
     Spec,
@@ -39,14 +40,14 @@ from lowbit.qtensor import (
     spec_from_dict,
 )
 from lowbit.source import FLOAT_DTYPES, STEM, Source, TensorInfo, open_source, read_json
-from lowbit.unit import Input, quantized_inputs
+from lowbit.unit import Input, Quantizer, Static, quantized_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NATIVE = "lowbit"
 NATIVE_FILE = "lowbit.json"
-_NATIVE_VERSION = 2
+_NATIVE_VERSION = 3
 _PARTS = (
     *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale"),
     *("input_scale", "input_global_scale"),
@@ -196,6 +197,7 @@ def encode(name: str, q: QTensor, scheme: Scheme, format: str, inputs: Input | N
 def _library_input(name: str, inputs: Input, q: QTensor) -> dict[str, Tensor]:
     """What a compressed-tensors checkpoint keeps of a calibrated input."""
     assert inputs.largest is not None
+    assert inputs.spec is not None
     if inputs.spec.scale == "e4m3":
         return {f"{name}.input_global_scale": 1 / outer_scale(inputs.largest, inputs.spec).reshape(1)}
     return {f"{name}.input_scale": torch.tensor([inputs.largest / inputs.spec.format.max], dtype=q.scale.dtype)}
@@ -251,6 +253,14 @@ def _encode_native(name: str, q: QTensor, inputs: Input | None) -> dict[str, Ten
     return tensors
 
 
+def encode_static(name: str, static: Static) -> dict[str, Tensor]:
+    """The shard's tensors of a quantized point."""
+    tensors = {f"{name}.largest": static.largest}
+    if len(static.largest) > 1:
+        tensors[f"{name}.labels"] = static.labels.to(torch.int32)
+    return tensors
+
+
 def _decode_native(name: str, tensors: dict[str, Tensor], spec: Spec, columns: int) -> QTensor:
     bits = spec.format.bits
     codes = unpack(tensors[f"{name}.codes"], bits, columns)
@@ -290,11 +300,20 @@ def _decode_library(name: str, tensors: dict[str, Tensor], spec: Spec, shape: tu
 
 
 def write_config(
-    folder: Path, arch: Arch, linears: Iterable[Linear], schemes: dict[str, Scheme], format: str, *, kv_cache: bool = False
+    folder: Path,
+    arch: Arch,
+    linears: Iterable[Linear],
+    schemes: dict[str, Scheme],
+    format: str,
+    *,
+    kv_cache: bool = False,
+    points: dict[str, PointScheme] | None = None,
+    turned: Iterable[str] = (),
 ) -> list[str]:
     """Write config.json (and lowbit.json) of a quantized checkpoint into `folder`; returns the names written.
 
     kv_cache: the checkpoint holds scales of an FP8 key-value cache.
+    points: schemes of points, by name. turned: names of linears whose inputs are multiplied by a Hadamard matrix.
     """
     original = (arch.source.folder / "config.json").read_bytes()
     if arch.source.overrides:
@@ -310,14 +329,29 @@ def write_config(
                 "scheme": schemes[linear.name].name,
                 "weight": schemes[linear.name].weight.to_dict(),
                 "input": spec.to_dict() if (spec := schemes[linear.name].input) else None,
+                "turned": linear.name in turned,
             }
             for linear in linears
             if linear.name in schemes
         }
         described = json.loads(original) | {"quantization_config": {"quant_method": NATIVE}}
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        of_points = {
+            point.name: {
+                "tensor": point.tensor,
+                "shape": list(arch.source.tensors[point.tensor].shape) if point.tensor else [point.sets, point.inner],
+                "scheme": scheme.name,
+                "spec": scheme.spec.to_dict(),
+            }
+            for block in arch.blocks
+            for point in block.points
+            if (scheme := (points or {}).get(point.name)) is not None
+        }
         (folder / NATIVE_FILE).write_text(
-            json.dumps({"format": NATIVE, "version": _NATIVE_VERSION, "dtype": dtype, "linears": table}, indent=1) + "\n"
+            json.dumps(
+                {"format": NATIVE, "version": _NATIVE_VERSION, "dtype": dtype, "linears": table, "points": of_points}, indent=1
+            )
+            + "\n"
         )
         return ["config.json", NATIVE_FILE]
     config = json.loads(original)
@@ -417,6 +451,7 @@ class _Module:
     shape: tuple[int, int]
     scheme: Scheme
     library: Any = None  # the library's scheme
+    turned: bool = False
 
 
 class QuantizedSource(Source):
@@ -439,6 +474,8 @@ class QuantizedSource(Source):
         for module in self.modules.values():
             self._by_tensor.setdefault(module.tensor, []).append(module)
         parts = {part for module in self.modules.values() for part in self._parts(module)}
+        self._points = self._described()["points"] if self.native else {}
+        parts |= {f"{name}.{part}" for name in self._points for part in ("codes", "scale", "largest", "labels")}
         self.tensors = {name: info for name, info in self.stored.items() if name not in parts}
         floats = [info.dtype for info in self.tensors.values() if info.dtype in FLOAT_DTYPES]
         # Scales of 8 bits do not tell the dtype of the source.
@@ -450,11 +487,17 @@ class QuantizedSource(Source):
             shape: tuple[int, ...] = (inner, out) if modules[0].transposed else (out, inner)
             shape = shape if modules[0].index is None else (len(modules), *shape)
             self.tensors[tensor] = TensorInfo(scale.shard, shape, dtype)
+        self._parameters = {entry["tensor"]: name for name, entry in self._points.items() if entry["tensor"]}
+        for tensor, name in self._parameters.items():
+            shape = tuple(self._points[name]["shape"])
+            self.tensors[tensor] = TensorInfo(self.stored[f"{name}.codes"].shard, shape, "F32")
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named original tensors, dequantized where they are quantized."""
-        out = super().read([name for name in names if name not in self._by_tensor])
+        out = super().read([name for name in names if name not in self._by_tensor and name not in self._parameters])
         for name in names:
+            if name in self._parameters:
+                out[name] = self._parameter(self._parameters[name])
             if name in self._by_tensor:
                 modules = sorted(self._by_tensor[name], key=lambda module: module.index or 0)
                 matrices = [self._dequantized(module) for module in modules]
@@ -474,12 +517,33 @@ class QuantizedSource(Source):
         """The scheme of every quantized linear."""
         return {name: module.scheme for name, module in self.modules.items()}
 
+    def points(self) -> dict[str, Static]:
+        """How each quantized activation among the points of scans is quantized."""
+        found = {}
+        for name, entry in self._points.items():
+            if entry["tensor"] is None:
+                parts = [f"{name}.{part}" for part in ("largest", "labels") if f"{name}.{part}" in self.stored]
+                read = self._read_stored(parts)
+                labels = read.get(f"{name}.labels", torch.zeros(entry["shape"][0])).long()
+                found[name] = Static(spec=spec_from_dict(entry["spec"]), largest=read[f"{name}.largest"], labels=labels)
+        return found
+
+    def _parameter(self, name: str) -> Tensor:
+        """A quantized parameter among the points, dequantized, in the shape that the source has."""
+        entry = self._points[name]
+        shape = entry["shape"]
+        read = self._read_stored([f"{name}.codes", f"{name}.scale"])
+        columns = torch.Size(shape[1:] if len(shape) > 1 else shape).numel()
+        return dequantize(_decode_native(name, read, spec_from_dict(entry["spec"]), columns)).view(shape)
+
     def inputs(self) -> dict[str, Input]:
-        """How the input of each quantized linear is quantized; absent where it stays float."""
+        """How the input of each quantized linear is quantized, or turned; absent where it stays as it is."""
         found = {}
         for name, module in self.modules.items():
             spec = module.scheme.input
             if spec is None:
+                if module.turned:
+                    found[name] = Input(None, turned=True)
                 continue
             largest = None
             if self.native and f"{name}.input_largest" in self.stored:
@@ -490,7 +554,7 @@ class QuantizedSource(Source):
                 # the largest magnitude for which `outer_scale` gives this scale
                 given = float(self._read_stored([f"{name}.input_global_scale"])[f"{name}.input_global_scale"])
                 largest = largest_of(1 / given, spec)
-            found[name] = Input(spec, largest)
+            found[name] = Input(spec, largest, turned=module.turned)
         return found
 
     def cache_scales(self) -> dict[str, tuple[float, float]]:
@@ -562,6 +626,7 @@ class QuantizedSource(Source):
                     weight=spec_from_dict(entry["weight"]),
                     input=spec_from_dict(entry["input"]) if entry["input"] else None,
                 ),
+                turned=entry["turned"],
             )
             for name, entry in described["linears"].items()
         }
@@ -654,10 +719,15 @@ def open_checkpoint(model: str, revision: str | None = None) -> Source:
     return QuantizedSource(folder) if quantized else open_source(model, revision)
 
 
-def quantized_sites(arch: Arch, source: QuantizedSource) -> dict[Site, Input]:
-    """Where the model quantizes inputs, and how."""
+def quantized_sites(arch: Arch, source: QuantizedSource) -> dict[Site, Quantizer]:
+    """Where the model quantizes inputs and points, and how."""
     modules = source.modules
-    return {arch.site(modules[name].tensor, modules[name].index): given for name, given in source.inputs().items()}
+    found: dict[Site, Quantizer] = {
+        arch.site(modules[name].tensor, modules[name].index): given for name, given in source.inputs().items()
+    }
+    points = source.points()
+    sites = {point.name: point.site for block in arch.blocks for point in block.points}
+    return found | {sites[name]: static for name, static in points.items()}
 
 
 def load(
@@ -684,6 +754,8 @@ def load(
     restore_generation(loaded, source.folder)
     if isinstance(source, QuantizedSource):
         inputs = quantized_sites(arch, source)
+        if source.points():
+            arch.use_points()
         if inputs:
             _quantize_inputs(loaded, inputs)
         for module, scales in source.cache_scales().items():
@@ -699,7 +771,7 @@ def restore_generation(model: Any, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def _quantize_inputs(model: Any, inputs: dict[Site, Input]) -> None:
+def _quantize_inputs(model: Any, inputs: dict[Site, Quantizer]) -> None:
     """Make every forward of the model quantize the inputs at the given sites."""
     original = model.forward
 

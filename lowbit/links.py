@@ -150,9 +150,9 @@ class _Trial:
         """The input [tokens, in] of every matrix, and the block's output."""
         seen: dict[Site, list[Tensor]] = {}
 
-        def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
+        def observe(weight: Tensor | str, x: Tensor, transposed: bool) -> Tensor:
             site = site_of(weight, self.sites)
-            if site is not None:
+            if site is not None and not isinstance(weight, str):
                 seen.setdefault(site, []).append(x.reshape(-1, x.shape[-1]).clone())
                 self.transposed[site[0]] = transposed
             return x

@@ -131,6 +131,42 @@ class QTensor:
         return stored / self.codes.numel()
 
 
+@dataclass(frozen=True, kw_only=True)
+class PointScheme:
+    """How a point of a state space mixer is quantized: statically, symmetric.
+
+    Attributes:
+        name: what the user wrote.
+        spec: one scale for the tensor.
+        scales: what has a scale of its own: the tensor, each state group, or each cluster of channels that `reorder` found.
+        quantile: the share of magnitudes within the range; 1: all of them.
+    """
+
+    name: str
+    spec: Spec
+    scales: Literal["tensor", "groups", "clusters"] = "tensor"
+    quantile: float = 1.0
+
+
+_POINT = re.compile(r"s(?P<bits>[3-8])(?:-(?P<scales>groups|clusters))?(?:-p(?P<quantile>\d+))?")
+
+
+def parse_point(text: str) -> PointScheme | None:
+    """Read `sB`, B = 3..8: integers under one scale from calibration; then `-groups` (a scale for each state group) or
+    `-clusters` (for each cluster of channels), and `-pD`: the range holds a share 0.D of the magnitudes. None: something else.
+    """
+    match = _POINT.fullmatch(text.strip().lower())
+    if match is None:
+        return None
+    scales: Any = match["scales"] or "tensor"
+    return PointScheme(
+        name=text.strip().lower(),
+        spec=Spec(format=integer(int(match["bits"])), group=TENSOR),
+        scales=scales,
+        quantile=float(f"0.{match['quantile']}") if match["quantile"] else 1.0,
+    )
+
+
 # --------------------------------------------------------------------------------------------------------------- schemes
 
 _EXAMPLES = (

@@ -44,18 +44,20 @@ from lowbit.methods.block_ap import block_ap
 from lowbit.methods.embed import embed
 from lowbit.methods.end_to_end import end_to_end
 from lowbit.methods.gptq import gptq
+from lowbit.methods.hadamard import hadamard
 from lowbit.methods.hqq import hqq
 from lowbit.methods.lkd import lkd
 from lowbit.methods.lorc import lorc
 from lowbit.methods.mrem import mrem
 from lowbit.methods.omniquant import omniquant
+from lowbit.methods.reorder import reorder
 from lowbit.methods.rotate import rotate
 from lowbit.methods.rtn import rtn
 from lowbit.methods.signround import signround
 from lowbit.methods.smooth import smooth
 from lowbit.methods.smooth_search import smooth_search
 from lowbit.methods.tesseraq import tesseraq
-from lowbit.qtensor import Scheme, parse_scheme
+from lowbit.qtensor import PointScheme, Scheme, parse_point, parse_scheme
 from lowbit.unit import Between, Input
 
 
@@ -95,6 +97,8 @@ METHODS = {
     "smooth_search": Method(apply=smooth_search, calibrated=_always, kind="search"),
     "smooth": Method(apply=smooth, calibrated=_always, kind="transform"),
     "awq": Method(apply=awq, calibrated=_always, kind="transform"),
+    "reorder": Method(apply=reorder, calibrated=_always, kind="transform"),
+    "hadamard": Method(apply=hadamard, calibrated=_never, kind="transform"),
     "rtn": Method(apply=rtn, calibrated=lambda options: bool(options.get("importance")), kind="solver"),
     "hqq": Method(apply=hqq, calibrated=_never, kind="solver"),
     "gptq": Method(apply=gptq, calibrated=_always, kind="solver", teacher=lambda options: bool(options.get("asymmetry"))),
@@ -114,7 +118,8 @@ _HEADS = "lm_head|embed_out"
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Linears in whose name the regular expression `match` is found get `scheme` ("float": none).
+    """Linears in whose name the regular expression `match` is found get `scheme` ("float": none). Schemes of points (s8) are
+    for the points of state space mixers instead, and pass linears by.
 
     An `optional` rule may match nothing.
     """
@@ -130,8 +135,13 @@ class Rule:
             re.compile(self.match)
         except re.error as error:
             raise ValueError(f"rule {self.match!r} is not a regular expression: {error}") from error
-        if self.scheme != FLOAT:
+        if self.scheme != FLOAT and self.point is None:
             parse_scheme(self.scheme)
+
+    @property
+    def point(self) -> PointScheme | None:
+        """The scheme of the points it matches, if it is not for linears."""
+        return parse_point(self.scheme)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +199,15 @@ class Recipe:
             raise ValueError("end_to_end trains scales, on which the corrections of lorc would no longer fit; leave one out")
         if kinds.count("finish") > 1:
             raise ValueError("end_to_end is there twice; leave one out")
+        if any(rule.point for rule in self.rules):
+            if self.format != "lowbit":
+                raise ValueError('schemes of points (s8) have no layout in compressed-tensors; use format = "lowbit"')
+            if {"trainer", "finish"} & set(kinds):
+                raise ValueError(
+                    "steps that train do not know the points of a scan; use rtn, hqq or gptq alone, or no s8 rules"
+                )
+        if any(step.method == "hadamard" for step in self.steps) and self.format != "lowbit":
+            raise ValueError('hadamard: no engine turns inputs at run time; use format = "lowbit"')
         if "outside" in kinds and self.format != "lowbit":
             raise ValueError('embed: no engine loads quantized embeddings; use format = "lowbit"')
         needs = self._needs_data()
@@ -217,9 +236,11 @@ class Recipe:
 
     def _needs_data(self) -> list[str]:
         steps = [step.method for step in self.steps if step.calibrated]
-        inputs = {rule.scheme: parse_scheme(rule.scheme).input for rule in self.rules if rule.scheme != FLOAT}
+        linears = [rule.scheme for rule in self.rules if rule.scheme != FLOAT and rule.point is None]
+        inputs = {name: parse_scheme(name).input for name in linears}
+        points = [f"scheme {rule.scheme}" for rule in self.rules if rule.point is not None]
         schemes = [f"scheme {name}" for name, spec in inputs.items() if spec is not None and Input(spec).calibrated]
-        return [*steps, *schemes, *(["kv_cache"] if self.kv_cache else [])]
+        return [*steps, *schemes, *points, *(["kv_cache"] if self.kv_cache else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -238,8 +259,14 @@ class Recipe:
         """sha256 of the recipe."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
-    def schemes(self, names: Iterable[str], *, tied_head: str | None = None) -> dict[str, Scheme]:
-        """Which of the named linears get which scheme; linears left float are absent.
+    def point_schemes(self, points: Iterable[str]) -> dict[str, PointScheme]:
+        """Which of the named points get which scheme; points left float are absent."""
+        rules = [rule for rule in self.rules if rule.point is not None or rule.scheme == FLOAT]
+        first = {name: next((rule.point for rule in rules if re.search(rule.match, name)), None) for name in points}
+        return {name: scheme for name, scheme in first.items() if scheme is not None}
+
+    def schemes(self, names: Iterable[str], points: Iterable[str] = (), *, tied_head: str | None = None) -> dict[str, Scheme]:
+        """Which of the named linears get which scheme; linears left float are absent. `points` may use rules too.
 
         Args:
             tied_head: name of a head that is no linear of its own, for the message to who asks for it.
@@ -247,18 +274,27 @@ class Recipe:
         Raises:
             ValueError: a rule decides about no linear, or no linear is left to quantize.
         """
-        names = list(names)
+        names, points = list(names), list(points)
         chosen: dict[str, Scheme] = {}
         used: set[int] = set()
         for name in names:
             for i, rule in enumerate(self.rules):
-                if re.search(rule.match, name):
+                if rule.point is None and re.search(rule.match, name):
                     used.add(i)
                     if rule.scheme != FLOAT:
                         chosen[name] = parse_scheme(rule.scheme)
                     break
+        for name in points:
+            of_points = [i for i, rule in enumerate(self.rules) if rule.point is not None or rule.scheme == FLOAT]
+            used.update([i for i in of_points if re.search(self.rules[i].match, name)][:1])
         for i, rule in enumerate(self.rules):
             if i not in used and not rule.optional:
+                if rule.point is not None:
+                    known = ", ".join(_families(points)) or "none: it has no scan lowbit knows"
+                    raise ValueError(
+                        f"rule {rule.match!r} -> {rule.scheme} is never used: no point has such a name, or an earlier rule "
+                        f"takes it; the model's points are {known}"
+                    )
                 anywhere = any(re.search(rule.match, name) for name in names)
                 why = "an earlier rule takes every linear it matches" if anywhere else "no linear has such a name"
                 if tied_head is not None and not anywhere and re.search(rule.match, tied_head):

@@ -288,7 +288,7 @@ class Span:
         sites = unit.arch.sites(unit.block)
         sites |= {value.untyped_storage().data_ptr(): f"{unit.block.name}.{name}" for name, value in parameters.items()}
 
-        def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
+        def observe(weight: Tensor | str, x: Tensor, transposed: bool) -> Tensor:
             site = site_of(weight, sites)
             if site is None or site not in inputs:
                 return x

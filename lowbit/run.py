@@ -21,7 +21,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -38,9 +38,9 @@ from torch import Tensor
 from lowbit import __version__
 from lowbit.adapter import FOLDER as ADAPTER
 from lowbit.adapter import LowRank, write_adapter
-from lowbit.arch import Arch, Block, Linear, return_freed_memory
+from lowbit.arch import Arch, Block, Linear, Site, return_freed_memory
 from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
-from lowbit.export import NATIVE, QuantizedSource, check_export, encode, load, write_config
+from lowbit.export import NATIVE, QuantizedSource, check_export, encode, encode_static, load, quantized_sites, write_config
 from lowbit.files import TEMPORARY, replacing, save_shard, write_json
 from lowbit.methods.embed import Rounded
 from lowbit.parallel import Team, launch, parallel_step, say_step, shares, train
@@ -49,7 +49,7 @@ from lowbit.recipe import METHODS, Recipe, Step, default_of, recipe_from_dict, s
 from lowbit.reconstruct import check_optimizer
 from lowbit.report import write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
-from lowbit.unit import Input, LinearRecord, Stream, Unit, fast_products, quantized_inputs
+from lowbit.unit import LinearRecord, Quantizer, Stream, Unit, fast_products, quantized_inputs
 from lowbit.views import histograms, outliers, watching
 
 _WRITTEN = "written-"  # name of the files with tokens that the model wrote
@@ -140,7 +140,7 @@ def quantize(
     source = open_source(model, revision)
     _check_apart(out, source.folder)
     arch = original = Arch(source, device=device)
-    recipe.schemes(_candidates(arch, recipe), tied_head=arch.tied_head)
+    recipe.schemes(_candidates(arch, recipe), _points(arch), tied_head=arch.tied_head)
     data_used, solver_tokens = _calibration(recipe, source, out, device, say)
     with (
         _journal(out, _job(source, recipe, data_used, device, parallel, deterministic), overwrite) as folder,
@@ -167,7 +167,7 @@ def quantize(
         clock.lap("search")
         records = _solve(arch, replace(recipe, steps=steps), schemes, stream, folder, say)
         clock.lap("blocks")
-        _assemble(arch, recipe, linears, schemes, folder)
+        _assemble(arch, recipe, linears, schemes, records, folder)
         clock.lap("assembly")
         if recipe.finish is not None:
             records = _finish(arch, recipe, recipe.finish, schemes, stream, records, folder, say)
@@ -212,9 +212,14 @@ def _chosen(arch: Arch, recipe: Recipe) -> tuple[list[Linear], dict[str, Scheme]
     """All linears of the model, and the schemes of those that the rules quantize, which are then read as exactly as known."""
     chain = arch.blocks if arch.head is None else (*arch.blocks, arch.head)
     linears = [linear for block in chain for linear in block.linears]
-    schemes = recipe.schemes((linear.name for linear in linears), tied_head=arch.tied_head)
+    schemes = recipe.schemes((linear.name for linear in linears), _points(arch), tied_head=arch.tied_head)
     arch.source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
     return linears, schemes
+
+
+def _points(arch: Arch) -> list[str]:
+    """The names of all points of the model."""
+    return [point.name for block in arch.blocks for point in block.points]
 
 
 # ------------------------------------------------------------------------------------------------------ parallel training
@@ -419,7 +424,8 @@ def _solve_blocks(
     for block in blocks:
         values.append(arch.load(block.tensors))
         mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
-        unit = Unit(arch, block, mine, stream, arch.source.dtype(), values[-1])
+        points = recipe.point_schemes(point.name for point in block.points)
+        unit = Unit(arch, block, mine, stream, arch.source.dtype(), values[-1], points)
         unit.say = say
         _take(recipe.steps, unit, ("transform", "solver"))
         if trainers:
@@ -451,7 +457,12 @@ def _write_block(unit: Unit, values: dict[str, Tensor], recipe: Recipe, folder: 
 def _write_tensors(unit: Unit, values: dict[str, Tensor], recipe: Recipe, folder: Path, path: Path) -> None:
     """Write a solved block's tensors with quantized linears in the place of float ones, and its corrections to the journal."""
     replaced = {linear.tensor for linear in unit.linears}
+    replaced |= {point.tensor for point, _ in unit.points.values() if point.tensor is not None}
     tensors = {name: value for name, value in values.items() if name not in replaced}
+    for name, q in unit.parameters.items():
+        tensors |= encode(name, q, Scheme(name="", weight=q.spec), recipe.format)
+    for name, static in unit.ranges().items():
+        tensors |= encode_static(name, static)
     inputs = unit.inputs()
     for name, q in unit.assigned.items():
         tensors |= encode(name, q, unit.schemes[name], recipe.format, inputs.get(name))
@@ -480,7 +491,7 @@ def _solve_head(arch: Arch, head: Block, recipe: Recipe, schemes: dict[str, Sche
     _take(recipe.steps, unit, ("solver", "correction"))
     unit.put()
     rows = min(len(stream.tokens), GATE_ROWS)
-    logits = _logits(arch, stream.tokens[:rows], stream.read(head.index, 0, rows), unit.inputs())
+    logits = _logits(arch, stream.tokens[:rows], stream.read(head.index, 0, rows), unit.inputs_by_site())
     save_shard({"logits": logits}, _head_logits(work))
     _write_tensors(unit, values, recipe, folder, _head_tensors(work))
     arch.free_outside()
@@ -507,6 +518,8 @@ def _write_record(unit: Unit, folder: Path, seconds: float) -> None:
             "transforms": unit.notes,
             "linears": [asdict(record) for record in unit.records.values()],
             "sha256": {name: _sha256(unit.value(name)) for name in unit.assigned},
+            "points": {name: scheme.name for name, (_, scheme) in unit.points.items()},
+            "turned": [name for name, given in unit.inputs().items() if given.turned],
         },
     )
 
@@ -521,6 +534,7 @@ def _take(steps: Iterable[Step], unit: Unit, kinds: tuple[str, ...]) -> None:
             with _unchanged(unit, step.method):
                 method.apply(unit, **step.options)
         else:
+            unit.settle()
             method.apply(unit, **step.options)
     assert set(unit.assigned) == {linear.name for linear in unit.linears}, f"{unit.block.name}: not every linear was assigned"
 
@@ -567,7 +581,14 @@ def _shard(arch: Arch, recipe: Recipe, index: int) -> str:
     return shard_name(index + 1, len(arch.blocks) + 1, stem)
 
 
-def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[str, Scheme], folder: Path) -> None:
+def _assemble(
+    arch: Arch,
+    recipe: Recipe,
+    linears: list[Linear],
+    schemes: dict[str, Scheme],
+    records: list[dict[str, Any]],
+    folder: Path,
+) -> None:
     """Write everything beside the blocks: the last shard, index, configuration, and the side files as they were."""
     outside, table = [*arch.outside, *sorted(arch.unused)], _rounded(arch)
     head = _quantized_head(arch, schemes)
@@ -582,7 +603,16 @@ def _assemble(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[s
     del tensors
     return_freed_memory()
     stem = NATIVE if recipe.format == NATIVE else STEM
-    write_config(folder, arch, linears, schemes, recipe.format, kv_cache=recipe.kv_cache is not None)
+    write_config(
+        folder,
+        arch,
+        linears,
+        schemes,
+        recipe.format,
+        kv_cache=recipe.kv_cache is not None,
+        points=recipe.point_schemes(_points(arch)),
+        turned=[name for record in records for name in record["turned"]],
+    )
     weight_map, total = {}, 0
     for index in range(len(arch.blocks) + 1):
         name = _shard(arch, recipe, index)
@@ -726,7 +756,7 @@ def _gate(
     expected = {name: digest for record in records for name, digest in record["sha256"].items()}
     dtype = arch.source.dtype()
     tokens = stream.tokens[:GATE_ROWS]
-    quantized = reloaded.inputs()
+    quantized = quantized_sites(twin, reloaded)
     twin.load_outside()
     with fast_products():
         hidden, calls = twin.embed(tokens)
@@ -737,8 +767,7 @@ def _gate(
         say("checking the output", block.index, len(twin.blocks))
         twin.load(block.tensors)
         compared += _compared(twin, block, expected, dtype)
-        inputs = {linear.site: quantized[linear.name] for linear in block.linears if linear.name in quantized}
-        observe = watching(twin, block, seen, quantized_inputs(twin.sites(block), inputs))
+        observe = watching(twin, block, seen, quantized_inputs(twin.sites(block), quantized))
         with fast_products():
             hidden = stream.rounded(twin.call(block, hidden, calls[block.index], observe))
         twin.free(block.name)
@@ -786,15 +815,14 @@ def _compared(twin: Arch, block: Block, expected: dict[str, str], dtype: torch.d
 
 
 @torch.no_grad()
-def _logits(arch: Arch, tokens: Tensor, hidden: Tensor, inputs: dict[str, Input]) -> Tensor:
+def _logits(arch: Arch, tokens: Tensor, hidden: Tensor, inputs: Mapping[Site, Quantizer]) -> Tensor:
     """Logits of the first `GATE_POSITIONS` of every row, from the last block's output; the head's input is quantized as it is
-    in `inputs`, by linear. What is outside the blocks is loaded."""
+    in `inputs`. What is outside the blocks is loaded."""
     tokens, hidden = tokens[:, :GATE_POSITIONS], hidden[:, :GATE_POSITIONS]
     if arch.head is None:
         logits = arch.finish(tokens, hidden)
     else:
-        given = {linear.site: inputs[linear.name] for linear in arch.head.linears if linear.name in inputs}
-        logits = arch.call(arch.head, hidden, tokens, quantized_inputs(arch.sites(arch.head), given))
+        logits = arch.call(arch.head, hidden, tokens, quantized_inputs(arch.sites(arch.head), inputs))
     if not bool(torch.isfinite(logits).all()):
         raise RuntimeError("gate: the quantized model's logits are not finite")
     return logits
@@ -1173,6 +1201,7 @@ def _report(
     rows = [row for record in records for row in record["linears"]]
     if table := _rounded(arch):
         rows.append(asdict(_record_of(table)))
+    points = {name: scheme for record in records for name, scheme in record["points"].items()}
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
     bits = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in rows)
     shards = sum(path.stat().st_size for pattern in ("*.safetensors", f"{ADAPTER}/*") for path in folder.glob(pattern))
@@ -1196,7 +1225,8 @@ def _report(
         "outliers": None,
         "histograms": [],
         "linears": rows,
-        "float_matrices": [{"name": name, "reason": reason} for name, reason in _left_float(arch, rows)],
+        "float_matrices": [{"name": name, "reason": reason} for name, reason in _left_float(arch, rows, points)],
+        "points": points,
         "blocks": [{key: record[key] for key in ("block", "seconds", "peak_rss", "transforms")} for record in records],
         "stages": clock.stages,
         "sizes": {
@@ -1227,12 +1257,12 @@ def _record_of(table: Rounded) -> LinearRecord:
     )
 
 
-def _left_float(arch: Arch, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _left_float(arch: Arch, rows: list[dict[str, Any]], points: Iterable[str]) -> list[tuple[str, str]]:
     """Every matrix that was not quantized, with the reason."""
-    quantized = {row["name"] for row in rows}
+    quantized = {row["name"] for row in rows} | {name.removesuffix(".weight") for name in points}
     left: list[tuple[str, str]] = []
     for block in arch.blocks:
-        left += block.skipped
+        left += [(name, reason) for name, reason in block.skipped if name not in quantized]
         left += [(linear.name, "left float by the rules") for linear in block.linears if linear.name not in quantized]
     head = {linear.name for linear in arch.head.linears} if arch.head is not None else set()
     outside = [name.removesuffix(".weight") for name in arch.outside if len(arch.source.tensors[name].shape) > 1]

@@ -39,11 +39,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lowbit.arch import Arch, Block, Linear, Site
 from lowbit.qtensor import Scheme, check_shape, dequantize, find_params, quantize
 from lowbit.recipe import FLOAT, METHODS, Step
-from lowbit.unit import Input, Stream, Unit, fast_products, quantized_inputs
+from lowbit.unit import Input, Quantizer, Stream, Unit, fast_products, quantized_inputs
 
 Signal = Literal["kl", "eigenvalue", "trace", "fisher"]
 SIGNALS = get_args(Signal)
-Inputs = dict[Site, Input]
+Inputs = dict[Site, Quantizer]
 
 
 @dataclass(frozen=True, kw_only=True)

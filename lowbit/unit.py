@@ -18,9 +18,9 @@ at a time. That file is also what a killed run resumes from.
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 
 from lowbit.adapter import LowRank, merged
-from lowbit.arch import REARRANGED, Arch, Block, Linear, Observe, Site, matrix_of, site_of
+from lowbit.arch import REARRANGED, Arch, Block, Linear, Observe, Point, Site, matrix_of, site_of
 from lowbit.files import replacing
 from lowbit.kv import CacheRanges
 from lowbit.links import Link, Side, find_links, structure
-from lowbit.qtensor import QTensor, Scheme, Spec, dequantize, fake_quantize_input, find_params, quantize, validate
+from lowbit.orthogonal import hadamard
+from lowbit.qtensor import PointScheme, QTensor, Scheme, Spec, dequantize, fake_quantize_input, find_params, quantize, validate
+from lowbit.ssm import Mixer
 
 GRAM_BYTES = 8 * 2**30  # statistics of more linears than fit here are gathered in several passes
 STAND_IN_TOKENS = 64  # of the rows on which links are looked for
@@ -52,17 +54,42 @@ class Between:
 class Input:
     """How the input of a linear is quantized: its spec and, where that needs it, the largest magnitude seen in calibration."""
 
-    spec: Spec
+    spec: Spec | None
     largest: float | None = None
+    turned: bool = False  # by a Hadamard matrix, before it is quantized
 
     @property
     def calibrated(self) -> bool:
         """Whether the spec needs `largest`."""
-        return not self.spec.dynamic or self.spec.scale == "e4m3"
+        return self.spec is not None and (not self.spec.dynamic or self.spec.scale == "e4m3")
 
     def quantize(self, x: Tensor) -> Tensor:
         """See `qtensor.fake_quantize_input`."""
-        return fake_quantize_input(x, self.spec, self.largest)
+        x = hadamard(x) if self.turned else x
+        return x if self.spec is None else fake_quantize_input(x, self.spec, self.largest)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Static:
+    """How a point is quantized: integers under scales from calibration.
+
+    Attributes:
+        largest: float32 [scales, inner], the largest magnitudes; inner: of every feature within a set, or 1.
+        labels: [sets] int64, which row of `largest` each set of features has.
+    """
+
+    spec: Spec
+    largest: Tensor
+    labels: Tensor
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """x [..., sets * features of a set] quantized and dequantized in float32, in the dtype of x."""
+        scale = (self.largest / self.spec.format.max).to(x.device)[self.labels.to(x.device)]
+        values = x.float().unflatten(-1, (len(self.labels), -1))
+        return (self.spec.format.round(values / scale) * scale).flatten(-2).to(x.dtype)
+
+
+Quantizer = Input | Static
 
 
 @dataclass
@@ -222,9 +249,11 @@ class Unit:
         stream: Stream,
         scale_dtype: torch.dtype,
         values: dict[str, Tensor] | None = None,
+        points: dict[str, PointScheme] | None = None,
     ) -> None:
         """values: tensors of the block as they were read; linears of which more is known there than the model holds, because
-        they were rotated, start from these. With a teacher in the stream, it moves past the block now."""
+        they were rotated, start from these. points: schemes of the block's points, by name. With a
+        teacher in the stream, it moves past the block now."""
         self.arch = arch
         self.block = block
         self.stream = stream
@@ -238,6 +267,11 @@ class Unit:
         order = {linear.name: i for i, linear in enumerate(block.linears)}
         chosen = [linear for linear in block.linears if linear.name in schemes]
         self.linears = tuple(sorted(chosen, key=lambda linear: (order[linear.shares], order[linear.name])))
+        self.points = {point.name: (point, points[point.name]) for point in block.points if points and point.name in points}
+        self.clusters: dict[str, Tensor] = {}  # of each mixer: the cluster of every channel [channels]
+        self.parameters: dict[str, QTensor] = {}  # rounded parameters among the points
+        self._turned: set[str] = set()  # linears whose inputs are turned
+        self._ranges: dict[str, Static] | None = None
         self._earlier: dict[str, LinearRecord] = {}
         self._warnings: dict[str, list[str]] = {}
         self._grams: dict[Any, Tensor] = {}
@@ -303,11 +337,13 @@ class Unit:
         if self._inputs is None:
             self._inputs = {}
             for linear in self.linears:
-                spec = self.scheme(linear).input
-                if spec is not None:
-                    given = Input(spec)
-                    largest = (float(self.absmax(linear).max()) or 1.0) if given.calibrated else None
-                    self._inputs[linear.name] = given if largest is None else self._storable(spec, largest)
+                spec, turned = self.scheme(linear).input, linear.name in self._turned
+                if spec is not None or turned:
+                    given = Input(spec, turned=turned)
+                    if spec is not None and given.calibrated:
+                        largest = float(self.absmax(linear).max()) or 1.0
+                        given = replace(self._storable(spec, largest), turned=turned)
+                    self._inputs[linear.name] = given
         return self._inputs
 
     def _storable(self, spec: Spec, largest: float) -> Input:
@@ -431,6 +467,7 @@ class Unit:
     def changed(self) -> dict[str, Tensor]:
         """The checkpoint's tensors that were rewritten by `rescale` and are not quantized, as the checkpoint holds them."""
         quantized = {linear.tensor for linear in self.linears}
+        quantized |= {point.tensor for point, _ in self.points.values() if point.tensor is not None}
         names = [name for name in self.block.tensors if self.arch.place(name) in self._touched and name not in quantized]
         return {name: self.arch.held(name) for name in names}
 
@@ -438,7 +475,131 @@ class Unit:
     def outputs(self) -> tuple[Tensor, Tensor]:
         """The first batch of hidden states [rows, length, width] that enter the block, and what it makes of them as it is."""
         hidden, call = next(self.stream.batches(self.block.index))
-        return hidden, self.arch.call(self.block, hidden, call).cpu()
+        turns = {linear.site: Input(None, turned=True) for linear in self.linears if linear.name in self._turned}
+        observe = quantized_inputs(self.arch.sites(self.block), turns)
+        return hidden, self.arch.call(self.block, hidden, call, observe).cpu()
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """The state space mixers of the block."""
+        paths = dict.fromkeys(point.mixer for point in self.block.points)
+        return tuple(Mixer(self.arch.model.get_submodule(path), path) for path in paths)
+
+    @torch.no_grad()
+    def permute(self, param: str, axis: int, order: Tensor) -> None:
+        """Take the entries of a parameter of the model along an axis in another order, which is exact in every dtype."""
+        assert not self.assigned, "permuted after a linear was assigned"
+        order = order.to(self.arch.device)
+        value = self.arch.model.get_parameter(param)
+        value.copy_(value.index_select(axis, order))
+        self._touched.add(param)
+        for linear in self.linears:
+            if linear.param == param and linear.name in self._weights:
+                self._weights[linear.name] = self._weights[linear.name].index_select(axis, order)
+        self._forget()
+
+    @torch.no_grad()
+    def turn(self, linear: Linear) -> None:
+        """Have the input of a linear, and of all that share it, multiplied by a Hadamard matrix whenever the model runs, and
+        their weights too, so that they compute the same."""
+        for other in self.linears:
+            if other.shares != linear.shares:
+                continue
+            w = hadamard(self.weight(other).double())
+            exact = torch.float64 if self.arch.dtype == torch.float64 else torch.float32
+            self._weights[other.name] = w.to(exact)
+            other.view(self.arch.param(other)).copy_(w)
+            self._touched.add(other.param)
+            self._turned.add(other.name)
+        kept = [link for link in self.links if not any(c.name in self._turned for c, _ in self.consumers(link))]
+        self._links = tuple(kept)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was measured on inputs that are other ones now."""
+        self._sizes, self._samples, self._grams, self._inputs, self._ranges = {}, {}, {}, None, None
+
+    @torch.no_grad()
+    def point_maxima(self, name: str) -> Tensor:
+        """The largest magnitude [features] float32 of a point over the calibration data, by its name, in the float block."""
+        return self._magnitudes([point for point in self.block.points if point.name == name])[name]
+
+    def _magnitudes(self, points: list[Point]) -> dict[str, Tensor]:
+        device = self.arch.device
+        found = {point.name: torch.zeros(point.sets * point.inner, device=device) for point in points}
+
+        def visit(name: str, x: Tensor) -> None:
+            torch.maximum(found[name], x.abs().amax(0).float(), out=found[name])
+
+        self._visit({point.site: point.name for point in points}, {}, visit, whole=True)
+        return found
+
+    def _histograms(self, points: list[tuple[Point, PointScheme]]) -> dict[str, Tensor]:
+        """How often magnitudes of points occur, by label and by the upper 16 bits of the float32 (7 bits of mantissa)."""
+        labels = {point.name: self._labels(point, scheme) for point, scheme in points}
+        found = {name: torch.zeros(int(each.max()) + 1, 2**15, dtype=torch.int64) for name, each in labels.items()}
+
+        def visit(name: str, x: Tensor) -> None:
+            bins = (x.abs().float().view(torch.int32) >> 16).long().cpu()
+            flat = (labels[name] * 2**15 + bins).flatten()
+            found[name] += torch.bincount(flat, minlength=found[name].numel()).view_as(found[name])
+
+        self._visit({point.site: point.name for point, _ in points}, {}, visit, whole=True)
+        return found
+
+    def _labels(self, point: Point, scheme: PointScheme) -> Tensor:
+        """Which scale each set of features of a point has [sets]."""
+        if scheme.scales == "clusters":
+            return self.clusters[point.mixer]
+        if scheme.scales == "groups":
+            assert point.groups is not None
+            return point.groups
+        return torch.zeros(point.sets, dtype=torch.int64)
+
+    @torch.no_grad()
+    def ranges(self) -> dict[str, Static]:
+        """How each activation among the points is quantized, by name; takes a pass or two over the data."""
+        if self._ranges is None:
+            chosen = [(point, scheme) for point, scheme in self.points.values() if point.tensor is None]
+            clipped = [(point, scheme) for point, scheme in chosen if scheme.quantile < 1 and point.inner == 1]
+            maxima = self._magnitudes([point for point, _ in chosen]) if chosen else {}
+            histograms = self._histograms(clipped) if clipped else {}
+            self._ranges = {}
+            for point, scheme in chosen:
+                labels = self._labels(point, scheme)
+                inner = 1 if scheme.scales == "tensor" else point.inner
+                sets = maxima[point.name].cpu().view(point.sets, -1)
+                sets = sets.amax(1, keepdim=True) if inner == 1 else sets
+                largest = torch.zeros(int(labels.max()) + 1, inner)
+                largest.scatter_reduce_(0, labels.unsqueeze(1).expand_as(sets), sets, "amax")
+                if point.name in histograms:
+                    seen = histograms[point.name].cumsum(1)
+                    index = (seen < seen[:, -1:] * scheme.quantile).sum(1, keepdim=True)
+                    edge = ((index + 1) << 16).to(torch.int32).view(torch.float32)
+                    largest = torch.minimum(largest, edge)
+                largest = torch.where(largest > 0, largest, 1.0)
+                self._ranges[point.name] = Static(spec=scheme.spec, largest=largest, labels=labels)
+        return self._ranges
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Round the parameters among the points to nearest: transforms are over.
+
+        Raises:
+            ValueError: a scheme needs clusters, and no step found them; or state groups, and there are none.
+        """
+        for point, scheme in self.points.values():
+            if scheme.scales == "clusters" and (point.local not in ("x", "state") or point.mixer not in self.clusters):
+                raise ValueError(f"{point.name}: scheme {scheme.name} is for x and state, after the step reorder; use s8")
+            if scheme.scales == "groups" and point.groups is None:
+                raise ValueError(f"{point.name}: scheme {scheme.name} needs state groups, and it has none; use s8")
+            if point.tensor is not None and point.name not in self.parameters:
+                param = self.arch.model.get_parameter(point.site[0])
+                w = param.float().reshape(len(param), -1)
+                w = w if param.dim() > 1 else w.view(1, -1)
+                q = quantize(w, find_params(w, scheme.spec, scale_dtype=torch.float32), scheme.spec)
+                self.parameters[point.name] = q.to("cpu")
+                param.copy_(dequantize(q).view(param.shape))
 
     def _at(self, side: Side) -> list[Linear]:
         """The linears to quantize in a side's parameter."""
@@ -672,31 +833,35 @@ class Unit:
                     total.addmm_((a - b).T, b)
         return {key: None if key in unpaired else total for key, total in sums.items()}
 
-    def _collect(self, wanted: dict[Site, Any], inputs: dict[Site, Input], hidden: Tensor, call: Any) -> dict[Any, Tensor]:
+    def _collect(self, wanted: dict[Site, Any], inputs: dict[Site, Quantizer], hidden: Tensor, call: Any) -> dict[Any, Tensor]:
         """The inputs [tokens, in] at the wanted sites, for one batch."""
         found: dict[Any, list[Tensor]] = {}
         self._visit(wanted, inputs, lambda key, x: found.setdefault(key, []).append(x), [(hidden, call)])
         return {key: torch.cat(parts) for key, parts in found.items()}
 
-    def inputs_by_site(self) -> dict[Site, Input]:
-        """`inputs`, by where the model multiplies."""
+    def inputs_by_site(self) -> dict[Site, Quantizer]:
+        """`inputs`, by where the model multiplies, and `ranges`, by where it computes the point."""
         known = self.inputs()
-        return {linear.site: known[linear.name] for linear in self.linears if linear.name in known}
+        found: dict[Site, Quantizer] = {linear.site: known[linear.name] for linear in self.linears if linear.name in known}
+        return found | {self.points[name][0].site: static for name, static in self.ranges().items()}
 
     @torch.no_grad()
     def _visit(
         self,
         wanted: dict[Site, Any],
-        inputs: dict[Site, Input],
+        inputs: dict[Site, Quantizer],
         visit: Callable[[Any, Tensor], None],
         batches: Iterable[tuple[Tensor, Any]] | None = None,
+        whole: bool = False,
     ) -> None:
         """One pass over the data, or over the given batches: visit(key, x [tokens, in]) for the input at each wanted site,
-        which stands for `key`. `inputs` are quantized."""
+        which stands for `key`. `inputs` are quantized. whole: a site may come several times in a batch."""
         sites = self.arch.sites(self.block)
+        turns = {linear.site: Input(None, turned=True) for linear in self.linears if linear.name in self._turned}
+        inputs = {**turns, **inputs}
         pending: set[Site] = set()
 
-        def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
+        def observe(weight: Tensor | str, x: Tensor, transposed: bool) -> Tensor:
             site = site_of(weight, sites)
             if site is None:
                 return x
@@ -705,7 +870,7 @@ class Unit:
             if site in wanted:
                 visit(wanted[site], x.reshape(-1, x.shape[-1]))
                 pending.discard(site)
-                if not pending:
+                if not pending and not whole:
                     raise _Captured
             return x
 
@@ -760,10 +925,10 @@ def fast_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def quantized_inputs(sites: dict[int, str], inputs: dict[Site, Input]) -> Observe:
-    """What a `Tap` must do for the inputs of the linears at the given sites to be quantized as said."""
+def quantized_inputs(sites: dict[int, str], inputs: Mapping[Site, Quantizer]) -> Observe:
+    """What a `Tap` must do for the inputs of the linears, and the points, at the given sites to be quantized as said."""
 
-    def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
+    def observe(weight: Tensor | str, x: Tensor, transposed: bool) -> Tensor:
         site = site_of(weight, sites)
         return x if site is None or site not in inputs else inputs[site].quantize(x)
 

@@ -71,9 +71,9 @@ def watching(arch: Arch, block: Block, found: dict[str, float], then: Observe | 
     sites = arch.sites(block)
     names = {linear.site: linear.name for linear in block.linears}
 
-    def observe(weight: Tensor, x: Tensor, transposed: bool) -> Tensor:
+    def observe(weight: Tensor | str, x: Tensor, transposed: bool) -> Tensor:
         site = site_of(weight, sites)
-        if site in names and x.numel():
+        if site is not None and site in names and x.numel():
             sizes = x.detach().abs().flatten(0, -2).amax(0).float()
             found[names[site]] = float(sizes.max() / sizes.median().clamp(min=1e-12))
         return x if then is None else then(weight, x, transposed)

@@ -75,6 +75,7 @@ LINEARS = {
     "roberta": ENCODER,
     "mamba": "mixer.in_proj 256 64\nmixer.x_proj 64 128\nmixer.out_proj 64 128",
     "mamba2": "mixer.in_proj 292 64\nmixer.out_proj 64 128",
+    "bamba": "mamba.in_proj 324 64\nmamba.out_proj 64 128\n" + GATED.replace("mlp", "feed_forward"),
 }
 FIRST_BLOCK = {"qwen3_moe": WIDE_ATTENTION + GATED}  # where it differs from the others
 
@@ -91,6 +92,7 @@ SKIPPED: dict[str, dict[str, str]] = {
         "mixer.dt_proj": "not used as a linear layer (Linear)",
     },
     "mamba2": {"mixer.conv1d": "not used as a linear layer (Conv1d)"},
+    "bamba": {"mamba.conv1d": "not used as a linear layer (Conv1d)"},
 }
 FIRST_SKIPPED: dict[str, dict[str, str]] = {"qwen3_moe": {}}
 

@@ -82,7 +82,7 @@ def test_reader_of_the_format_page(case: str, page: dict[str, Any], tmp_path: Pa
 
     described = json.loads((tmp_path / "out" / "lowbit.json").read_text())
     (tmp_path / "out" / "lowbit.json").write_text(json.dumps(described | {"version": 1}))
-    with pytest.raises(ValueError, match="is not in version 2"):
+    with pytest.raises(ValueError, match="is not in version 3"):
         page["read"](tmp_path / "out")
 
 

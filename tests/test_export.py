@@ -229,7 +229,7 @@ def test_native_checkpoint_has_the_original_config(model: Callable[[str], Arch],
     write(arch, tmp_path, "w4a16-g32", "lowbit")
     assert (tmp_path / "config.json").read_bytes() == (arch.source.folder / "config.json").read_bytes()
     described = json.loads((tmp_path / "lowbit.json").read_text())
-    assert described["format"] == "lowbit" and described["version"] == 2
+    assert described["format"] == "lowbit" and described["version"] == 3
     assert described["linears"]["transformer.h.0.attn.c_attn"] == {
         "tensor": "transformer.h.0.attn.c_attn.weight",
         "index": None,

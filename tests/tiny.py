@@ -90,6 +90,20 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "mamba2",
         {**_PLAIN, "state_size": 16, "num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 16},
     ),
+    # Two blocks with a scan, one with attention.
+    "bamba": (
+        "bamba",
+        {
+            **_GROUPED,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 16,
+            "mamba_expand": 2,
+            "mamba_chunk_size": 16,
+        },
+    ),
 }
 
 NAMES: tuple[str, ...] = tuple(_CONFIGS)

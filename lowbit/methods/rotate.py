@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lowbit.arch import Arch, Block
 from lowbit.links import Link, Run, find_links, structure
+from lowbit.orthogonal import hadamard
 from lowbit.source import Source
 from lowbit.unit import Between
 
@@ -60,18 +61,6 @@ def make_rotation(width: int, block: int, seed: int) -> Rotation:
     odd = block // (block & -block)
     mixer = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64))[0] if odd > 1 else torch.ones(1, 1)
     return Rotation(block=block, signs=signs, mixer=mixer.double())
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """x H / sqrt(n) of x [..., n], n a power of two, H the Hadamard matrix of Sylvester; n log n operations."""
-    width = x.shape[-1]
-    step = 1
-    while step < width:
-        pairs = x.unflatten(-1, (-1, 2, step))
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack([a + b, a - b], -2).flatten(-3)
-        step *= 2
-    return x * width**-0.5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

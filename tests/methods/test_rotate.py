@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from lowbit.arch import Arch, discover
-from lowbit.methods.rotate import _logits, hadamard, make_rotation, rotate
+from lowbit.methods.rotate import _logits, make_rotation, rotate
 from lowbit.source import open_source
 
 TURN = ("llama", "llama_untied", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen2_moe", "qwen3_moe")
@@ -23,14 +23,6 @@ REASONS = {
     "mamba": "rotate",
     "bert": "rotate",
 }
-
-
-def test_hadamard() -> None:
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    for _ in range(5):
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
-    x = torch.randn(3, 7, 32, dtype=torch.float64)
-    torch.testing.assert_close(hadamard(x), x @ matrix / 32**0.5)
 
 
 @pytest.mark.parametrize(("width", "block"), [(64, 0), (64, 16), (48, 0), (48, 8), (7, 0)])
