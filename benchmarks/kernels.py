@@ -208,7 +208,7 @@ def timed(peer: Callable[[int, int, int], float], m: int, inner: int, out: int) 
     """Microseconds of a peer by its name; none where it does not take the shape, which is said."""
     try:
         return {peer.__name__: peer(m, inner, out)}
-    except (RuntimeError, ImportError, AttributeError) as error:
+    except (RuntimeError, ImportError, AttributeError, TypeError, ValueError, AssertionError) as error:
         print(f"{peer.__name__} {m} x {inner} x {out}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
         return {}
 
