@@ -1,4 +1,4 @@
-"""The command line: lowbit quantize | plan | compare | eval | inspect | generate.
+"""The command line: lowbit quantize | plan | compare | eval | inspect | generate | bench.
 
 Every import that costs time happens inside the command that needs it, so that --help answers at once.
 """
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "inspect": _inspect,
         "generate": _generate,
+        "bench": _bench,
     }
     try:
         commands[arguments.command](arguments)
@@ -158,7 +159,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokens", type=int, default=40, metavar="N", help="new tokens (default 40)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     sub.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
-    sub.add_argument("--device", default="cpu", help="default cpu")
+    sub.add_argument("--device", default="cpu", help="default cpu; on cuda low-bit kernels run, and steps are one CUDA graph")
+    sub.add_argument("--kernels", action=argparse.BooleanOptionalAction, help="keep weights packed (default: on a GPU)")
+    sub.add_argument("--compile", action="store_true", help="torch.compile the step, which takes a minute")
+
+    sub = commands.add_parser("bench", help="prefill and decoding speed and memory, as ratios to the first model")
+    sub.add_argument("models", nargs="+", metavar="MODEL", help="the original, then quantized checkpoints")
+    sub.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N", help="sequences (default 1 16)")
+    sub.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt (default 512)")
+    sub.add_argument("--tokens", type=int, default=64, metavar="N", help="steps of decoding (default 64)")
+    sub.add_argument("--device", default="cpu", help="default cpu, where kernels run as their specification, slowly")
+    sub.add_argument("--compile", action="store_true", help="torch.compile the step")
+    sub.add_argument("--plot", metavar="FILE.png", help="a roofline picture (needs lowbit[plots])")
+    sub.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -366,11 +379,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
-    from lowbit.export import load
+    from lowbit.decoding import generate
+    from lowbit.runtime import load
 
     _quiet_libraries()
     tokenizer = _tokenizer(arguments.model, None)
-    model = load(arguments.model, device=arguments.device)
+    model = load(arguments.model, device=arguments.device, kernels=arguments.kernels)
     if not model.can_generate():
         raise ValueError(f"{arguments.model} is a {type(model).__name__}, which does not generate text")
     torch.manual_seed(arguments.seed)
@@ -378,11 +392,45 @@ def _generate(arguments: argparse.Namespace) -> None:
     if tokenizer.bos_token_id is not None:
         prompt = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), prompt], 1)
     prompt = prompt.to(arguments.device)
-    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {"do_sample": False}
-    output = model.generate(  # type: ignore[operator]
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=arguments.tokens, **sampling
-    )
+    output = generate(model, prompt, tokens=arguments.tokens, temperature=arguments.temperature, compiled=arguments.compile)
     print(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from lowbit.bench import bench, plot
+
+    _quiet_libraries()
+    with _progress() as progress:
+        result = bench(
+            arguments.models,
+            batches=arguments.batch,
+            prompt=arguments.prompt,
+            tokens=arguments.tokens,
+            device=arguments.device,
+            compiled=arguments.compile,
+            progress=progress,
+        )
+    if arguments.plot:
+        plot(result, arguments.plot)
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", box=None, pad_edge=False)
+    for column in ("batch", "MB", "prefill tok/s", "x", "decode tok/s", "x", "of roofline"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        step = row["step_seconds"]
+        decode = (
+            ("-", "-", "-")
+            if step is None
+            else (f"{row['rows'] / step:.1f}", f"{row['step_speedup'] or 0:.2f}", f"{row['of_roofline']:.0%}")
+        )
+        prefill = (f"{row['rows'] * row['prompt'] / row['prefill_seconds']:.0f}", f"{row['prefill_speedup']:.2f}")
+        table.add_row(row["model"], str(row["rows"]), f"{row['weight_bytes'] / 1e6:.1f}", *prefill, *decode)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 # ---------------------------------------------------------------------------------------------------------------- helpers

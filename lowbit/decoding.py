@@ -15,7 +15,7 @@ from torch import Tensor
 LOOK = 16  # steps between two looks for the end of the text
 _WARM_UP = 3
 # Settings of generation that change what greedy decoding gives, and their values that do not.
-_PLAIN = {
+_PLAIN: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0),
     "bad_words_ids": (None,), "sequence_bias": (None,), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []),
     "forced_bos_token_id": (None,), "forced_eos_token_id": (None,), "min_length": (None, 0), "min_new_tokens": (None, 0),
@@ -45,7 +45,7 @@ class Decoder:
             raise ValueError(reason)
         self.model = model
         self.length = length
-        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=length)
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self.position = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self.logits: Tensor = torch.empty(0)

@@ -31,7 +31,7 @@ class LowbitConfig(QuantizationConfigMixin):
     """What config.json says of lowbit's own format: its name."""
 
     def __init__(self, quant_method: str = NATIVE, **others: Any) -> None:
-        self.quant_method = quant_method
+        self.quant_method: Any = quant_method
 
 
 @register_quantizer(NATIVE)
@@ -87,4 +87,5 @@ def _for_compressed_tensors(config: Any, **given: Any) -> HfQuantizer:
     return (_stock if getattr(config, "dequantize", False) else LowbitQuantizer)(config, **given)
 
 
-AUTO_QUANTIZER_MAPPING[_COMPRESSED_TENSORS] = _for_compressed_tensors
+_quantizers: dict[str, Any] = AUTO_QUANTIZER_MAPPING
+_quantizers[_COMPRESSED_TENSORS] = _for_compressed_tensors

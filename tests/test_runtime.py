@@ -17,7 +17,8 @@ from lowbit.runtime import GatedProduct, PackedExperts, PackedLinear, Part, Quan
 
 QUICK = ("llama", "gpt2", "bert", "phi3", "mixtral", "mamba2")  # the others are marked slow
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
-# KL to the dequantized model in float32; rounding of inputs amplifies last bits, and experts are chosen by them
+# KL of the packed model in float16 to the dequantized one in float32; rounding of inputs amplifies last bits, which also
+# choose experts
 MOST = {"w4a16-g32": 2e-4, "w8a8": 1e-3}
 MOST_EXPERTS = {"w4a16-g32": 1e-3, "w8a8": 1e-2}
 
@@ -52,7 +53,7 @@ def test_equals_the_dequantized_model(name: str, scheme: str, tmp_path: Path) ->
     out = written(name, tmp_path, scheme)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        packed = runtime.load(out, dtype=torch.float32, kernels=True)
+        packed = runtime.load(out, dtype=torch.float16, kernels=True)
     assert {row.runs for row in packed.lowbit} == {"packed"}
     most = (MOST_EXPERTS if name in EXPERTS else MOST)[scheme]
     assert kl(export.load(out, dtype=torch.float32), packed) < most
@@ -81,17 +82,17 @@ def test_a_wrong_fusion_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     out = written("llama", tmp_path, "w8a8")
     monkeypatch.setattr(runtime.GatedProduct, "forward", lambda self, x: x * 3)
     with pytest.warns(UserWarning, match=r"layers\.0: fused, it does not compute the same"):
-        packed = runtime.load(out, dtype=torch.float32, kernels=True)
+        packed = runtime.load(out, dtype=torch.float16, kernels=True)
     assert not kinds(packed)[GatedProduct] and not kinds(packed)[Part]
     assert kl(export.load(out, dtype=torch.float32), packed) < MOST["w8a8"]
 
 
 def test_other_schemes(tmp_path: Path) -> None:
     """Inputs that no kernel takes are simulated; matrices that none takes are dequantized, or refused if they are all."""
-    out = written("llama", tmp_path / "a", "w4a8-g32")
+    out = written("llama", tmp_path / "a", "mxfp4")
     with pytest.warns(UserWarning, match="21 linears packed, inputs simulated"):
-        packed = runtime.load(out, dtype=torch.float32, kernels=True)
-    assert kl(export.load(out, dtype=torch.float32), packed) < MOST["w8a8"]
+        packed = runtime.load(out, dtype=torch.float16, kernels=True)
+    assert kl(export.load(out, dtype=torch.float32), packed) < 0.1  # 4-bit inputs
     out = written("llama", tmp_path / "b", "nf4-g32")
     with pytest.raises(ValueError, match="no linear of it can stay packed"):
         runtime.load(out, kernels=True)
@@ -103,7 +104,7 @@ def test_other_schemes(tmp_path: Path) -> None:
 def test_corrections_and_the_other_format(tmp_path: Path) -> None:
     """Low-rank corrections run beside packed matrices, and compressed-tensors folders give the same model."""
     out = written("llama", tmp_path / "a", "w3a16-g32", method="rtn+lorc", options={"lorc.rank": 4})
-    packed = runtime.load(out, dtype=torch.float32, kernels=True)
+    packed = runtime.load(out, dtype=torch.float16, kernels=True)
     assert all(m.low is not None for m in packed.modules() if isinstance(m, PackedLinear))
     assert kl(export.load(out, dtype=torch.float32), packed) < MOST["w4a16-g32"]
     tokens = tiny.tokens(2, 16)
@@ -115,9 +116,9 @@ def test_corrections_and_the_other_format(tmp_path: Path) -> None:
 
 def test_compiles_whole(tmp_path: Path) -> None:
     """torch.compile sees one graph, handoffs included."""
-    packed = runtime.load(written("llama", tmp_path, "w8a8"), dtype=torch.float32, kernels=True)
+    packed = runtime.load(written("llama", tmp_path, "w8a8"), dtype=torch.float16, kernels=True)
     tokens = tiny.tokens(1, 16)
     with torch.no_grad():
         wanted = packed(tokens, use_cache=False).logits
         compiled = torch.compile(packed, backend="eager", fullgraph=True)
-        assert torch.allclose(compiled(tokens, use_cache=False).logits, wanted, atol=1e-4)
+        assert torch.allclose(compiled(tokens, use_cache=False).logits, wanted, atol=1e-2)

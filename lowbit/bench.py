@@ -1,0 +1,165 @@
+"""How fast models are: prefill and decoding, the original beside quantized ones, and what the machine's memory allows at best.
+
+Decoding is by `decoding.Decoder`, as `lowbit generate` does it, in a CUDA graph on a GPU. The floor of a step is the bytes of
+all weights it reads over the read bandwidth measured in the same run. Times are medians.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit import export, runtime
+from lowbit.decoding import Decoder, reason_against, reason_against_graph
+from lowbit.kernels.entry import Prepared
+from lowbit.runtime import PackedLinear
+
+RUNS = 7
+
+
+def seconds_of(action: Callable[[], Any], device: torch.device, *, runs: int = RUNS) -> float:
+    """Median seconds of an action, after one that does not count."""
+    taken = []
+    for _ in range(runs + 1):
+        _wait(device)
+        start = time.perf_counter()
+        action()
+        _wait(device)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes read a second."""
+    big = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
+    return big.nbytes / seconds_of(lambda: big.sum(), device)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights: packed matrices, and parameters and buffers once each."""
+    matrices = {id(m.prepared): m.prepared for m in model.modules() if isinstance(m, PackedLinear)}
+    packed = sum(each.nbytes for each in matrices.values() if isinstance(each, Prepared))
+    return packed + sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
+
+
+def read_bytes(model: Any) -> int:
+    """Bytes of weights that a step reads: all but those of an embedding that is only looked up."""
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    return weight_bytes(model) - (0 if head is None or head.weight is table else table.nbytes)
+
+
+@torch.no_grad()
+def bench_model(model: Any, *, rows: int, prompt: int, tokens: int, compiled: bool = False) -> dict[str, Any]:
+    """Time a causal model on random tokens [rows, prompt], then `tokens` steps.
+
+    Returns:
+        "prefill_seconds", "step_seconds", "graph" (whether steps were one), "weight_bytes", "read_bytes", and on a GPU
+        "peak_bytes"; step_seconds is None where the model cannot decode by `Decoder`, with "reason".
+    """
+    device = model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    size = model.get_input_embeddings().num_embeddings
+    text = torch.randint(0, size, (rows, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    found: dict[str, Any] = {
+        "rows": rows,
+        "prompt": prompt,
+        "weight_bytes": weight_bytes(model),
+        "read_bytes": read_bytes(model),
+    }
+    found["prefill_seconds"] = seconds_of(lambda: model(input_ids=text, use_cache=False), device)
+    found |= {"step_seconds": None, "graph": False, "reason": reason_against(model)}
+    if found["reason"] is None:
+        decoder = Decoder(model, rows, prompt + tokens, compiled=compiled)
+        decoder.prefill(text)
+        found["graph"] = reason_against_graph(model, prompt + tokens) is None
+        if found["graph"]:
+            decoder.capture()
+
+        def steps() -> None:
+            decoder.prefill(text)
+            _wait(device)
+            start = time.perf_counter()
+            for _ in range(tokens):
+                decoder.step()
+            _wait(device)
+            taken.append((time.perf_counter() - start) / tokens)
+
+        taken: list[float] = []
+        for _ in range(3):
+            steps()
+        found["step_seconds"] = statistics.median(taken)
+    if device.type == "cuda":
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return found
+
+
+def bench(
+    models: Sequence[str], *, batches: Sequence[int] = (1, 16), prompt: int = 512, tokens: int = 64, device: str = "cpu",
+    dtype: torch.dtype | None = None, compiled: bool = False, progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Time models one after the other, the first being what others are compared with.
+
+    Args:
+        models: folders or hub ids; quantized ones run on the kernels.
+
+    Returns:
+        "bandwidth", bytes a second, and "rows": for each model and batch what `bench_model` gives, "model", the ratios
+        "prefill_speedup" and "step_speedup" to the first, and "of_roofline", the floor of a step over what it took.
+    """
+    where = torch.device(device)
+    speed = bandwidth(where)
+    rows: list[dict[str, Any]] = []
+    for i, name in enumerate(models):
+        quantized = isinstance(export.open_checkpoint(name), export.QuantizedSource)
+        given = (torch.bfloat16 if where.type == "cuda" else None) if dtype is None else dtype
+        model: Any = runtime.load(name, device=device, dtype=given, kernels=quantized)
+        if not model.can_generate():
+            raise ValueError(f"{name} is a {type(model).__name__}, which does not generate text")
+        for j, batch in enumerate(batches):
+            row = {"model": name} | bench_model(model, rows=batch, prompt=prompt, tokens=tokens, compiled=compiled)
+            first = rows[j] if i else row
+            row["prefill_speedup"] = first["prefill_seconds"] / row["prefill_seconds"]
+            both = first["step_seconds"] is not None and row["step_seconds"] is not None
+            row["step_speedup"] = first["step_seconds"] / row["step_seconds"] if both else None
+            row["of_roofline"] = row["read_bytes"] / speed / row["step_seconds"] if row["step_seconds"] else None
+            rows.append(row)
+            if progress is not None:
+                progress("timing", len(rows), len(models) * len(batches))
+        del model
+        if where.type == "cuda":
+            torch.cuda.empty_cache()
+    return {"device": device, "bandwidth": speed, "rows": rows}
+
+
+def plot(result: dict[str, Any], path: str) -> None:
+    """Write a roofline picture of steps: tokens a second against tokens a byte read, under the measured bandwidth.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"plots need matplotlib ({error}): pip install 'lowbit[plots]'") from error
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    points = [row for row in result["rows"] if row["step_seconds"]]
+    if points:
+        intensity = [row["rows"] / row["read_bytes"] for row in points]
+        line = [min(intensity) / 2, max(intensity) * 2]
+        axes.loglog(line, [x * result["bandwidth"] for x in line], "k--", label="read bandwidth")
+        for row, x in zip(points, intensity, strict=True):
+            axes.loglog([x], [row["rows"] / row["step_seconds"]], "o", label=f"{row['model']}, batch {row['rows']}")
+        axes.legend(fontsize="small")
+    axes.set_xlabel("tokens for each byte of weights read")
+    axes.set_ylabel("tokens a second")
+    figure.savefig(path, bbox_inches="tight")
