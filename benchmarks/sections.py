@@ -30,6 +30,7 @@ SECTIONS = {
     "depth": ("Memory of training against depth", "blocks.py --section depth --layers 4 16 --hidden 512 ..."),
     "mixed": ("Mixed precision", "mixed.py"),
     "mixed-encoder": ("Mixed precision of an encoder", "mixed.py --encoder --round --section mixed-encoder --model MINILM"),
+    "ssm": ("State space models", "ssm.py"),
     "weight-only": ("Weight-only linear on a GPU", "weight_only.py"),
     "streaming": ("Memory on a model larger than its blocks", "streaming_memory.py"),
 }
