@@ -2,8 +2,8 @@
 
     python benchmarks/ssm.py [--windows 24 --rows 16 --chains NAME ...]
 
-The twin has the filters of a few channels of each scan `--factor` times larger, and the gated norm's gains that much smaller, so x
-has outliers there. SiLU lies between, so it is another function, with a float perplexity of its own, which its ratios refer to.
+The twin has the filters of a few channels of each scan `--factor` times larger, and the gated norm's gains that much smaller,
+so x has outliers there. SiLU lies between, so it is another function, and its ratios are to its own float perplexity.
 The bars are those of the recipes on the plain model, and that no step of the ablation makes KL worse by more than a twentieth.
 """
 

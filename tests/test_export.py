@@ -243,6 +243,7 @@ def test_native_checkpoint_has_the_original_config(model: Callable[[str], Arch],
             "rule": "floor",
         },
         "input": None,
+        "turned": False,
     }
 
 
@@ -528,7 +529,7 @@ def test_other_quantization_methods_are_refused(model: Callable[[str], Arch], tm
 def test_later_version_of_the_native_format_is_refused(model: Callable[[str], Arch], tmp_path: Path) -> None:
     write(model("llama"), tmp_path, "w4a16-g32", "lowbit")
     described = json.loads((tmp_path / "lowbit.json").read_text())
-    (tmp_path / "lowbit.json").write_text(json.dumps(described | {"version": 3}))
+    (tmp_path / "lowbit.json").write_text(json.dumps(described | {"version": 4}))
     with pytest.raises(ValueError, match=r"lowbit\.json has version 3; this lowbit reads version 2"):
         load(str(tmp_path))
 
