@@ -34,6 +34,7 @@ SECTIONS = {
         "mixed.py --encoder --round --section mixed-encoder --model MINILM --text test.jsonl --signals kl trace eigenvalue "
         "--length 128 --plan-length 128",
     ),
+    "ssm": ("State space models", "ssm.py"),
     "weight-only": ("Weight-only linear on a GPU, before 2026-11-25", "kernels.py --part floats"),
     "kernels": ("Kernels on a GPU", "kernels.py --part check|floats|others|codes|rows|binary"),
     "streaming": ("Memory on a model larger than its blocks", "streaming_memory.py"),

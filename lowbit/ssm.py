@@ -238,7 +238,7 @@ class Mixer:
             x, b, c = conv.split([self.channels, self.groups * self.state, self.groups * self.state], -1)
         else:
             x = self._point(conv, "x")
-            low, b, c = m.x_proj(x).to(wide).split([m.dt_proj.in_features, self.state, self.state], -1)
+            low, b, c = m.x_proj(x.to(hidden_states.dtype)).to(wide).split([m.dt_proj.in_features, self.state, self.state], -1)
             low, b, c = (self._normed(part, name) for part, name in ((low, "dt"), (b, "b"), (c, "c")))
             low = self._point(low, "dt_low")
             dt = self._point((low.to(m.dt_proj.weight.dtype) @ m.dt_proj.weight.T).to(wide), "dt")

@@ -75,7 +75,6 @@ LINEARS = {
     "roberta": ENCODER,
     "mamba": "mixer.in_proj 256 64\nmixer.x_proj 64 128\nmixer.out_proj 64 128",
     "mamba2": "mixer.in_proj 292 64\nmixer.out_proj 64 128",
-    "bamba": "mamba.in_proj 324 64\nmamba.out_proj 64 128\n" + GATED.replace("mlp", "feed_forward"),
 }
 FIRST_BLOCK = {"qwen3_moe": WIDE_ATTENTION + GATED}  # where it differs from the others
 
@@ -92,7 +91,6 @@ SKIPPED: dict[str, dict[str, str]] = {
         "mixer.dt_proj": "not used as a linear layer (Linear)",
     },
     "mamba2": {"mixer.conv1d": "not used as a linear layer (Conv1d)"},
-    "bamba": {"mamba.conv1d": "not used as a linear layer (Conv1d)"},
 }
 FIRST_SKIPPED: dict[str, dict[str, str]] = {"qwen3_moe": {}}
 
@@ -501,3 +499,24 @@ def test_infinities_that_cancel(damaged: Path) -> None:
     spoil(damaged, tensor, change)
     with pytest.raises(ValueError, match=f"tensor {tensor} has NaN or infinite values"):
         discover(open_source(str(damaged)))
+
+
+@pytest.mark.parametrize(("name", "scans"), [("mamba2", [0, 1, 2]), ("bamba", [0, 2]), ("llama", [])])
+def test_points_of_scans(name: str, scans: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks with a mixer have its tensors as points; another formula than lowbit's leaves them none, with the reason."""
+    tiny.save(name, tmp_path)
+    arch = discover(open_source(str(tmp_path)))
+    assert [block.index for block in arch.blocks if block.points] == scans
+    for index in scans:
+        points = {point.local: point for point in arch.blocks[index].points}
+        assert {"x", "B", "C", "z", "dt", "state", "conv_in", "conv1d.weight", "A_log", "D", "dt_bias"} <= set(points)
+        assert (points["state"].sets, points["state"].inner, points["x"].sets) == (128, 16, 128)
+        assert points["A_log"].tensor == points["A_log"].name and points["A_log"].tensor in arch.source.tensors
+    if scans:
+        other = Arch(open_source(str(tmp_path)))
+        mixer = other.model.get_submodule(points["x"].mixer)
+        kind, kept = type(mixer), type(mixer).forward
+        monkeypatch.setattr(kind, "forward", lambda self, hidden_states, **given: 2 * kept(self, hidden_states, **given))
+        other.probe()
+        assert not any(block.points for block in other.blocks)
+        assert any("a scan that lowbit does not know" in reason for block in other.blocks for _, reason in block.skipped)

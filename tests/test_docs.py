@@ -16,6 +16,7 @@ from lowbit.data import DataSpec
 from lowbit.export import QuantizedSource, open_checkpoint, reason_against
 from lowbit.qtensor import fake_quantize_input, parse_scheme
 from lowbit.recipe import Recipe, Rule, Step, read_recipe
+from lowbit.ssm import ACTIVATIONS
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,10 +136,15 @@ def test_recipes_are_valid(path: Path) -> None:
     recipe = read_recipe(path)
     assert path.read_text(encoding="utf-8").startswith("# ")
     names = [f"model.layers.{i}.{leaf}" for i in range(2) for leaf in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
-    schemes = recipe.schemes(names)
-    assert set(schemes) == set(names)
+    points = [f"backbone.layers.0.mixer.{name}" for name in ACTIVATIONS] if "s8" in path.read_text() else []
+    schemes = recipe.schemes(names, points)
+    assert set(schemes) == set(names) and set(recipe.point_schemes(points)) == set(points)
     reasons = {reason_against(scheme, recipe.engine) for scheme in schemes.values()}
-    assert reasons == {None} if recipe.format == "compressed-tensors" else None not in reasons or "embed" in path.read_text()
+    assert (
+        reasons == {None}
+        if recipe.format == "compressed-tensors"
+        else None not in reasons or {"embed", "hadamard"} & {step.method for step in recipe.steps}
+    )
     assert (recipe.data.source if recipe.data else None) == ("calibration.jsonl" if recipe.calibrated else None)
 
 

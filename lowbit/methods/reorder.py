@@ -4,11 +4,11 @@ With clusters S of channels, each under one scale, rounding x costs about the su
 
     sum over clusters S of |S| max over channels c in S of r_c^2        r_c = max |x_c| on the calibration data
 
-(Chiang et al., 2503.22879). Channels keep their magnitudes through the scan, so the state is clustered alike. Channels
-are sorted inside their head, and heads, inside their state group, by their largest channel; heads are cut into `heads` runs
-and the channels of a run into `channels` runs, by dynamic programming on the sum above. Deviation: the paper clusters heads
-by Ward's method and channels by k-means on normalised magnitudes. A Mamba scan, for which the public code refuses to reorder, is one head
-here: its channels are independent. Everything indexed by channel or head follows (`ssm.Mixer.indexed`), which is exact.
+(Chiang et al., 2503.22879). Channels keep their magnitudes through the scan, so the state is clustered alike. Channels are
+sorted inside their head, and heads, inside their state group, by their largest channel; heads are cut into `heads` runs and the
+channels of a run into `channels` runs, by dynamic programming on that sum. Deviation: the paper clusters heads by Ward's method
+and channels by k-means on normalised magnitudes. A Mamba scan, for which the public code refuses to reorder, is one head here:
+its channels are independent. Everything indexed by channel or head follows (`ssm.Mixer.indexed`), which is exact.
 
 Cost: one pass over the data. Groups of a gated norm contain whole state groups, in which everything stays.
 """
