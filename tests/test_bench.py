@@ -33,3 +33,16 @@ def test_refused(tmp_path: Path) -> None:
     tiny.save("bert", tmp_path / "bert")
     with pytest.raises(ValueError, match="does not generate"):
         bench([str(tmp_path / "bert")], prompt=8)
+
+
+@pytest.mark.parametrize("part", ["decode", "encoder"])
+def test_the_script_of_the_end_to_end_section(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny shapes on a CPU: both models are timed, and the section has a line for every bar that could be measured."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    import end_to_end
+
+    page = tmp_path / "page.md"
+    end_to_end.main(["--part", part, "--tiny", "--device", "cpu", "--out", str(tmp_path / "out"), "--markdown", str(page)])
+    result = json.loads((tmp_path / "out" / "end_to_end.json").read_text(encoding="utf-8"))
+    assert all(row["fp16"]["eager"] > 0 and row["lowbit"]["eager"] > 0 for row in result[part]["rows"])
+    assert ("over fp16 eager" in page.read_text(encoding="utf-8")) and len(result[part]["rows"]) == 2
