@@ -40,6 +40,7 @@ from lowbit.unit import Input
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SCANS = "its scans are quantized, for which there is no kernel yet"
 TOLERANCE = (
     0.15  # relative, of a block's output: codes of 4-bit inputs flip where sums differ in last bits; what is wrong is near 1
 )
@@ -315,12 +316,16 @@ def load(
         the model; with kernels its attribute `lowbit` lists a `Row` for each quantized linear.
 
     Raises:
-        ValueError: the folder is incomplete or in a format lowbit does not read; kernels for a float checkpoint, or for one
-            of which no linear can stay packed.
+        ValueError: the folder is incomplete or in a format lowbit does not read; kernels for a float checkpoint, for one of
+            which no linear can stay packed, or for one with quantized scans.
     """
     source = open_checkpoint(model, revision)
-    quantized = isinstance(source, QuantizedSource)
-    if not (kernels or (kernels is None and quantized and torch.device(device).type == "cuda")):
+    if kernels is None:
+        kernels = isinstance(source, QuantizedSource) and torch.device(device).type == "cuda"
+        if kernels and isinstance(source, QuantizedSource) and source.points():
+            warnings.warn(f"{source.folder}: {_SCANS}, so its weights are dequantized", stacklevel=2)
+            kernels = False
+    if not kernels:
         return export.load(model, revision=revision, dtype=dtype, device=device)
     if not isinstance(source, QuantizedSource):
         raise ValueError(f"{model} is not quantized: kernels have nothing to do there; leave out kernels=True")
@@ -342,6 +347,8 @@ def place(arch: Arch, source: QuantizedSource) -> list[Row]:
     """Put packed modules without weights into the model of a quantized checkpoint, wherever a kernel can do the work."""
     rows: list[Row] = []
     inputs = source.inputs()
+    if source.points():
+        raise ValueError(f"{source.folder}: {_SCANS}; load it with kernels=False")
     by_param: dict[str, list[tuple[Linear, str]]] = {}
     for name, module in source.modules.items():
         linear = arch.linear(module.tensor, module.index, transposed=module.transposed)
@@ -417,8 +424,10 @@ def _how(
     scheme = schemes[0]
     if first.in_features % max(1, scheme.weight.group):
         return f"its {first.in_features} columns are no multiple of groups of {scheme.weight.group}", None
-    reason = entry.reason_against(scheme)
-    if reason is None or scheme.input is None:
+    given = inputs.get(members[0][1])
+    turned = given is not None and given.turned
+    reason = "its inputs are turned by a Hadamard matrix" if turned else entry.reason_against(scheme)
+    if reason is None or not (turned or scheme.input is not None):
         return reason, None
     floats = entry.reason_against(replace(scheme, input=None))
     return (reason, None) if floats is not None else (None, reason)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from lowbit import export, runtime
-from lowbit.recipe import short_recipe
+from lowbit.data import DataSpec
+from lowbit.recipe import Rule, short_recipe
 from lowbit.run import quantize
 from lowbit.runtime import GatedProduct, PackedExperts, PackedLinear, Part, QuantizingGelu, QuantizingNorm
 
@@ -99,6 +101,19 @@ def test_other_schemes(tmp_path: Path) -> None:
     assert kl(export.load(out), runtime.load(out)) == 0  # a CPU dequantizes by default
     with pytest.raises(ValueError, match="is not quantized"):
         runtime.load(str(tmp_path / "a" / "model"), kernels=True)
+
+
+def test_turned_inputs_and_quantized_scans(tmp_path: Path) -> None:
+    """Inputs that a Hadamard matrix turns are turned before the kernel; a scan on the grid of integers has none yet."""
+    out = written("mamba2", tmp_path / "a", "w4a16-g32", method="hadamard+rtn")
+    with pytest.warns(UserWarning, match="turned by a Hadamard matrix"):
+        packed = runtime.load(out, dtype=torch.float16, kernels=True)
+    assert kl(export.load(out, dtype=torch.float32), packed) < MOST["w4a16-g32"]
+    recipe = short_recipe(scheme="w4a16-g32", format="lowbit", data=DataSpec(source="random", rows=4, length=32))
+    recipe = replace(recipe, rules=(Rule(match=r"\.x$", scheme="s8"), *recipe.rules))
+    quantize(str(tmp_path / "a" / "model"), str(tmp_path / "scan"), recipe=recipe)
+    with pytest.raises(ValueError, match="its scans are quantized"):
+        runtime.load(str(tmp_path / "scan"), kernels=True)
 
 
 def test_corrections_and_the_other_format(tmp_path: Path) -> None:

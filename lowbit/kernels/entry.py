@@ -25,8 +25,8 @@ class Inputs(Protocol):
     """How the input of a linear is quantized, as `unit.Input` says it."""
 
     @property
-    def spec(self) -> Spec:
-        """See `qtensor.fake_quantize_input`."""
+    def spec(self) -> Spec | None:
+        """See `qtensor.fake_quantize_input`; not None where a kernel is asked for codes."""
 
     @property
     def largest(self) -> float | None:
@@ -107,7 +107,8 @@ def prepare(
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"kernels compute in float16 or bfloat16, not {dtype}")
     parts = [q.to(device) for q in ([parts] if isinstance(parts, QTensor) else parts)]
-    packed = [pack_planes(q, dtype) if inputs is None else pack_codes(q, inputs.spec, dtype) for q in parts]
+    spec = None if inputs is None else inputs.spec
+    packed = [pack_planes(q, dtype) if spec is None else pack_codes(q, spec, dtype) for q in parts]
     return Prepared(stacked(packed), inputs, dtype, tuple(len(q.codes) for q in parts))
 
 
@@ -189,6 +190,7 @@ def _rows(
     one_plus: bool = False,
 ) -> tuple[Quantized, Tensor]:
     spec = inputs.spec
+    assert spec is not None
     group = CHANNEL if spec.group in (CHANNEL, TENSOR, x.shape[-1]) else spec.group
     largest = None if spec.dynamic else inputs.largest
     codes, scale, zero, stream = ops.rows(
