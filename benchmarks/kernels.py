@@ -208,7 +208,7 @@ def timed(peer: Callable[[int, int, int], float], m: int, inner: int, out: int) 
     """Microseconds of a peer by its name; none where it does not take the shape, which is said."""
     try:
         return {peer.__name__: peer(m, inner, out)}
-    except (RuntimeError, ImportError, AttributeError) as error:
+    except (RuntimeError, ImportError, AttributeError, TypeError, ValueError, AssertionError) as error:
         print(f"{peer.__name__} {m} x {inner} x {out}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
         return {}
 
@@ -250,7 +250,7 @@ def measured(part: str, sweep: bool, limits: dict[str, float]) -> Iterator[dict[
                 rate = limits["operations"] * (1 if matrix.inputs is None else 2)
                 floor = max((matrix.nbytes + 2 * m * (inner + out)) / limits["bytes"], 2 * m * inner * out / rate) * 1e6
                 row: dict[str, Any] = {"scheme": scheme, "inner": inner, "out": out, "m": m, "floor": floor}
-                row["lowbit"] = time_of([lambda w=w: linear(x, w) for w in many])
+                row["lowbit"] = time_of([lambda w=w, x=x: linear(x, w) for w in many])
                 if sweep:
                     row["best"], config = swept(x, many)
                     row["best_config"] = None if config is None else vars(config)
@@ -309,7 +309,7 @@ def markdown(parts: dict[str, dict[str, Any]]) -> str:
         limits, rows = result["limits"], result["rows"]
         lines += [
             f"Read {limits['bytes'] / 1e12:.2f} TB/s, copy {limits['copy'] / 1e12:.2f} TB/s, cuBLAS float16 "
-            f"{limits['operations'] / 1e12:.0f} T/s. Microseconds, medians of CUDA-graph replays, with the quantization of inputs.",
+            f"{limits['operations'] / 1e12:.0f} T/s. Medians of CUDA-graph replays in microseconds; inputs are quantized.",
             "",
         ]
         others = [

@@ -151,7 +151,9 @@ def linear(
         config = config_for(rows, columns, inner, processors(x.codes.device), packed.step > 0)
     fmt, four = FORMATS[packed.format], packed.words.dim() == 3
     block_k = packed.step or STEP
-    codes = F.pad(x.codes.view(torch.int8), (0, -inner % ALIGNED)).view(x.codes.dtype).contiguous()
+    codes = x.codes
+    if inner % ALIGNED:
+        codes = F.pad(codes.view(torch.int8), (0, -inner % ALIGNED)).view(codes.dtype)
     described = TensorDescriptor.from_tensor(codes, [config.block_m, block_k // 2 if four else block_k])
     words = packed.words.flatten(0, 1) if four else packed.words
     split = min(config.split, -(-inner // block_k))

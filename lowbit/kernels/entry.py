@@ -25,10 +25,12 @@ class Inputs(Protocol):
     """How the input of a linear is quantized, as `unit.Input` says it."""
 
     @property
-    def spec(self) -> Spec: ...
+    def spec(self) -> Spec:
+        """See `qtensor.fake_quantize_input`."""
 
     @property
-    def largest(self) -> float | None: ...
+    def largest(self) -> float | None:
+        """The largest magnitude seen in calibration, where the spec is static."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,9 @@ def linear_floats(
         return reference.linear(x, unpack(packed), bias, residual)
     from lowbit.kernels import weight_only
 
-    out = weight_only.linear(_flat(x).contiguous(), packed, bias, None if residual is None else _flat(residual).contiguous())
+    added = None if residual is None else _flat(residual).contiguous()
+    with torch.cuda.device_of(x):
+        out = weight_only.linear(_flat(x).contiguous(), packed, bias, added)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -86,7 +88,8 @@ def linear_codes(
     else:
         from lowbit.kernels import codes as kernel
 
-        out = kernel.linear(flat, packed, bias, added, dtype)
+        with torch.cuda.device_of(codes):
+            out = kernel.linear(flat, packed, bias, added, dtype)
     return out.view(*codes.shape[:-1], -1)
 
 
@@ -121,8 +124,17 @@ def rows(
         assert first is not None
         flat = tuple(part.view(len(first), part.shape[-1]) for part in out)
         given = None if largest is None else largest / FORMATS[fmt].max
-        how = {"fmt": FORMATS[fmt] if fmt else None, "group": max(group, 0), "given": given, "symmetric": symmetric}
-        kernel.rows(producer, first, other, weight, bias, flat, added=added, eps=eps, one_plus=one_plus, **how)  # type: ignore[arg-type]
+        with torch.cuda.device_of(x):
+            kernel.rows(
+                *(producer, first, other, weight, bias, flat),  # type: ignore[arg-type]
+                added=added,
+                eps=eps,
+                one_plus=one_plus,
+                fmt=FORMATS[fmt] if fmt else None,
+                group=max(group, 0),
+                given=given,
+                symmetric=symmetric,
+            )
         return out
     if added:
         assert second is not None

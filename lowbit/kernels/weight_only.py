@@ -9,7 +9,8 @@ are moved to where the larger format has them, which makes it too small by a pow
 sign of a one. Planes are multiplied one by one and their sums added with their factors, the offset being that of a plane of
 ones: no weight is ever rounded (LUT-GEMM, Park et al., ICLR 2024, has tables of sums instead, for one row of x).
 
-Scales multiply the sum of a group where few rows of x share it, else the weights. From `rows_of_cublas` rows on, the weights
+Scales multiply the sum of a group where registers hold two sums, else the weights: for these, ptxas runs products one after the
+other (warning C7515). From `rows_of_cublas` rows on, the weights
 are unpacked to memory and cuBLAS multiplies, which it does that much faster.
 
 Where x has few rows, K is split over programs; partial sums go to scratch memory, and the last program to finish adds them in
@@ -103,6 +104,13 @@ def _unpacked(
 
 
 @triton.jit
+def _inputs(x, m, k, rows, inner):
+    """x transposed: columns k of rows m."""
+    place = m[None, :].to(tl.int64) * inner + k[:, None]
+    return tl.load(x + place, mask=(m[None, :] < rows) & (k[:, None] < inner), other=0.0)
+
+
+@triton.jit
 def _kernel(
     x, words, high, scale, zero, outer, bias, residual, out, scratch, counters,
     rows, columns, inner, tiles, groups, parts,
@@ -141,12 +149,7 @@ def _kernel(
                 for bit in tl.static_range(CODED + 1):
                     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                     for plane in tl.static_range(span * EACH, span * EACH + EACH):
-                        k = tile * TILE + plane * WIDTH + j
-                        values = tl.load(
-                            x + m[None, :].to(tl.int64) * inner + k[:, None],
-                            mask=(m[None, :] < rows) & (k[:, None] < inner),
-                            other=0.0,
-                        )
+                        values = _inputs(x, m, tile * TILE + plane * WIDTH + j, rows, inner)
                         if bit == CODED:
                             w = tl.full((BLOCK_N, WIDTH), 1.0, dtype)
                         else:
@@ -165,12 +168,7 @@ def _kernel(
                 if SCALE_SUMS:
                     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                 for plane in tl.static_range(span * EACH, span * EACH + EACH):
-                    k = tile * TILE + plane * WIDTH + j
-                    values = tl.load(
-                        x + m[None, :].to(tl.int64) * inner + k[:, None],
-                        mask=(m[None, :] < rows) & (k[:, None] < inner),
-                        other=0.0,
-                    )
+                    values = _inputs(x, m, tile * TILE + plane * WIDTH + j, rows, inner)
                     w = _unpacked(word, third, HALF, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE)
                     w = w - (z + BASE).to(dtype)[:, None] if KIND == "int" else w * tl.full((1, 1), FACTOR, dtype)
                     if SCALE_SUMS:
@@ -304,6 +302,9 @@ def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
     return replace(config, split=max(1, min(config.split, -(-inner // 128) // 2)))
 
 
+_SUMS = 2048  # of a block and warp, 64 a thread: two of them leave registers for the rest
+
+
 def rows_of_cublas(fmt: Format) -> int:
     """Rows of x from which unpacked weights pay; planes of binary coding are multiplied one by one, which pays for few only."""
     return 65 if fmt.kind == "bcq" else 1024
@@ -335,7 +336,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | No
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         SPLIT=split > 1,
-        SCALE_SUMS=config.block_m <= 64 and packed.scale is not None,
+        SCALE_SUMS=packed.scale is not None and config.block_m * config.block_n <= _SUMS * config.warps,
         num_warps=config.warps,
         num_stages=config.stages,
     )
