@@ -1,5 +1,6 @@
 """from_pretrained gives the packed model of `lowbit.load`, from both formats."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,20 @@ import tiny
 import torch
 from test_runtime import written
 from transformers import CompressedTensorsConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-import lowbit.transformers  # noqa: F401 (registers)
 from lowbit import runtime
 from lowbit.runtime import PackedLinear
+
+REPLACED = "compressed-tensors"
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the import registers, for these tests alone: others compare with transformers' own quantizer."""
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, REPLACED, AUTO_QUANTIZER_MAPPING[REPLACED])  # is put back after the test
+    registered = importlib.import_module("lowbit.transformers")
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, REPLACED, registered._for_compressed_tensors)
 
 
 @pytest.mark.parametrize(
