@@ -40,8 +40,8 @@ class Cache(NamedTuple):
         """Before the first token, for a convolution of `kernel` tokens."""
         (channels, width, _), heads, n = of.sizes, len(of.A), of.state_scale.shape[1]
         shapes = ((kernel - 1, channels + 2 * width), (channels, n), (CHUNK, channels + width))
-        codes = (torch.zeros(batch, *shape, dtype=torch.int8, device=device) for shape in shapes)
-        return cls(*codes, torch.zeros(batch, CHUNK, heads, device=device))
+        past, state, tokens = (torch.zeros(batch, *shape, dtype=torch.int8, device=device) for shape in shapes)
+        return cls(past, state, tokens, torch.zeros(batch, CHUNK, heads, device=device))
 
 
 def scan_of(
@@ -100,9 +100,7 @@ def prefilled(codes: Tensor, dt: Tensor, z: Tensor | None, cache: Cache, of: Sca
     return y
 
 
-def stepped(
-    codes: Tensor, dt: Tensor, z: Tensor | None, cache: Cache, held: Tensor, of: Scan, dtype: torch.dtype
-) -> Tensor:
+def stepped(codes: Tensor, dt: Tensor, z: Tensor | None, cache: Cache, held: Tensor, of: Scan, dtype: torch.dtype) -> Tensor:
     """y [batch, channels] of one more token of every sequence, of which `held` int32 [batch] are held before, and one more
     after, modulo CHUNK, which the caller counts: it is the same in every layer. See `reference.step`."""
     return step(codes, dt, z, *cache[1:], held, *_parts(of), dtype)
@@ -130,7 +128,7 @@ def conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, in_scale:
     if not _by_kernel(x):
         out, after = reference.conv(x, past, weight, bias, in_scale, scales)
         past.copy_(after)
-        return out
+        return out.contiguous()
     from lowbit.kernels import scan as kernel
 
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
@@ -153,7 +151,7 @@ def scan(
     of = _scan(tensors, groups, numbers)
     if not _by_kernel(codes):
         y, after = reference.scan(codes, dt, z, state, of)
-        return y.to(dtype), after
+        return y.to(dtype).contiguous(), after
     from lowbit.kernels import scan as kernel
 
     out, end = _empty_scan(codes, state, dtype)

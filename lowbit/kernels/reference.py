@@ -5,6 +5,7 @@ group of it (ZeroQuant, Yao et al., NeurIPS 2022, section 4.1), or one for all f
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -160,7 +161,7 @@ def scan(codes: Tensor, dt: Tensor, z: Tensor | None, state: Tensor, of: Scan) -
     def rounded(end: Tensor) -> Tensor:
         return (_codes(end.flatten(1, 2), scale).float() * scale).view_as(end)
 
-    y, end, _ = scan_runs(lambda *given: chunk_mamba2(*given, of.A), tokens, start, 0, rounded)
+    y, end, _ = scan_runs(partial(chunk_mamba2, A=of.A), tokens, start, 0, rounded)
     y = (y + tokens[0] * of.D[:, None]).flatten(2)
     return y if z is None else y * F.silu(_known(z, of.z_scale)), _codes(end.flatten(1, 2), scale)
 

@@ -95,9 +95,7 @@ def _conv_kernel(
             tl.store(before + slot * width, v.to(tl.int8), mask=inside)
 
 
-def conv(
-    x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, in_scale: float, scales: Tensor, out: Tensor
-) -> None:
+def conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, in_scale: float, scales: Tensor, out: Tensor) -> None:
     """Fill `out` and renew `past`; see `reference.conv`. Rows and tokens of x may lie any distance apart, channels do not."""
     batch, length, width = x.shape
     if not x.numel():
@@ -208,7 +206,7 @@ def _step_kernel(
     heads, groups, p, n, low, high, z_scale, dt_scale, row_stride, dt_stride, z_stride,
     GATED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [batch, channels]; state, tokens, steps as in `reference.step`. Programs: blocks of a head's channels, heads, rows."""
+    """out [batch, channels]; state, tokens, steps as in `reference.step`. Programs as above."""
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     each = heads // groups
     group = head // each
