@@ -92,7 +92,7 @@ def convolved(x: Tensor, cache: Cache, weight: Tensor, bias: Tensor | None, in_s
 
 def prefilled(codes: Tensor, dt: Tensor, z: Tensor | None, cache: Cache, of: Scan, dtype: torch.dtype) -> Tensor:
     """y [batch, l, channels] of the first tokens of sequences, after which `l % CHUNK` are held; see `reference.scan`."""
-    y, state = scan(codes, dt, z, cache.state, *_parts(of), dtype)
+    y, state = scan(codes, dt, z, cache.state, *parts(of), dtype)
     held = codes.shape[1] % CHUNK
     cache.state.copy_(state)
     cache.tokens[:, :held] = codes[:, codes.shape[1] - held :, : cache.tokens.shape[2]]
@@ -103,13 +103,13 @@ def prefilled(codes: Tensor, dt: Tensor, z: Tensor | None, cache: Cache, of: Sca
 def stepped(codes: Tensor, dt: Tensor, z: Tensor | None, cache: Cache, held: Tensor, of: Scan, dtype: torch.dtype) -> Tensor:
     """y [batch, channels] of one more token of every sequence, of which `held` int32 [batch] are held before, and one more
     after, modulo CHUNK, which the caller counts: it is the same in every layer. See `reference.step`."""
-    return step(codes, dt, z, *cache[1:], held, *_parts(of), dtype)
+    return step(codes, dt, z, *cache[1:], held, *parts(of), dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
 
 
-def _parts(of: Scan) -> tuple[list[Tensor], int, list[float]]:
+def parts(of: Scan) -> tuple[list[Tensor], int, list[float]]:
     """A scan as operators take it."""
     tensors = [of.A, of.D, of.dt_bias, of.scales, of.state_scale, of.labels]
     return tensors, of.groups, [*of.limits, of.z_scale, of.dt_scale]

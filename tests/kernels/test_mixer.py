@@ -129,7 +129,7 @@ def test_operators_are_registered_as_torch_asks_for(monkeypatch: pytest.MonkeyPa
     """Schemas with what changes in place, and fake kernels."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     of, cache, codes, dt = some_scan()
-    held, parts, checks = torch.tensor([2, 3], dtype=torch.int32), kernels._parts(of), ("test_schema", "test_faketensor")
+    held, parts, checks = torch.tensor([2, 3], dtype=torch.int32), kernels.parts(of), ("test_schema", "test_faketensor")
     conv = (torch.randn(2, 3, 24), cache.past, torch.randn(24, 4), None, 0.1, of.scales)
     torch.library.opcheck(kernels.conv, conv, test_utils=checks)
     torch.library.opcheck(kernels.scan, (codes, dt, None, cache.state, *parts, torch.float16), test_utils=checks)
