@@ -155,8 +155,9 @@ def scan(
     from lowbit.kernels import scan as kernel
 
     out, end = _empty_scan(codes, state, dtype)
+    end.copy_(state)
     with torch.cuda.device_of(codes):
-        kernel.scan(codes, dt, z, state, of, out, end)
+        kernel.scan(codes, dt, z, end, of, out)
     return out, end
 
 

@@ -1,7 +1,7 @@
 """A Mamba2 mixer between its projections, in int8: the convolution, the scan of many tokens, and that of one more.
 
 The state is rounded at the end of every run of `ssm.CHUNK` tokens only, so rounding makes runs depend on one another: a program
-of the scan has some channels of a head, walks over runs, and keeps their state in registers. Within a run all is products
+of the scan has some channels of a head, walks over runs, and has their state as codes in memory. Within a run all is products
 (the quadratic form of 2405.21060, section 6); those of C and B are of int8, and exact.
 
 A step reads the state of the last boundary and x, B and dt of the tokens since, to which it adds its own; it writes a state
@@ -125,23 +125,20 @@ def conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, in_scale:
 
 @triton.jit
 def _scan_kernel(
-    codes, dt, z, A, D, dt_bias, scales, state_scale, labels, state, end, out,
+    codes, dt, z, A, D, dt_bias, scales, state_scale, labels, state, out,
     length, heads, groups, p, n, low, high, z_scale, dt_scale, row_stride, token_stride,
     dt_row_stride, dt_token_stride, z_row_stride, z_token_stride,
     GATED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [batch, length, channels], end [batch, channels, n]; programs: blocks of a head's channels, heads, rows."""
+    """out [batch, length, channels], state [batch, channels, n]; programs: blocks of a head's channels, heads, rows."""
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // (heads // groups)
     channels = heads * p
-    within, j = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    inside, there = within < p, j < n
+    within = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = within < p
     c = head * p + within
-    both = inside[:, None] & there[None, :]
-    place = (row * channels + c)[:, None] * n + j[None, :]
-    label = tl.load(labels + c, mask=inside, other=0)
-    steps_of_state = state_scale + label[:, None] * n + j[None, :]
-    h = tl.load(state + place, mask=both, other=0)
+    own = state + (row * channels + c)[:, None] * n
+    state_scale += tl.load(labels + c, mask=inside, other=0)[:, None] * n
     a, skip, bias = tl.load(A + head), tl.load(D + head), tl.load(dt_bias + head)
     x_scale = tl.load(scales + c, mask=inside, other=0.0)
     b_at = channels + group * n
@@ -152,49 +149,58 @@ def _scan_kernel(
     for start in range(0, length, _RUN):
         t = (start + i).to(tl.int64)
         new = t < length
+        both = new[:, None] & inside[None, :]
         token = codes + row * row_stride + t[:, None] * token_stride
-        x = tl.load(token + c[None, :], mask=new[:, None] & inside[None, :], other=0).to(tl.float32) * x_scale[None, :]
-        b_codes = tl.load(token + (b_at + j)[None, :], mask=new[:, None] & there[None, :], other=0)
-        c_codes = tl.load(token + (c_at + j)[None, :], mask=new[:, None] & there[None, :], other=0)
+        scores = tl.zeros((_RUN, _RUN), tl.int32)
+        carried = tl.zeros((_RUN, BLOCK_P), tl.float32)
+        for n0 in range(0, n, BLOCK_N):
+            j = n0 + tl.arange(0, BLOCK_N)[None, :]
+            b_codes = tl.load(token + b_at + j, mask=new[:, None] & (j < n), other=0)
+            c_codes = tl.load(token + c_at + j, mask=new[:, None] & (j < n), other=0)
+            scores = tl.dot(c_codes, tl.trans(b_codes), scores)
+            h = tl.load(own + j, mask=inside[:, None] & (j < n), other=0).to(tl.float32)
+            h *= tl.load(state_scale + j, mask=inside[:, None] & (j < n), other=1.0)
+            carried = tl.dot(c_codes.to(tl.float32), tl.trans(h), carried, input_precision="tf32")
         raw = tl.load(dt + row * dt_row_stride + t * dt_token_stride + head, mask=new, other=0.0).to(tl.float32)
         step = tl.where(new, _time_step(raw, bias, dt_scale, low, high), 0.0)
         decay = tl.cumsum(step * a, 0)
         total = tl.sum(step * a, 0)
-        scores = tl.dot(c_codes, tl.trans(b_codes)).to(tl.float32) * (b_scale * c_scale)
+        x = tl.load(token + c[None, :], mask=both, other=0).to(tl.float32) * x_scale[None, :]
         between = tl.where(past, decay[:, None] - decay[None, :], float("-inf"))
-        weights = scores * tl.exp(between) * step[None, :]
-        y = tl.dot(weights, x, input_precision="tf32")
-        known = h.to(tl.float32) * tl.load(steps_of_state, mask=both, other=1.0)
-        carried = tl.dot(c_codes.to(tl.float32), tl.trans(known), input_precision="tf32")
-        y += carried * (tl.exp(decay) * c_scale)[:, None] + x * skip
+        weights = scores.to(tl.float32) * (b_scale * c_scale) * tl.exp(between) * step[None, :]
+        y = tl.dot(weights, x, input_precision="tf32") + carried * (tl.exp(decay) * c_scale)[:, None] + x * skip
         if GATED:
             gate = z + row * z_row_stride + t[:, None] * z_token_stride + c[None, :]
-            g = _known(tl.load(gate, mask=new[:, None] & inside[None, :], other=0.0).to(tl.float32), z_scale)
+            g = _known(tl.load(gate, mask=both, other=0.0).to(tl.float32), z_scale)
             y *= g * tl.sigmoid(g)
-        y_at = (row * length + t)[:, None] * channels + c[None, :]
-        tl.store(out + y_at, y.to(out.dtype.element_ty), mask=new[:, None] & inside[None, :])
+        tl.store(out + (row * length + t)[:, None] * channels + c[None, :], y.to(out.dtype.element_ty), mask=both)
         if start + _RUN <= length:
-            grown = tl.trans(x * (step * tl.exp(total - decay) * b_scale)[:, None])
-            grown = tl.dot(grown, b_codes.to(tl.float32), input_precision="tf32x3")
-            step_of_state = tl.load(steps_of_state, mask=both, other=1.0)
-            h = _coded(h.to(tl.float32) * step_of_state * tl.exp(total) + grown, step_of_state).to(tl.int8)
-    tl.store(end + place, h, mask=both)
+            grows = tl.trans(x * (step * tl.exp(total - decay) * b_scale)[:, None])
+            for n0 in range(0, n, BLOCK_N):
+                j = n0 + tl.arange(0, BLOCK_N)[None, :]
+                b_codes = tl.load(token + b_at + j, mask=new[:, None] & (j < n), other=0)
+                step_of_state = tl.load(state_scale + j, mask=inside[:, None] & (j < n), other=1.0)
+                h = tl.load(own + j, mask=inside[:, None] & (j < n), other=0).to(tl.float32) * step_of_state * tl.exp(total)
+                h += tl.dot(grows, b_codes.to(tl.float32), input_precision="tf32x3")
+                tl.debug_barrier()  # all of this state has been read
+                tl.store(own + j, _coded(h, step_of_state).to(tl.int8), mask=inside[:, None] & (j < n))
+            tl.debug_barrier()  # it has been written, and may be read
 
 
-def scan(codes: Tensor, dt: Tensor, z: Tensor | None, state: Tensor, of: Scan, out: Tensor, end: Tensor) -> None:
-    """Fill `out` and `end`; see `reference.scan`. Rows and tokens may lie any distance apart, features do not."""
+def scan(codes: Tensor, dt: Tensor, z: Tensor | None, state: Tensor, of: Scan, out: Tensor) -> None:
+    """Fill `out` and renew `state`; see `reference.scan`. Rows and tokens may lie any distance apart, features do not."""
     batch, length, _ = codes.shape
     heads, n = len(of.A), state.shape[2]
     p = state.shape[1] // heads
     block_p = min(32, max(16, triton.next_power_of_2(p)))
     z_strides = (0, 0) if z is None else z.stride()[:2]
     _scan_kernel[(triton.cdiv(p, block_p), heads, batch)](
-        *(codes, dt, z, of.A, of.D, of.dt_bias, of.scales, of.state_scale, of.labels, state, end, out),
+        *(codes, dt, z, of.A, of.D, of.dt_bias, of.scales, of.state_scale, of.labels, state, out),
         *(length, heads, of.groups, p, n, *of.limits, of.z_scale, of.dt_scale),
         *(*codes.stride()[:2], *dt.stride()[:2], *z_strides),
         GATED=z is not None,
         BLOCK_P=block_p,
-        BLOCK_N=max(32, triton.next_power_of_2(n)),
+        BLOCK_N=32 if n <= 32 else 64,
         num_warps=4,
         num_stages=1,
     )

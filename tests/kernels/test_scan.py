@@ -14,16 +14,16 @@ BATCH, HEADS, P, GROUPS, N = 2, 4, 20, 2, 12
 CHANNELS, WIDTH = HEADS * P, HEADS * P + 2 * GROUPS * N
 
 
-def random_scan(*, rounded: bool = False) -> Scan:
+def random_scan(n: int = N, *, rounded: bool = False) -> Scan:
     """Scales that differ from cluster to cluster and group to group; some channels forget at once, some hardly at all."""
     of_x = torch.tensor([0.02, 0.005, 0.01])[torch.arange(CHANNELS) * 3 // CHANNELS]
-    of_b_and_c = torch.tensor([0.01, 0.03, 0.02, 0.01]).repeat_interleave(N)
+    of_b_and_c = torch.tensor([0.01, 0.03, 0.02, 0.01]).repeat_interleave(n)
     return Scan(
         A=-torch.tensor([0.05, 0.5, 2.0, 16.0]),
         D=torch.randn(HEADS),
         dt_bias=torch.randn(HEADS),
         scales=torch.cat([of_x, of_b_and_c]),
-        state_scale=torch.rand(3, N) * 0.02 + 0.01,
+        state_scale=torch.rand(3, n) * 0.02 + 0.01,
         labels=(torch.arange(CHANNELS) * 3 // CHANNELS).int(),
         groups=GROUPS,
         limits=(0.01, 1.5),
@@ -70,16 +70,16 @@ def test_convolution(length: int, coded: bool) -> None:
         near(kept, after)
 
 
-@pytest.mark.parametrize(("length", "gated", "rounded"), [(1, True, True), (64, False, False), (150, True, True)])
-def test_scan(length: int, gated: bool, rounded: bool) -> None:
+@pytest.mark.parametrize(("length", "n", "gated"), [(1, N, True), (64, 70, False), (150, N, True)])
+def test_scan(length: int, n: int, gated: bool) -> None:
     """Less than a run, a whole run, some and a part: y, and the state at the last boundary, from a state that is not zero."""
-    of = random_scan(rounded=rounded)
-    given, state = codes(BATCH, length, WIDTH), codes(BATCH, CHANNELS, N)
+    of = random_scan(n, rounded=gated)
+    given, state = codes(BATCH, length, len(of.scales)), codes(BATCH, CHANNELS, n)
     z, _, dt = projected(length, CHANNELS, WIDTH, HEADS)
     z = z if gated else None
     wanted, after = reference.scan(given, dt, z, state, of)
-    found, end = poisoned(*wanted.shape), poisoned(*after.shape, dtype=torch.int8)
-    scan.scan(given, dt, z, state, of, found, end)
+    found, end = poisoned(*wanted.shape), state.clone()
+    scan.scan(given, dt, z, end, of, found)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.std()))
     near(end, after)
     assert length < CHUNK or not torch.equal(after, state)
