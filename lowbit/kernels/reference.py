@@ -4,13 +4,18 @@ Rounding is half to even, as in IEEE 754. Rows are quantized as `qtensor.fake_qu
 group of it (ZeroQuant, Yao et al., NeurIPS 2022, section 4.1), or one for all from calibration.
 """
 
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit.formats import FORMATS
 from lowbit.qtensor import Spec
+from lowbit.ssm import causal_conv, chunk_mamba2
+from lowbit.ssm import scan as scan_runs
 
 
 class Quantized(NamedTuple):
@@ -86,3 +91,111 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def gelu(x: Tensor, tanh: bool = False) -> Tensor:
     """GELU, exact or by its approximation with tanh, float32."""
     return F.gelu(x.float(), approximate="tanh" if tanh else "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """A Mamba2 scan whose x, B, C and state are int8 under scales from calibration (Quamba2, Chiang et al., 2503.22879).
+
+    Attributes:
+        A, D, dt_bias: float32 [heads], A negative.
+        scales: float32 [channels + 2 * groups * n], of each feature of x, B and C; one for all of B of a state group, and of C.
+        state_scale: float32 [clusters, n]. labels: int32 [channels], which of its rows the state of a channel has.
+        groups: state groups, which share B and C.
+        limits: least and largest time step.
+        z_scale, dt_scale: of z and of dt before its bias, which then count as int8 too; 0 where these are floats.
+    """
+
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    scales: Tensor
+    state_scale: Tensor
+    labels: Tensor
+    groups: int
+    limits: tuple[float, float] = (0.0, float("inf"))
+    z_scale: float = 0.0
+    dt_scale: float = 0.0
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Features of x, of B and of C."""
+        width = self.groups * self.state_scale.shape[1]
+        return len(self.labels), width, width
+
+
+def conv(
+    x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, in_scale: float, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """SiLU of a causal convolution of each channel, between int8 codes.
+
+    Args:
+        x: [batch, l, width], int8 codes or floats, which are quantized. past: int8 [batch, kernel - 1, width], those before.
+        weight: float32 [width, kernel]. bias: float32 [width]. in_scale: of x. scales: float32 [width], of what comes out.
+
+    Returns:
+        codes [batch, l, width], the last kernel - 1 codes of x.
+    """
+    seen = torch.cat([past, x if x.dtype == torch.int8 else _codes(x.float(), in_scale)], 1)
+    made = F.silu(causal_conv(seen.float() * in_scale, weight.unsqueeze(1), bias))[:, past.shape[1] :]
+    return _codes(made, scales), seen[:, x.shape[1] :]
+
+
+def scan(codes: Tensor, dt: Tensor, z: Tensor | None, state: Tensor, of: Scan) -> tuple[Tensor, Tensor]:
+    """Run over tokens that start where the state was rounded last; see `ssm`.
+
+    Args:
+        codes: int8 [batch, l, channels + 2 * groups * n], x, B and C. dt: [batch, l, heads], before its bias and softplus.
+        z: [batch, l, channels], whose SiLU multiplies y, or None. state: int8 [batch, channels, n].
+
+    Returns:
+        y float32 [batch, l, channels], with D x; the state at the end of the last full run.
+    """
+    x, b, c = (codes.float() * of.scales).split(of.sizes, -1)
+    heads, n = len(of.A), state.shape[-1]
+    dt = F.softplus(_known(dt, of.dt_scale) + of.dt_bias).clamp(*of.limits)
+    tokens = (x.unflatten(-1, (heads, -1)), dt, *(part.unflatten(-1, (of.groups, n)) for part in (b, c)))
+    scale = of.state_scale[of.labels]
+    start = (state.float() * scale).unflatten(1, (heads, -1))
+
+    def rounded(end: Tensor) -> Tensor:
+        return (_codes(end.flatten(1, 2), scale).float() * scale).view_as(end)
+
+    y, end, _ = scan_runs(partial(chunk_mamba2, A=of.A), tokens, start, 0, rounded)
+    y = (y + tokens[0] * of.D[:, None]).flatten(2)
+    return y if z is None else y * F.silu(_known(z, of.z_scale)), _codes(end.flatten(1, 2), scale)
+
+
+def step(
+    codes: Tensor, dt: Tensor, z: Tensor | None, cache: tuple[Tensor, Tensor, Tensor], held: Tensor, of: Scan
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """One more token of every sequence.
+
+    Args:
+        codes, dt, z: as for `scan`, without the axis of tokens.
+        cache: the state; int8 [batch, CHUNK, channels + groups * n], x and B of the tokens since it was rounded; float32
+            [batch, CHUNK, heads], their dt.
+        held: int32 [batch], how many these are, less than CHUNK.
+
+    Returns:
+        y float32 [batch, channels], the cache with this token.
+    """
+    state, tokens, steps = (part.clone() for part in cache)
+    found = []
+    for row, count in enumerate(held.tolist()):
+        tokens[row, count], steps[row, count] = codes[row, : tokens.shape[-1]], dt[row].float()
+        seen = F.pad(tokens[row, : count + 1], (0, codes.shape[-1] - tokens.shape[-1]))
+        seen[-1] = codes[row]
+        y, state[row : row + 1] = scan(seen[None], steps[row : row + 1, : count + 1], None, state[row : row + 1], of)
+        found.append(y[0, -1])
+    y = torch.stack(found)
+    return y if z is None else y * F.silu(_known(z, of.z_scale)), (state, tokens, steps)
+
+
+def _codes(values: Tensor, scale: Tensor | float) -> Tensor:
+    return FORMATS["int8"].round(values / scale).to(torch.int8)
+
+
+def _known(x: Tensor, scale: float) -> Tensor:
+    """x as float32, rounded to int8 under its scale, if it has one."""
+    return x.float() if scale == 0 else _codes(x.float(), scale).float() * scale

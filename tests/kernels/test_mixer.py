@@ -1,0 +1,156 @@
+"""A mixer on the operators against the same mixer with rounded points, in one pass and token by token; the operators."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from lowbit.arch import Tap
+from lowbit.formats import FORMATS
+from lowbit.kernels import mixer as kernels
+from lowbit.kernels.mixer import Cache, convolved, prefilled, scan_of, stepped
+from lowbit.kernels.reference import Scan
+from lowbit.qtensor import TENSOR, Spec
+from lowbit.ssm import CHUNK, Mixer, is_mixer
+from lowbit.unit import Static
+
+S8 = Spec(format=FORMATS["int8"], group=TENSOR, dynamic=False)
+
+
+def labels_of(mixer: Mixer, name: str) -> Tensor:
+    """One scale a state group for B and C, one for each quarter of the channels for x and the state, else one."""
+    sets = mixer.features(name)[0]
+    if name in ("x", "state"):
+        return torch.arange(sets) * 4 // sets
+    group = mixer.group_of(name)
+    return torch.zeros(sets, dtype=torch.int64) if group is None else group
+
+
+def calibrated(mixer: Mixer, hidden: Tensor) -> dict[str, Static]:
+    """Scales of every point from what it is for `hidden`."""
+    seen: dict[str, Tensor] = {}
+
+    def observe(name: Any, x: Tensor, transposed: bool) -> Tensor:
+        if isinstance(name, str):
+            short = name.rpartition(".")[2]
+            sets, inner = mixer.features(short)
+            most = x.detach().abs().reshape(-1, sets, inner).amax(0)
+            seen[short] = torch.maximum(seen.get(short, most), most)
+        return x
+
+    with Tap(observe):
+        mixer(hidden)
+    found = {}
+    for name, most in seen.items():
+        labels = labels_of(mixer, name)
+        largest = torch.zeros(int(labels.max()) + 1, most.shape[1])
+        largest.scatter_reduce_(0, labels[:, None].expand_as(most), most, "amax")
+        found[name] = Static(spec=S8, largest=largest, labels=labels)
+    return found
+
+
+def into_out_proj(mixer: Mixer, hidden: Tensor, points: dict[str, Static]) -> Tensor:
+    """What a mixer with rounded points gives to its last linear."""
+    found = []
+
+    def observe(name: Any, x: Tensor, transposed: bool) -> Tensor:
+        if isinstance(name, str):
+            short = name.rpartition(".")[2]
+            return points[short].quantize(x) if short in points else x
+        if name is mixer.module.out_proj.weight:
+            found.append(x)
+        return x
+
+    with Tap(observe):
+        mixer(hidden)
+    return found[0]
+
+
+def on_operators(mixer: Mixer, hidden: Tensor, points: dict[str, Static], first: int) -> Tensor:
+    """The same: `first` tokens at once, the others one by one."""
+    m = mixer.module
+    limits = m.time_step_limit
+    scan = scan_of(
+        A=-m.A_log.exp(), D=m.D, dt_bias=m.dt_bias, groups=mixer.groups, limits=(float(limits[0]), float(limits[1])),
+        **{name: points[name] for name in ("x", "B", "C", "state", "z", "dt")},
+    )  # fmt: skip
+    weight, bias = m.conv1d.weight.squeeze(1), m.conv1d.bias
+    in_scale = float(points["conv_in"].largest) / 127
+    z, conv_in, dt = m.in_proj(hidden).split([mixer.channels, len(weight), mixer.heads], -1)
+    cache = Cache.empty(scan, len(hidden), weight.shape[1], "cpu")
+    codes = convolved(conv_in[:, :first], cache, weight, bias, in_scale, scan)
+    found = [prefilled(codes, dt[:, :first], z[:, :first], cache, scan, torch.float32)]
+    held = torch.full((len(hidden),), first % CHUNK, dtype=torch.int32)
+    for t in range(first, hidden.shape[1]):
+        codes = convolved(conv_in[:, t : t + 1], cache, weight, bias, in_scale, scan)
+        found.append(stepped(codes[:, 0], dt[:, t], z[:, t], cache, held, scan, torch.float32).unsqueeze(1))
+        held = (held + 1) % CHUNK
+    gated = torch.cat(found, 1).unflatten(-1, (mixer.norm_groups(), -1))
+    return (gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + m.norm.variance_epsilon)).flatten(-2) * m.norm.weight
+
+
+def tiny_mixer() -> tuple[Mixer, Tensor]:
+    """One with two state groups; hidden states that fill a run and start another."""
+    module = next(module for module in tiny.build("bamba").modules() if is_mixer(module))
+    return Mixer(module, "mixer"), torch.randn(2, CHUNK + 5, module.in_proj.in_features)
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+@torch.no_grad()
+def test_mixer_on_the_operators(interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a run is reached by steps, and the state rounded there is used."""
+    if interpreted:
+        pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+    mixer, hidden = tiny_mixer()
+    points = calibrated(mixer, hidden)
+    wanted = into_out_proj(mixer, hidden, points)
+
+    def error(found: Tensor) -> float:
+        return float((found - wanted).norm() / wanted.norm())
+
+    assert error(on_operators(mixer, hidden, points, CHUNK - 3)) < 2e-3
+    assert error(into_out_proj(mixer, hidden, {})) > 4e-3  # of float points
+
+
+def some_scan() -> tuple[Scan, Cache, Tensor, Tensor]:
+    """A scan, its cache, codes of three tokens and their dt."""
+    of = Scan(
+        A=-torch.rand(2), D=torch.rand(2), dt_bias=torch.rand(2), scales=torch.rand(24), state_scale=torch.rand(1, 4),
+        labels=torch.zeros(16, dtype=torch.int32), groups=1,
+    )  # fmt: skip
+    return of, Cache.empty(of, 2, 4, "cpu"), torch.randint(-9, 9, (2, 3, 24), dtype=torch.int8), torch.randn(2, 3, 2)
+
+
+def test_operators_are_registered_as_torch_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schemas with what changes in place, and fake kernels."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    of, cache, codes, dt = some_scan()
+    held, parts, checks = torch.tensor([2, 3], dtype=torch.int32), kernels.parts(of), ("test_schema", "test_faketensor")
+    conv = (torch.randn(2, 3, 24), cache.past, torch.randn(24, 4), None, 0.1, of.scales)
+    torch.library.opcheck(kernels.conv, conv, test_utils=checks)
+    torch.library.opcheck(kernels.scan, (codes, dt, None, cache.state, *parts, torch.float16), test_utils=checks)
+    step = (codes[:, 0], dt[:, 0], None, *cache[1:], held, *parts, torch.float16)
+    torch.library.opcheck(kernels.step, step, test_utils=checks)
+    run = torch.compile(stepped, backend="aot_eager", fullgraph=True)
+    both = [Cache(*(part.clone() for part in cache)) for _ in range(2)]
+    found = [f(codes[:, 0], dt[:, 0], None, own, held, of, torch.float32) for f, own in zip((run, stepped), both, strict=True)]
+    assert torch.equal(*found) and all(torch.equal(*pair) for pair in zip(*both, strict=True))
+    assert not torch.equal(both[0].tokens, cache.tokens)
+
+
+def test_scales_that_kernels_do_not_have_are_refused() -> None:
+    """Before anything runs, with the point's name."""
+    one = {"A": -torch.ones(2), "D": torch.ones(2), "dt_bias": torch.ones(2), "groups": 1}
+    same = Static(spec=S8, largest=torch.ones(1, 1), labels=torch.zeros(4, dtype=torch.int64))
+    points = dict.fromkeys(("x", "B", "C", "state"), same)
+    assert scan_of(**one, **points).sizes == (4, 4, 4)
+    uneven = Static(spec=S8, largest=torch.tensor([[1.0], [2.0]]), labels=torch.tensor([0, 1, 0, 1]))
+    assert scan_of(**one, **points | {"x": uneven}).scales[:4].tolist() == pytest.approx([1 / 127, 2 / 127] * 2)
+    with pytest.raises(ValueError, match="B has several scales"):
+        scan_of(**one, **points | {"B": uneven})
+    with pytest.raises(ValueError, match="state is int4; .* int8: quantize it with s8"):
+        scan_of(**one, **points | {"state": replace(same, spec=replace(S8, format=FORMATS["int4"]))})
