@@ -40,7 +40,7 @@ from lowbit.unit import Input
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SCANS = "its scans are quantized, for which there is no kernel yet"
+_SCANS = "its scans are quantized, whose kernels are not joined to models yet"
 TOLERANCE = (
     0.15  # relative, of a block's output: codes of 4-bit inputs flip where sums differ in last bits; what is wrong is near 1
 )

@@ -60,6 +60,13 @@ def _collections() -> Iterator[None]:
     gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def _no_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the tests of kernels interpret them; elsewhere a CPU takes their specification, as it does for users."""
+    if request.path.parent.name != "kernels":
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 _READ_PAGES = {"test_page.py", "test_report.py", "test_views.py", "test_cli.py", "test_demo.py"}
 
 
