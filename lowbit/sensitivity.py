@@ -382,12 +382,10 @@ def check_candidates(schemes: dict[str, Scheme], signal: Signal) -> None:
         ValueError: with the reason.
     """
     for name, scheme in schemes.items():
-        if scheme.input is None:
-            continue
-        if Input(scheme.input).calibrated:
+        if scheme.input is not None and Input(scheme.input).calibrated:
             raise ValueError(f"{name}: a plan calibrates no static inputs; use a scheme that quantizes them for each token")
-        if signal != "kl":
-            raise ValueError(f"{name}: {signal} sees weights only, not quantized inputs; use --signal kl")
+    if signal != "kl" and len({scheme.input for scheme in schemes.values()}) > 1:
+        raise ValueError(f"{signal} sees weights only, not inputs: give all schemes the same inputs, or use --signal kl")
 
 
 def measure(

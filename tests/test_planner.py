@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 
 from lowbit.cli import main
 from lowbit.data import DataSpec
-from lowbit.export import QuantizedSource, open_checkpoint
+from lowbit.export import QuantizedSource, load, open_checkpoint
 from lowbit.planner import candidates, plan
 from lowbit.recipe import FLOAT, read_recipe, recipe_from_dict
-from lowbit.run import quantize
+from lowbit.run import drawn, quantize
+from lowbit.source import open_source
 
 DATA = DataSpec(source="random", rows=4, length=32)
 NATIVE: dict[str, Any] = {
@@ -139,6 +141,18 @@ def test_ratio_of_perplexities(demo_model: Path, tmp_path: Path) -> None:
     assert strict.ppl_ratio <= 1.02 < loose.ppl_ratio <= 1.5
     assert loose.output_bytes < strict.output_bytes
     assert plan(str(demo_model), max_ppl_ratio=1.5, **given).recipe == loose.recipe
+
+
+def test_the_ratio_is_that_of_the_checkpoint(llama_untied: Path, tmp_path: Path) -> None:
+    """With its head and its embeddings rounded as the recipe will."""
+    made = plan(str(llama_untied), max_ppl_ratio=1.05, **NATIVE | {"method": "rtn"})
+    assert FLOAT not in (made.schemes["lm_head"], made.schemes["model.embed_tokens"])
+    quantize(str(llama_untied), tmp_path / "out", recipe=made.recipe)
+    tokens = drawn(replace(DATA, rows=20, length=16), open_source(str(llama_untied))).tokens[-4:]
+    losses = [
+        float(load(str(folder), dtype=torch.float32)(tokens, labels=tokens).loss) for folder in (llama_untied, tmp_path / "out")
+    ]
+    assert exp(losses[1] - losses[0]) == pytest.approx(made.ppl_ratio, abs=2e-3)
 
 
 def test_a_ratio_below_one(llama: Path) -> None:

@@ -263,9 +263,11 @@ def test_schemes_that_cannot_be_measured() -> None:
     """Static inputs need calibration, and gradients of weights do not see inputs."""
     with pytest.raises(ValueError, match="calibrates no static inputs"):
         check_candidates({"w8a8-tensor-astatic": parse_scheme("w8a8-tensor-astatic")}, "kl")
+    mixed = {name: parse_scheme(name) for name in ("w4a8", "w8a8", "w8a16")}
     with pytest.raises(ValueError, match="trace sees weights only"):
-        check_candidates({"w8a8": parse_scheme("w8a8")}, "trace")
-    check_candidates({"w8a8": parse_scheme("w8a8")}, "kl")
+        check_candidates(mixed, "trace")
+    check_candidates(mixed, "kl")
+    check_candidates({name: mixed[name] for name in ("w4a8", "w8a8")}, "trace")
 
 
 def test_inputs_count(small: Path) -> None:
