@@ -40,6 +40,7 @@ from lowbit.run import quantize
 
 CANDIDATES = ["w2a16-g64", "w2a16-g32", "w3a16-channel", "w3a16-g128", "w3a16-g64", "w4a16-g128", "w8a16-g128"]
 UNIFORM = {3.0: "w3a16-channel", 2.5: "w2a16-g32"}  # the scheme with about so many bits, where scales have 16
+EMBEDDINGS = "embed"  # left float: bits are those of the linears
 SEEDS = 5
 SENTENCES = 256  # of an encoder
 
@@ -79,6 +80,7 @@ def recipes(model: Path, bits: float, args: argparse.Namespace, data: DataSpec) 
             data=data,
             rows=args.plan_rows,
             length=args.plan_length,
+            ignore=[EMBEDDINGS],
             format="lowbit",
             sensitivities=args.out / f"{model.name}-{signal}.json",
             device=args.device,

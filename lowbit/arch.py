@@ -164,6 +164,8 @@ class Arch:
         head: what turns the last hidden states into logits, where it is a matrix of its own: shaped like a block behind the
             last one, whose call takes tokens as its other arguments. Its tensors are also among `outside`.
         tied_head: name of a head that is the embedding's matrix, which stays float.
+        table: the token embeddings as one matrix [vocabulary, width], where they are one: shaped like a block before the first.
+            Its tensor is also among `outside`.
         dtype: the dtype in which parameters are filled; everything that solves or compares uses float32.
         matrix_dtype: the dtype in which the matrices of discovered linears are filled: that of the checkpoint where the
             machine multiplies it fast, else `dtype`. Activations between products have `dtype` all the same.
@@ -194,6 +196,7 @@ class Arch:
         taken = {name for block in self.blocks for name in block.tensors}
         self.outside = tuple(name for name in source.tensors if name not in taken and name not in self.unused)
         self.head, self.tied_head = self._find_head()
+        self.table = self._find_table()
         # Caches would carry state from call to call; encoders know no such argument.
         forward = inspect.signature(self.model.forward).parameters
         self._no_cache = {"use_cache": False} if "use_cache" in forward else {}
@@ -309,9 +312,11 @@ class Arch:
             self._use_mixers(block)
         self._matrices = frozenset(linear.param for block in blocks for linear in block.linears)
 
-    @torch.no_grad()
-    def embed(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-        """Run what comes before the blocks on tokens [rows, length] int64.
+    def embed(
+        self, tokens: Tensor, parameters: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+        """Run what comes before the blocks on tokens [rows, length] int64, with gradients to the `parameters` that replace some
+        of the model, by name.
 
         Returns:
             hidden states [rows, length, width] float32 that enter the first block, and for every block the other
@@ -330,7 +335,7 @@ class Arch:
             return self._returned(block, hidden)
 
         with contextlib.suppress(_Reached):
-            self._run(tokens, stub)
+            self._run(tokens, stub, parameters)
         return first[0], calls
 
     @torch.no_grad()
@@ -346,10 +351,10 @@ class Arch:
     def forward(
         self, block: Block, hidden: Tensor, call: Any, observe: Observe | None, parameters: dict[str, Tensor]
     ) -> Tensor:
-        """`call` with gradients, and with some parameters of the block replaced, by name within it (not of the head)."""
+        """`call` with gradients, and with some parameters of the block replaced, by name within it (of the head: in all)."""
         if block is self.head:
             with Tap(observe or (lambda weight, x, transposed: x)):
-                return self.finish(call, hidden)
+                return self.finish(call, hidden, parameters)
         args, kwargs = call
         module = self.model.get_submodule(block.name)
         given = (hidden.to(self.device, self.dtype), *args)
@@ -357,25 +362,30 @@ class Arch:
             out = torch.func.functional_call(module, parameters, given, kwargs) if parameters else module(*given, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def finish(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+    def finish(self, tokens: Tensor, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """Run what comes after the blocks: logits [rows, length, vocabulary] of `hidden`, the last block's output, or the
-        final hidden states of a model without a head. tokens [rows, length] as given to `embed`. Gradients pass."""
+        final hidden states of a model without a head. tokens [rows, length] as given to `embed`; `parameters` replace some of
+        the model, by name. Gradients pass."""
 
         def stub(block: Block, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = _split_call(args, kwargs)[0]
             return self._returned(block, hidden.to(self.device) if block.index == len(self.blocks) - 1 else given)
 
-        out = self._run(tokens, stub)
+        out = self._run(tokens, stub, parameters)
         return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
 
     def divergence(self, tokens: Tensor, found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """How far the output after `found` is from that after `wanted`, hidden states that left the last block; gradients pass.
+        """How far the output after `found` is from that after `wanted`, hidden states that left the last block: `distance`."""
+        return self.distance(self.finish(tokens, found), self.finish(tokens, wanted))
+
+    def distance(self, found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """How far an output of `finish` is from another; gradients pass.
 
         Returns:
             the sum over positions of KL(wanted || found) of the next token, in nats, and their number; of a model without a
             head, the squared distance, and the squared length of what is wanted. Scalars, float64.
         """
-        a, b = (self.finish(tokens, hidden).float() for hidden in (found, wanted))
+        a, b = found.float(), wanted.float()
         if self.model.get_output_embeddings() is None:
             return (a - b).square().sum(dtype=torch.float64), b.square().sum(dtype=torch.float64)
         a, b = a.log_softmax(-1), b.log_softmax(-1)
@@ -384,18 +394,19 @@ class Arch:
     def _returned(self, block: Block, hidden: Tensor) -> Any:
         return (hidden, *[None] * (block.returns - 1)) if block.returns else hidden
 
-    def _run(self, tokens: Tensor, call: Callable[..., Any]) -> Any:
+    def _run(self, tokens: Tensor, call: Callable[..., Any], parameters: dict[str, Tensor] | None = None) -> Any:
         """The model's own forward, with call(block, original forward, args, kwargs) in the place of every block."""
         with contextlib.ExitStack() as stack:
             for block in self.blocks:
                 module = self.model.get_submodule(block.name)
                 module.forward = _Replaced(call, block, module.forward)
                 stack.callback(module.__dict__.pop, "forward")
-            return self.run(tokens.to(self.device))
+            return self.run(tokens.to(self.device), parameters)
 
-    def run(self, tokens: Tensor) -> Any:
-        """The whole model, filled, on tokens [rows, length] on its device, without a cache."""
-        return self.model(input_ids=tokens, **self._no_cache)
+    def run(self, tokens: Tensor, parameters: dict[str, Tensor] | None = None) -> Any:
+        """The whole model, filled, on tokens [rows, length] on its device, without a cache; `parameters` replace some."""
+        given = {"input_ids": tokens, **self._no_cache}
+        return torch.func.functional_call(self.model, parameters, kwargs=given) if parameters else self.model(**given)
 
     # --------------------------------------------------------------------------------------------------- discovery
 
@@ -413,6 +424,16 @@ class Arch:
         (linear,) = self._places.linears(weights[0], shape, {})
         linear = replace(linear, shares=linear.name)
         return Block(index=len(self.blocks), name=path, tensors=tensors, linears=(linear,)), None
+
+    def _find_table(self) -> Block | None:
+        """`table`."""
+        weight = getattr(self.model.get_input_embeddings(), "weight", None)
+        param = next((name for name, value in self.model.named_parameters() if value is weight), None)
+        tensor = next((name for name in self.outside if param is not None and self.place(name) == param), None)
+        if tensor is None or param is None:
+            return None
+        (linear,) = self._places.linears(tensor, torch.Size(self.source.tensors[tensor].shape), {})
+        return Block(index=-1, name=param.rpartition(".")[0], tensors=(tensor,), linears=(replace(linear, shares=linear.name),))
 
     def sample_tokens(self) -> Tensor:
         """Two different rows of PROBE_TOKENS tokens, none of them a special one."""

@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help="folder or hub id of a float checkpoint")
     sub.add_argument("--out", required=True, metavar="FILE.toml", help="the recipe to write")
     goal = sub.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--bits", type=float, metavar="B", help="stored bits for each weight of the linears, at most")
+    goal.add_argument("--bits", type=float, metavar="B", help="stored bits for each weight decided about, at most")
     goal.add_argument("--size", metavar="SIZE", help="of all weight files, at most: 2.1GB, 800MB, 1.5GiB, or bytes")
     goal.add_argument("--max-ppl-ratio", type=float, metavar="R", help="perplexity over the original's, at most: 1.02")
     sub.add_argument("--schemes", nargs="+", metavar="SCHEME", help="candidates; float leaves a linear as it is")
@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--rows", type=int, default=16, metavar="N", help="sequences to measure on (default 16)")
     sub.add_argument("--length", type=int, default=256, metavar="N", help="tokens of each (default 256)")
     sub.add_argument("--method", default="gptq", help="steps of the recipe (default gptq)")
+    sub.add_argument("--ignore", action="append", metavar="REGEX", help="what to leave float, undecided; repeatable")
     sub.add_argument("--option", action="append", metavar="NAME=VALUE", help="of the steps, as for quantize; repeatable")
     sub.add_argument("--format", choices=("compressed-tensors", "lowbit"), default="compressed-tensors")
     sub.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="who must load it (default: vllm)")
@@ -252,6 +253,7 @@ def _plan(arguments: argparse.Namespace) -> None:
             length=arguments.length,
             method=arguments.method,
             options=_options(arguments.option or []),
+            ignore=arguments.ignore or (),
             format=arguments.format,
             engine=arguments.engine,
             sensitivities=sensitivities,
@@ -266,7 +268,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         print(f"  {name}  {scheme}  {made.costs[name]:.3e}")
     ratio = "" if made.ppl_ratio is None else f"; {made.ppl_ratio:.4f} times the perplexity on calibration text"
     print(
-        f"{out}: {made.bits:.3f} bits a weight in the linears, {made.output_bytes / 1e6:.2f} MB of weight files{ratio}. "
+        f"{out}: {made.bits:.3f} bits a weight, {made.output_bytes / 1e6:.2f} MB of weight files{ratio}. "
         f"Measured costs are in {sensitivities}."
     )
 

@@ -1,8 +1,9 @@
 """Plan: the recipe with which a model fits a number of bits, a size, or an accuracy.
 
 `sensitivity` measures what each scheme costs at each linear, `allocate` chooses; the result is a recipe with one rule for every
-decision. What was measured is kept in a JSON file, block by block, so that an interrupted run goes on and another budget
-needs no new measurement; a person may edit it.
+decision, and the step `embed` for that about token embeddings, which only lowbit's own format holds quantized. What was
+measured is kept in a JSON file, block by block, so that an interrupted run goes on and another budget needs no new measurement;
+a person may edit it.
 
 Sizes are those of the files that `quantize` will write, to the byte but for the headers of the shards, which are counted as if
 every offset had the most digits.
@@ -27,9 +28,10 @@ from lowbit.arch import Arch
 from lowbit.data import DataSpec
 from lowbit.export import NATIVE, encode, reason_against
 from lowbit.files import write_json
+from lowbit.methods.embed import Rounded
 from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
-from lowbit.run import Progress, available_memory, differences, drawn
+from lowbit.run import Progress, available_memory, differences, drawn, rewritten
 from lowbit.sensitivity import SIGNALS, Decision, Effort, Inputs, Signal, Solved, Whole, check_candidates, decisions, measure
 from lowbit.source import Source, open_source, read_json
 from lowbit.unit import Stream, Unit
@@ -53,7 +55,7 @@ class Plan:
         measured: what all candidates cost, as written to the file of sensitivities.
         sizes: by decision and candidate, bytes of the tensors, without headers.
         output_bytes: of all safetensors files, at most.
-        bits: stored bits for each weight of the linears, those left float included.
+        bits: stored bits for each weight that was decided about, those left float included.
         ppl_ratio: perplexity over that of the float model on the rows that are measured on, after the recipe's transforms and
             its solver; None where it was not asked for.
         seconds: the solver took.
@@ -84,6 +86,7 @@ def plan(
     length: int = 256,
     method: str = "gptq",
     options: dict[str, Any] | None = None,
+    ignore: Iterable[str] = (),
     format: str = "compressed-tensors",
     engine: str = "vllm",
     sensitivities: str | Path | None = None,
@@ -92,11 +95,11 @@ def plan(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
-    """Choose a scheme for every linear.
+    """Choose a scheme for every linear, a head of its own included, and in lowbit's own format for token embeddings.
 
     Args:
         model: a folder or hub id.
-        bits: stored bits for each weight of the linears, scales and zero points included, at most.
+        bits: stored bits for each weight that is decided about, scales and zero points included, at most.
         size: of all safetensors files of the result, bytes, at most.
         max_ppl_ratio: perplexity over that of the float model, at most; the smallest mix is chosen for which it holds on the
             rows that are measured on, after the recipe's transforms and its solver. Give one of these three.
@@ -104,7 +107,9 @@ def plan(
         signal: what a scheme's cost is measured by, see `sensitivity`.
         data: calibration data of the recipe. Of it, `rows` of `length` tokens are what is measured on, and four times as many
             others what the solver sees for it.
-        method: what the recipe does, such as "gptq" or "awq+gptq", with `options` as in `recipe.short_recipe`.
+        method: what the recipe does, such as "gptq" or "awq+gptq", with `options` as in `recipe.short_recipe`. A model that is
+            rotated is measured so; "embed" decides about the embeddings beforehand.
+        ignore: regular expressions of what to leave float, and not to decide about.
         sensitivities: the file that keeps what was measured; a present one is gone on with, or used if complete.
         overwrite: measure anew where the file is of something else.
 
@@ -128,8 +133,9 @@ def plan(
     )
     effort = effort or Effort()
     source = open_source(model, revision)
-    arch = Arch(source, device=device)
-    arch.probe(lambda done, total: say("reading the model", done, total))
+    arch = rewritten(Arch(source, device=device), base, say)
+    if isinstance(arch.source, Rounded) and max_ppl_ratio is not None:
+        raise ValueError("embed is what a plan for max_ppl_ratio decides about itself; leave it out of the method")
     calibration = drawn(replace(spec, rows=(_SOLVED + 1) * rows, length=length), source)
     given, judged = calibration.tokens[:-rows], calibration.tokens[-rows:]
     solver = next(step for step in base.steps if METHODS[step.method].kind == "solver")
@@ -141,12 +147,13 @@ def plan(
         "data": calibration.describe(),
         "signal": signal,
         "solver": vars(solver) if signal == "kl" else None,
+        "rewritten": [vars(step) for step in base.steps if METHODS[step.method].kind in ("model", "outside")],
         "effort": vars(effort),
         "schemes": [*offered],
     }
     path = Path(sensitivities) if sensitivities is not None else None
     known = _known(path, job, overwrite)
-    every = decisions(arch)
+    every = _decisions(arch, format, ignore)
     missing = any(decision.name not in known for decision in every)
 
     def keep(measured: dict[str, Any]) -> None:
@@ -167,6 +174,7 @@ def plan(
         if whole is not None and missing:
             found = measure(
                 whole,
+                every,
                 offered,
                 signal,
                 effort,
@@ -187,7 +195,7 @@ def plan(
         assert bits is not None
         chosen = choices.within(int(bits * choices.weights / 8), headers=False)
     return Plan(
-        recipe=replace(base, rules=_rules(every, chosen)),
+        recipe=replace(base, rules=_rules(every, chosen), steps=_steps(base.steps, every, chosen)),
         schemes={decision.name: scheme for decision, scheme in zip(every, chosen, strict=True)},
         costs={d.name: found[d.name]["cost"][scheme] for d, scheme in zip(every, chosen, strict=True)},
         measured=job | {"decisions": found},
@@ -220,6 +228,21 @@ def candidates(names: Iterable[str] | None, format: str, engine: str) -> dict[st
     return found
 
 
+def _decisions(arch: Arch, format: str, ignore: Iterable[str]) -> list[Decision]:
+    """What there is to decide about in this format.
+
+    Raises:
+        ValueError: one of `ignore` matches nothing.
+    """
+    every = decisions(arch, embeddings=format == NATIVE and not isinstance(arch.source, Rounded))
+    for pattern in ignore:
+        kept = [decision for decision in every if not any(re.search(pattern, linear.name) for linear in decision.linears)]
+        if len(kept) == len(every):
+            raise ValueError(f"nothing to decide about has a name like {pattern!r}; leave it out")
+        every = kept
+    return every
+
+
 def _check_memory(arch: Arch) -> None:
     """The whole model must fit, in the dtypes in which it is filled."""
     width = {torch.float32: 4}.get(arch.matrix_dtype, 2)
@@ -250,8 +273,8 @@ class Choices:
     """The decisions with their costs and sizes.
 
     Attributes:
-        weights: of all linears.
-        fixed: bytes of what is not decided here: embeddings, norms, heads, headers.
+        weights: of all decisions.
+        fixed: bytes of what is not decided here: norms, embeddings that no decision is about, headers.
     """
 
     def __init__(
@@ -265,10 +288,15 @@ class Choices:
             {name: sizes.of(decision, None if name == FLOAT else offered[name]) for name in names}
             for decision, names in zip(every, self.names, strict=True)
         ]
-        linears = {linear.tensor for decision in every for linear in decision.linears}
-        others = [info for name, info in arch.source.tensors.items() if name not in linears]
-        entries = sum(_entry(name, info.dtype, info.shape) for name, info in arch.source.tensors.items() if name not in linears)
-        self.fixed = sum(info.nbytes for info in others) + entries + _SHARD * (len(arch.blocks) + 1)
+        decided = {linear.tensor for decision in every for linear in decision.linears}
+        self.fixed = _SHARD * (len(arch.blocks) + 1)
+        if isinstance(arch.source, Rounded):
+            table = Decision(name="", block=-1, linears=(arch.source.linear,))
+            self.fixed += sum(sizes.of(table, arch.source.scheme))
+            decided.add(arch.source.linear.tensor)
+        for name, info in arch.source.tensors.items():
+            if name not in decided:
+                self.fixed += info.nbytes + _entry(name, info.dtype, info.shape)
 
     def within(self, budget: int, *, headers: bool = True) -> list[str]:
         """The cheapest mix of at most `budget` bytes."""
@@ -281,14 +309,13 @@ class Choices:
         except ValueError as error:
             least = sum(min(row) for row in sizes)
             raise ValueError(
-                f"{error}: the smallest mix of these candidates has {8 * least / self.weights:.3f} bits a weight in the "
-                f"linears, {(least + self.fixed) / 1e6:.2f} MB in all; allow more, or offer smaller schemes (--schemes, "
-                "--format lowbit)"
+                f"{error}: the smallest mix of these candidates has {8 * least / self.weights:.3f} bits a weight, "
+                f"{(least + self.fixed) / 1e6:.2f} MB in all; allow more, or offer smaller schemes (--schemes, --format lowbit)"
             ) from None
         return [names[j] for names, j in zip(self.names, found, strict=True)]
 
     def bytes_of(self, chosen: Sequence[str], *, headers: bool = True) -> int:
-        """Bytes of the linears in a mix."""
+        """Bytes of what is decided, in a mix."""
         return sum(self._bytes(size[name], headers) for size, name in zip(self.sizes, chosen, strict=True))
 
     @staticmethod
@@ -375,6 +402,10 @@ def _loss(
     arch = whole.arch
     inputs: Inputs = {}
     taken = [step for step in steps if METHODS[step.method].kind in ("transform", "solver")]
+    solver = next(step for step in taken if METHODS[step.method].kind == "solver")
+    source = arch.source
+    for step in _steps((), every, chosen):
+        arch.source = METHODS[step.method].apply(arch, **step.options)
     schemes = {x.name: offered[name] for d, name in zip(every, chosen, strict=True) if name != FLOAT for x in d.linears}
     with tempfile.TemporaryDirectory(prefix="lowbit-plan-") as folder:
         stream = Stream(arch, tokens, Path(folder))
@@ -387,16 +418,32 @@ def _loss(
             unit.finish()
             inputs |= unit.inputs_by_site()
             stream.drop(block.index)
-    arch.load_outside()
+        arch.load_outside()
+        if arch.head is not None and arch.head.linears[0].name in schemes:
+            mine = {linear.name: schemes[linear.name] for linear in arch.head.linears}
+            unit = Unit(arch, arch.head, mine, stream, source.dtype())
+            METHODS[solver.method].apply(unit, **solver.options)
+            unit.put()
+            inputs |= unit.inputs_by_site()
     whole.restart()
-    loss = whole.loss_of_text([whole.end(k, inputs) for k in range(len(whole.parts))])
+    loss = whole.loss_of_text([whole.end(k, inputs) for k in range(len(whole.parts))], inputs)
+    arch.source = source
+    arch.load_outside()
     for block in arch.blocks:
         arch.load(block.tensors)
     return loss
 
 
 def _rules(every: Sequence[Decision], chosen: Sequence[str]) -> tuple[Rule, ...]:
-    return tuple(Rule(match=_pattern(d), scheme=name) for d, name in zip(every, chosen, strict=True))
+    """One rule for each decision but that about token embeddings."""
+    return tuple(Rule(match=_pattern(d), scheme=name) for d, name in zip(every, chosen, strict=True) if d.block >= 0)
+
+
+def _steps(steps: Sequence[Step], every: Sequence[Decision], chosen: Sequence[str]) -> tuple[Step, ...]:
+    """The steps, with one that rounds the token embeddings as was decided."""
+    rounded = [name for d, name in zip(every, chosen, strict=True) if d.block < 0 and name != FLOAT]
+    first = [step for step in steps if METHODS[step.method].kind == "model"]
+    return (*first, *(Step(method="embed", options={"scheme": name}) for name in rounded), *steps[len(first) :])
 
 
 def _pattern(decision: Decision) -> str:
@@ -406,4 +453,5 @@ def _pattern(decision: Decision) -> str:
     if len(prefixes) > 1:
         return f"^(?:{'|'.join(map(re.escape, names))})$"
     prefix, leaves = prefixes.pop(), [re.escape(name.rpartition(".")[2]) for name in names]
-    return f"^{re.escape(prefix)}\\.{leaves[0] if len(leaves) == 1 else '(?:' + '|'.join(leaves) + ')'}$"
+    path = re.escape(prefix + ".") if prefix else ""
+    return f"^{path}{leaves[0] if len(leaves) == 1 else '(?:' + '|'.join(leaves) + ')'}$"

@@ -148,7 +148,7 @@ def quantize(
         _quick_collections(),
     ):
         _check_disk(folder, source, solver_tokens, boundaries=4 if recipe.teacher else 2)
-        arch = _rewritten(arch, recipe, say, clock)
+        arch = rewritten(arch, recipe, say, clock)
         source = arch.source
         linears, schemes = _chosen(arch, recipe)
         _check_linears(linears, schemes)
@@ -176,8 +176,7 @@ def quantize(
         gate = _gate(arch, stream, records, folder, say, after)
         clock.lap("gate")
         report = _report(source, model, revision, recipe, data_used, arch, records, searches, gate, clock, folder)
-        rewritten = any(METHODS[step.method].kind in ("model", "search", "transform") for step in recipe.steps)
-        if rewritten:
+        if any(METHODS[step.method].kind in ("model", "search", "transform") for step in recipe.steps):
             report["outliers"] = {"before": outliers(original, solver_tokens[:GATE_ROWS]), "after": after}
         report["histograms"] = histograms(
             source, QuantizedSource(folder), linears, {row["name"]: row["error"] for row in report["linears"]}
@@ -187,7 +186,7 @@ def quantize(
     return report
 
 
-def _rewritten(arch: Arch, recipe: Recipe, say: Progress, clock: "_Clock | None" = None) -> Arch:
+def rewritten(arch: Arch, recipe: Recipe, say: Progress, clock: "_Clock | None" = None) -> Arch:
     """Discover the model, and rewrite it as the steps for the whole model say."""
     arch.probe(lambda done, total: say("reading the model", done, total))
     if clock is not None:
@@ -289,7 +288,7 @@ def train_rank(work: Path, team: Team | None = None, progress: Callable[[int], N
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     recipe = recipe_from_dict(job["recipe"])
-    arch = _rewritten(Arch(open_source(job["model"]), device=device), recipe, lambda stage, done, total: None)
+    arch = rewritten(Arch(open_source(job["model"]), device=device), recipe, lambda stage, done, total: None)
     _, schemes = _chosen(arch, recipe)
     tokens = load_file(work / "tokens")["tokens"]
     train(arch, recipe, schemes, tokens, work, progress, deterministic=job["deterministic"])

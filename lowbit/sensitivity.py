@@ -12,7 +12,8 @@ Four signals, all measured on calibration text with the float model:
     fisher       sum of F (W - Q)^2 / 2, F the mean of the squared gradient of a token's loss: an estimate of that KL
 
 A decision is one or more linears that get one scheme, because engines keep them in one matrix: linears with one input, and
-all experts of a block.
+all experts of a block. A head of its own is one too, and so are token embeddings, with a head tied to them, where the format
+holds them quantized; they are rounded to nearest, as `embed` does.
 
 The last three see weights only, rounded to nearest: a solver such as gptq lets |W - Q|^2 grow so that the loss does not. Their
 loss is that of the text (nats a token); of models that do not predict a next token, the
@@ -48,7 +49,7 @@ Inputs = dict[Site, Quantizer]
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Linears of one block that get one scheme."""
+    """Linears of one block that get one scheme; of block -1 the token embeddings, of the one behind the last the head."""
 
     name: str
     block: int
@@ -60,7 +61,9 @@ class Decision:
         return sum(linear.out_features * linear.in_features for linear in self.linears)
 
     def fits(self, scheme: Scheme) -> bool:
-        """Whether the scheme's groups divide the rows of all."""
+        """Whether the scheme's groups divide the rows of all, and there are inputs to quantize if it quantizes them."""
+        if self.block < 0 and scheme.input is not None:
+            return False
         try:
             for linear in self.linears:
                 check_shape(linear.name, linear.out_features, linear.in_features, scheme)
@@ -69,10 +72,12 @@ class Decision:
         return True
 
 
-def decisions(arch: Arch) -> list[Decision]:
-    """The decisions of a probed model, in the order in which they run."""
+def decisions(arch: Arch, *, embeddings: bool = False) -> list[Decision]:
+    """The decisions of a probed model, in the order in which they run; those about its token embeddings only if wanted."""
     found = []
-    for block in arch.blocks:
+    for block in _stages(arch):
+        if block.index < 0 and not embeddings:
+            continue
         together: dict[str, list[Linear]] = {}
         for linear in block.linears:
             expert = linear.index is not None
@@ -80,6 +85,11 @@ def decisions(arch: Arch) -> list[Decision]:
         for linears in together.values():
             found.append(Decision(name=_name(linears), block=block.index, linears=tuple(linears)))
     return found
+
+
+def _stages(arch: Arch) -> list[Block]:
+    """The blocks, with the token embeddings before and the head behind them, where these are matrices of their own."""
+    return [block for block in (arch.table, *arch.blocks, arch.head) if block is not None]
 
 
 def _name(linears: Sequence[Linear]) -> str:
@@ -104,7 +114,7 @@ class Solved:
         self.stream.start()
 
     def weights(self, block: Block, every: Sequence[Decision], schemes: dict[str, Scheme]) -> dict[str, dict[str, Tensor]]:
-        """By scheme, the weights [out, in] by linear of the given decisions of a loaded block that the scheme fits."""
+        """By scheme, the weights [out, in] by linear of the given decisions of a loaded block (or the head) that it fits."""
         found: dict[str, dict[str, Tensor]] = {}
         unit = None
         for name, scheme in schemes.items():
@@ -128,7 +138,7 @@ class Whole:
 
     Attributes:
         parts: the rows of every subset of the text.
-        at: the block that `states` enter, the hidden states of every subset.
+        at: the block that `states` enter, the hidden states of every subset; -1 where the tokens are still to be embedded.
     """
 
     def __init__(self, arch: Arch, tokens: Tensor, subsets: int) -> None:
@@ -139,13 +149,11 @@ class Whole:
         arch.load_outside()
         for block in arch.blocks:
             arch.load(block.tensors)
-        self.at = 0
         self._calls: dict[int, list[Any]] = {}
-        self.states: list[Tensor] = []
         for start, stop in self.parts:
-            hidden, calls = arch.embed(tokens[start:stop])
-            self.states.append(hidden.cpu())
-            self._calls.setdefault(stop - start, calls)
+            if stop - start not in self._calls:
+                self._calls[stop - start] = arch.embed(tokens[start:stop])[1]
+        self.restart()
         self.ends = [self.end(k).cpu() for k in range(len(self.parts))]
 
     @torch.no_grad()
@@ -155,60 +163,86 @@ class Whole:
             return self._through(k, inputs or {}, {})
 
     def _through(self, k: int, inputs: Inputs, parameters: dict[str, Tensor]) -> Tensor:
-        """`parameters` replace some of block `at`, by name within it."""
+        """`parameters` replace some of the model, by name."""
         start, stop = self.parts[k]
-        calls, hidden = self._calls[stop - start], self.states[k]
-        for block in self.arch.blocks[self.at :]:
+        calls, hidden = self._calls[stop - start], self._entering(k, parameters)
+        for block in self.arch.blocks[max(self.at, 0) :]:
             observe = quantized_inputs(self.arch.sites(block), inputs) if inputs else None
-            given = parameters if block.index == self.at else {}
+            prefix = block.name + "."
+            given = {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
             hidden = self.arch.forward(block, hidden, calls[block.index], observe, given)
         return hidden
 
+    def _entering(self, k: int, parameters: dict[str, Tensor]) -> Tensor:
+        """The hidden states of subset `k` that enter block `at`, or the first."""
+        return self.states[k] if self.at >= 0 else self.arch.embed(self.tokens[slice(*self.parts[k])], parameters)[0]
+
+    def _output(self, tokens: Tensor, hidden: Tensor, inputs: Inputs, parameters: dict[str, Tensor]) -> Tensor:
+        """What comes after the blocks, with the head's input quantized if it is among `inputs`."""
+        head = self.arch.head
+        if head is None:
+            return self.arch.finish(tokens, hidden, parameters)
+        observe = quantized_inputs(self.arch.sites(head), inputs) if inputs else None
+        return self.arch.forward(head, hidden, tokens, observe, parameters)
+
     def restart(self) -> None:
-        """Go back to the first block."""
-        self.at = 0
-        self.states = [self.arch.embed(self.tokens[slice(*part)])[0].cpu() for part in self.parts]
+        """Go back to before the first block."""
+        self.at = -1
+        self.states: list[Tensor] = []
 
     @torch.no_grad()
-    def advance(self) -> None:
-        """Move on to the next block."""
-        block = self.arch.blocks[self.at]
-        with fast_products():
-            for k, (start, stop) in enumerate(self.parts):
-                call = self._calls[stop - start][block.index]
-                self.states[k] = self.arch.call(block, self.states[k], call).cpu()
-        self.at += 1
+    def advance(self, index: int) -> None:
+        """Move on to block `index`; the head counts as the one behind the last, what embeds as -1."""
+        while self.at < index:
+            with fast_products():
+                states = [self._entering(k, {}) for k in range(len(self.parts))]
+                if self.at >= 0:
+                    calls = [self._calls[stop - start][self.at] for start, stop in self.parts]
+                    block = self.arch.blocks[self.at]
+                    states = [self.arch.call(block, *given) for given in zip(states, calls, strict=True)]
+            self.states = [hidden.cpu() for hidden in states]
+            self.at += 1
 
     @torch.no_grad()
-    def divergence(self, inputs: Inputs) -> float:
-        """How far the model, from `at` on, is from the float model; see `Arch.divergence`."""
+    def divergence(self, inputs: Inputs, originals: dict[str, Tensor]) -> float:
+        """How far the model, from `at` on, is from the float model; see `Arch.distance`.
+
+        Args:
+            originals: of the parameters outside the blocks that were changed, what the float model has, by name.
+        """
         total = count = 0.0
         for k, (start, stop) in enumerate(self.parts):
-            found = self.end(k, inputs)
+            end = self.end(k, inputs)
             for row in range(stop - start):
                 part = slice(row, row + 1)
-                sums = self.arch.divergence(self.tokens[start:stop][part], found[part], self.ends[k][part])
+                tokens = self.tokens[start:stop][part]
+                found = self._output(tokens, end[part], inputs, {})
+                sums = self.arch.distance(found, self.arch.finish(tokens, self.ends[k][part], originals))
                 total, count = total + float(sums[0]), count + float(sums[1])
         return total / count
 
     @torch.no_grad()
-    def loss_of_text(self, ends: Sequence[Tensor]) -> float:
-        """Mean negative log-likelihood of the text's tokens, in nats."""
-        losses = [self._nll(self.tokens[slice(*part)], end) for part, end in zip(self.parts, ends, strict=True)]
+    def loss_of_text(self, ends: Sequence[Tensor], inputs: Inputs | None = None) -> float:
+        """Mean negative log-likelihood of the text's tokens, in nats, after hidden states that left the last block."""
+        outputs = (
+            self._output(self.tokens[slice(*part)], end, inputs or {}, {}) for part, end in zip(self.parts, ends, strict=True)
+        )
+        losses = [self._nll(self.tokens[slice(*part)], output) for part, output in zip(self.parts, outputs, strict=True)]
         weights = [stop - start for start, stop in self.parts]
         return float(sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights))
 
-    def _nll(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        logits = self.arch.finish(tokens, hidden).float()[:, :-1]
+    @staticmethod
+    def _nll(tokens: Tensor, output: Tensor) -> Tensor:
+        logits = output.float()[:, :-1]
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(logits.device))
 
     def loss(self, k: int, parameters: dict[str, Tensor]) -> Tensor:
-        """The loss of subset `k` as a function of parameters of block `at`, differentiable twice."""
-        hidden = self._through(k, {}, parameters)
+        """The loss of subset `k` as a function of parameters from block `at` on, by name, differentiable twice."""
         tokens = self.tokens[slice(*self.parts[k])]
+        output = self._output(tokens, self._through(k, {}, parameters), {}, parameters)
         if self.causal:
-            return self._nll(tokens, hidden)
-        total, count = self.arch.divergence(tokens, hidden, self.ends[k])
+            return self._nll(tokens, output)
+        total, count = self.arch.distance(output, self.arch.finish(tokens, self.ends[k]))
         return total / count
 
 
@@ -257,17 +291,15 @@ class _Curvature:
     """What a block's linears do to the loss: one graph of first derivatives per subset, from which all products come."""
 
     def __init__(self, whole: Whole, block: Block, linears: Sequence[Linear]) -> None:
-        self.whole, self.prefix = whole, block.name + "."
-        self.linears = linears
+        self.whole, self.linears = whole, linears
         names = dict.fromkeys(linear.param for linear in linears)
         self.parameters = {name: whole.arch.model.get_parameter(name).detach().float() for name in names}
         self.generator = torch.Generator().manual_seed(block.index)
 
     def _gradients(self, k: int, *, graph: bool) -> dict[str, Tensor]:
         self.leaves = {name: value.clone().requires_grad_() for name, value in self.parameters.items()}
-        given = {name.removeprefix(self.prefix): leaf for name, leaf in self.leaves.items()}
         with sdpa_kernel(SDPBackend.MATH):
-            loss = self.whole.loss(k, given)
+            loss = self.whole.loss(k, self.leaves)
             found = torch.autograd.grad(loss, list(self.leaves.values()), create_graph=graph)
         return dict(zip(self.leaves, found, strict=True))
 
@@ -350,16 +382,15 @@ def check_candidates(schemes: dict[str, Scheme], signal: Signal) -> None:
         ValueError: with the reason.
     """
     for name, scheme in schemes.items():
-        if scheme.input is None:
-            continue
-        if Input(scheme.input).calibrated:
+        if scheme.input is not None and Input(scheme.input).calibrated:
             raise ValueError(f"{name}: a plan calibrates no static inputs; use a scheme that quantizes them for each token")
-        if signal != "kl":
-            raise ValueError(f"{name}: {signal} sees weights only, not quantized inputs; use --signal kl")
+    if signal != "kl" and len({scheme.input for scheme in schemes.values()}) > 1:
+        raise ValueError(f"{signal} sees weights only, not inputs: give all schemes the same inputs, or use --signal kl")
 
 
 def measure(
     whole: Whole,
+    every: Sequence[Decision],
     schemes: dict[str, Scheme],
     signal: Signal,
     effort: Effort,
@@ -382,23 +413,22 @@ def measure(
         as "sensitivity".
     """
     arch, rows = whole.arch, dict(known)
-    every = decisions(arch)
     progress(len(rows), len(every))
-    for block in arch.blocks:
+    for block in _stages(arch):
+        whole.advance(block.index)
         new = [decision for decision in every if decision.block == block.index and decision.name not in rows]
         if new:
             values: dict[str, dict[str, Any]] = {}
             if signal != "kl":
                 linears = [linear for decision in new for linear in decision.linears]
                 values = _Curvature(whole, block, linears).measure(signal, effort)
-            made = solved.weights(block, new, schemes) if solved is not None else {}
+            made = solved.weights(block, new, schemes) if solved is not None and block.index >= 0 else {}
             for decision in new:
                 rows[decision.name] = _row(whole, decision, schemes, values, made)
                 progress(len(rows), len(every))
             keep(rows)
-        if solved is not None:
+        if solved is not None and block in arch.blocks:
             solved.advance(block)
-        whole.advance()
     return {decision.name: rows[decision.name] for decision in every}
 
 
@@ -442,8 +472,11 @@ def _error(arch: Arch, decision: Decision, scheme: Scheme, values: dict[str, dic
 
 def _measured(whole: Whole, decision: Decision, scheme: Scheme, weights: dict[str, Tensor]) -> float:
     """The divergence of the model with one decision quantized."""
+    arch = whole.arch
+    outside = () if 0 <= decision.block < len(arch.blocks) else decision.linears
+    originals = {linear.param: arch.param(linear).clone() for linear in outside}
     with ExitStack() as stack:
-        return max(whole.divergence(_put(whole.arch, decision, scheme, weights, stack)), 0.0)
+        return max(whole.divergence(_put(arch, decision, scheme, weights, stack), originals), 0.0)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 
 from lowbit.cli import main
 from lowbit.data import DataSpec
-from lowbit.export import open_checkpoint
+from lowbit.export import QuantizedSource, load, open_checkpoint
 from lowbit.planner import candidates, plan
 from lowbit.recipe import FLOAT, read_recipe, recipe_from_dict
-from lowbit.run import quantize
+from lowbit.run import drawn, quantize
+from lowbit.source import open_source
 
 DATA = DataSpec(source="random", rows=4, length=32)
 NATIVE: dict[str, Any] = {
@@ -39,6 +41,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def llama_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama_untied")
+    tiny.save("llama_untied", folder, dtype=torch.bfloat16, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixtral")
     tiny.save("mixtral", folder, dtype=torch.bfloat16, seed=3)
@@ -49,13 +58,27 @@ def on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("what", [NATIVE, ENGINE], ids=["lowbit", "compressed-tensors"])
-@pytest.mark.parametrize("model", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
-def test_sizes_hold_on_disk(model: str, what: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """The files have no byte more than asked for, or than promised, and few less."""
+@pytest.mark.parametrize(
+    ("model", "what", "method"),
+    [
+        ("llama", NATIVE, "gptq"),
+        ("llama", ENGINE, "rotate+rtn"),
+        ("llama", NATIVE, "embed+rtn"),
+        ("llama_untied", NATIVE, "rtn"),
+        ("llama_untied", ENGINE, "gptq"),
+        pytest.param("mixtral", NATIVE, "gptq", marks=pytest.mark.slow),
+        pytest.param("mixtral", ENGINE, "gptq", marks=pytest.mark.slow),
+    ],
+)
+def test_sizes_hold_on_disk(
+    model: str, what: dict[str, Any], method: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """The files have no byte more than asked for, or than promised, and few less; they hold what was decided, outside the
+    blocks too: embeddings in lowbit's own format, and heads of their own."""
     folder = request.getfixturevalue(model)
     kept = tmp_path / "s.json"
-    small = plan(str(folder), bits=1e-9 + 2.5 if what is NATIVE else 4.7, sensitivities=kept, **what).output_bytes
+    what = {**what, "method": method}
+    small = plan(str(folder), bits=1e-9 + 2.5 if what["format"] == "lowbit" else 4.7, sensitivities=kept, **what).output_bytes
     large = plan(str(folder), bits=20, sensitivities=kept, **what).output_bytes
     for share in (0.0, 0.3, 0.7):
         size = int(small + share * (large - small))
@@ -64,6 +87,24 @@ def test_sizes_hold_on_disk(model: str, what: dict[str, Any], request: pytest.Fi
         out = tmp_path / f"{share}"
         quantize(str(folder), out, recipe=made.recipe)
         assert made.output_bytes - 16_000 < on_disk(out) <= made.output_bytes
+        outside = {name: scheme for name, scheme in made.schemes.items() if name in ("model.embed_tokens", "lm_head")}
+        assert ("model.embed_tokens" in outside) == (what["format"] == "lowbit" and "embed" not in method)
+        assert ("lm_head" in outside) == (model != "llama" or "rotate" in method)
+        stored = QuantizedSource(out).schemes()
+        assert {name for name, scheme in outside.items() if scheme != FLOAT} == stored.keys() & outside.keys()
+        if what["format"] == "lowbit":
+            assert all(stored[name].name == outside[name] for name in stored.keys() & outside.keys())
+
+
+def test_what_is_ignored_stays_float(llama_untied: Path) -> None:
+    """No decision, no rule and no step are about it; to ignore what is not there is an error."""
+    every = plan(str(llama_untied), bits=3.0, **NATIVE | {"method": "rtn"})
+    assert every.schemes["model.embed_tokens"] != FLOAT and every.recipe.steps[0].method == "embed"
+    made = plan(str(llama_untied), bits=3.0, ignore=["embed", "lm_head"], **NATIVE | {"method": "rtn"})
+    assert every.schemes.keys() - made.schemes.keys() == {"model.embed_tokens", "lm_head"}
+    assert [step.method for step in made.recipe.steps] == ["rtn"]
+    with pytest.raises(ValueError, match="nothing to decide about has a name like 'wte'"):
+        plan(str(llama_untied), bits=3.0, ignore=["wte"], **NATIVE)
 
 
 def test_bits_hold_and_count_what_is_stored(llama: Path, tmp_path: Path) -> None:
@@ -100,6 +141,18 @@ def test_ratio_of_perplexities(demo_model: Path, tmp_path: Path) -> None:
     assert strict.ppl_ratio <= 1.02 < loose.ppl_ratio <= 1.5
     assert loose.output_bytes < strict.output_bytes
     assert plan(str(demo_model), max_ppl_ratio=1.5, **given).recipe == loose.recipe
+
+
+def test_the_ratio_is_that_of_the_checkpoint(llama_untied: Path, tmp_path: Path) -> None:
+    """With its head and its embeddings rounded as the recipe will."""
+    made = plan(str(llama_untied), max_ppl_ratio=1.05, **NATIVE | {"method": "rtn"})
+    assert FLOAT not in (made.schemes["lm_head"], made.schemes["model.embed_tokens"])
+    quantize(str(llama_untied), tmp_path / "out", recipe=made.recipe)
+    tokens = drawn(replace(DATA, rows=20, length=16), open_source(str(llama_untied))).tokens[-4:]
+    losses = [
+        float(load(str(folder), dtype=torch.float32)(tokens, labels=tokens).loss) for folder in (llama_untied, tmp_path / "out")
+    ]
+    assert exp(losses[1] - losses[0]) == pytest.approx(made.ppl_ratio, abs=2e-3)
 
 
 def test_a_ratio_below_one(llama: Path) -> None:
@@ -167,7 +220,7 @@ def test_candidates_are_what_the_engine_loads() -> None:
 
 def test_goals_that_cannot_be(llama: Path) -> None:
     """Too few bits, two goals or none: an error that says what is possible."""
-    with pytest.raises(ValueError, match=r"the smallest mix of these candidates has 2\.5\d* bits a weight in the linears"):
+    with pytest.raises(ValueError, match=r"the smallest mix of these candidates has 2\.5\d* bits a weight, "):
         plan(str(llama), bits=1.5, **NATIVE)
     for goals in ({}, {"bits": 3.0, "size": 1e6}):
         with pytest.raises(ValueError, match="give one of bits, size and max_ppl_ratio"):
@@ -190,7 +243,7 @@ def test_the_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     arguments = ["plan", str(llama), "--size", "150KB", "--data", "random", "--rows", "4", "--length", "16", *schemes]
     assert main([*arguments, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "bits a weight in the linears" in printed and "q_proj+k_proj+v_proj" in printed
+    assert "bits a weight" in printed and "q_proj+k_proj+v_proj" in printed
     recipe = read_recipe(out)
     assert recipe.data is not None and recipe.data.source == "random"
     report = quantize(str(llama), tmp_path / "out", recipe=replace(recipe, data=DATA))

@@ -1,6 +1,7 @@
 """What decides a plan: eigenvalues and traces against dense algebra, second derivatives, measured divergences, decisions."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from lowbit.arch import Arch
-from lowbit.qtensor import parse_scheme
+from lowbit.qtensor import Scheme, dequantize, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT
 from lowbit.sensitivity import (
     SIGNALS,
@@ -56,6 +57,20 @@ def whole_of(folder: Path, *, rows: int = 4, length: int = 12, subsets: int = 2,
     return Whole(arch_of(folder), torch.randint(3, vocabulary, (rows, length), generator=generator), subsets)
 
 
+def measured(
+    whole: Whole,
+    signal: Any,
+    schemes: dict[str, Scheme] = SCHEMES,
+    *,
+    effort: Effort | None = None,
+    known: dict[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda rows: None,
+    embeddings: bool = False,
+) -> dict[str, Any]:
+    every = decisions(whole.arch, embeddings=embeddings)
+    return measure(whole, every, schemes, signal, effort or Effort(), known=known or {}, keep=keep, progress=lambda a, b: None)
+
+
 def symmetric(size: int, *, definite: float | None = None) -> Tensor:
     a = torch.randn(size, size, dtype=torch.float64)
     return a + a.T if definite is None else definite * (a @ a.T + torch.eye(size))
@@ -84,7 +99,7 @@ def test_trace() -> None:
 
 
 def curvature(whole: Whole) -> _Curvature:
-    block = whole.arch.blocks[whole.at]
+    block = whole.arch.blocks[max(whole.at, 0)]
     return _Curvature(whole, block, block.linears)
 
 
@@ -117,7 +132,10 @@ def test_products_are_second_derivatives(small: Path) -> None:
     """H v equals the difference of gradients at w + e v and w - e v."""
     whole = whole_of(small)
     made = curvature(whole)
-    linear = whole.arch.blocks[0].linears[0]
+    check_products(made, whole.arch.blocks[0].linears[0])
+
+
+def check_products(made: _Curvature, linear: Any) -> None:
     v = torch.randn(linear.out_features, linear.in_features)
     found = made._product(made._gradients(0, graph=True), linear)(v)
     step, gradients = 2e-3, []
@@ -145,7 +163,16 @@ def test_fisher_estimates_the_divergence(small: Path) -> None:
     rows = {}
     for signal in ("kl", "fisher"):
         whole.restart()
-        rows[signal] = measure(whole, SCHEMES, signal, Effort(), known={}, keep=lambda rows: None, progress=lambda a, b: None)
+        rows[signal] = measure(
+            whole,
+            decisions(whole.arch),
+            SCHEMES,
+            signal,
+            Effort(),
+            known={},
+            keep=lambda rows: None,
+            progress=lambda a, b: None,
+        )
     for name, row in rows["kl"].items():
         assert row["cost"][FLOAT] == 0
         assert row["cost"]["w2a16-g16"] > row["cost"]["w4a16-g16"] > row["cost"]["w8a16-channel"] >= 0
@@ -163,12 +190,12 @@ def test_rows_and_going_on(small: Path, signal: Any) -> None:
         whole = whole_of(small)
         before = [p.clone() for p in whole.arch.model.parameters()]
         keep = lambda rows: kept.append(json.dumps(rows))  # noqa: E731
-        rows = measure(whole, SCHEMES, signal, effort, known=known, keep=keep, progress=lambda a, b: None)
+        rows = measured(whole, signal, effort=effort, known=known, keep=keep)
         assert all(torch.equal(a, b) for a, b in zip(before, whole.arch.model.parameters(), strict=True)), "weights are back"
         return rows
 
     rows = run({})
-    assert len(kept) == 2 and len(json.loads(kept[0])) == 4
+    assert len(kept) == 3 and len(json.loads(kept[0])) == 4, "two blocks and the head"
     assert ("sensitivity" in next(iter(rows.values()))) == (signal != "kl")
     first = json.loads(kept[0])
     next(iter(first.values()))["cost"]["w4a16-g16"] = 123.0
@@ -185,29 +212,69 @@ def test_decisions_follow_engines(tmp_path: Path) -> None:
         tiny.save(name, folder)
         arch = arch_of(folder)
         found = decisions(arch)
-        assert sorted(x.name for d in found for x in d.linears) == sorted(x.name for b in arch.blocks for x in b.linears)
+        assert sorted(x.name for d in found for x in d.linears) == sorted(
+            x.name for b in (*arch.blocks, *([arch.head] if arch.head else [])) for x in b.linears
+        )
         leaves = [{linear.name.rpartition(".")[2] for linear in decision.linears} for decision in found]
         if name == "llama":
             assert {"q_proj", "k_proj", "v_proj"} in leaves and {"gate_proj", "up_proj"} in leaves and {"o_proj"} in leaves
         if name == "mixtral":
             assert {"w1", "w2", "w3"} in leaves
             assert sum(len(decision.linears) > 3 for decision in found) == len(arch.blocks)
+        more = decisions(arch, embeddings=True)
+        assert more[1:] == found and more[0].block == -1 and more[0].linears[0].param.endswith(("weight",))
+
+
+@pytest.mark.parametrize("model", ["llama", "llama_untied"])
+def test_embeddings_and_heads(model: str, tmp_path: Path) -> None:
+    """Their cost is the divergence of the model with their rows rounded, of both where they are tied, at their inputs too."""
+    tiny.save(model, tmp_path)
+    schemes = SCHEMES | {"w8a4": parse_scheme("w8a4")}
+    whole = whole_of(tmp_path, vocabulary=tiny.VOCAB)
+    rows = measured(whole, "kl", schemes, embeddings=True)
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = twin(whole.tokens).logits.log_softmax(-1)
+        for name in ["model.embed_tokens"] + ["lm_head"] * (model == "llama_untied"):
+            weight = twin.get_parameter(f"{name}.weight")
+            assert ("w8a4" in rows[name]["cost"]) == (name == "lm_head")
+            original, spec = weight.clone(), schemes["w4a16-g16"].weight
+            weight.copy_(dequantize(quantize(weight, find_params(weight, spec, scale_dtype=torch.float32), spec)))
+            found = twin(whole.tokens).logits.log_softmax(-1)
+            kl = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+            assert rows[name]["cost"]["w4a16-g16"] == pytest.approx(kl, rel=1e-3)
+            weight.copy_(original)
+    if model == "llama_untied":
+        assert rows["lm_head"]["cost"]["w8a4"] > 3 * rows["lm_head"]["cost"]["w8a16-channel"]
+
+
+def test_derivatives_of_embeddings_and_heads(tmp_path: Path) -> None:
+    """The loss is a function of tied embeddings in both places, and of a head: H v equals a difference of gradients."""
+    for model, name in (("llama", "model.embed_tokens"), ("llama_untied", "lm_head")):
+        tiny.save(model, tmp_path / model)
+        whole = whole_of(tmp_path / model, vocabulary=tiny.VOCAB)
+        block = next(b for b in (whole.arch.table, whole.arch.head) if b is not None and b.linears[0].name == name)
+        whole.advance(block.index)
+        made = _Curvature(whole, block, block.linears)
+        check_products(made, block.linears[0])
 
 
 def test_schemes_that_cannot_be_measured() -> None:
     """Static inputs need calibration, and gradients of weights do not see inputs."""
     with pytest.raises(ValueError, match="calibrates no static inputs"):
         check_candidates({"w8a8-tensor-astatic": parse_scheme("w8a8-tensor-astatic")}, "kl")
+    mixed = {name: parse_scheme(name) for name in ("w4a8", "w8a8", "w8a16")}
     with pytest.raises(ValueError, match="trace sees weights only"):
-        check_candidates({"w8a8": parse_scheme("w8a8")}, "trace")
-    check_candidates({"w8a8": parse_scheme("w8a8")}, "kl")
+        check_candidates(mixed, "trace")
+    check_candidates(mixed, "kl")
+    check_candidates({name: mixed[name] for name in ("w4a8", "w8a8")}, "trace")
 
 
 def test_inputs_count(small: Path) -> None:
     """A scheme that also quantizes inputs costs more than one of the same weights."""
     whole = whole_of(small)
     schemes = {name: parse_scheme(name) for name in ("w8a16-channel", "w8a4")}
-    rows = measure(whole, schemes, "kl", Effort(), known={}, keep=lambda rows: None, progress=lambda a, b: None)
+    rows = measured(whole, "kl", schemes)
     assert all(row["cost"]["w8a4"] > 3 * row["cost"]["w8a16-channel"] for row in rows.values())
 
 
@@ -217,5 +284,5 @@ def test_a_model_without_a_head(tmp_path: Path) -> None:
     for signal in ("kl", "trace"):
         whole = whole_of(tmp_path / "bert", vocabulary=100)
         effort = Effort(subsets=2, probes=8)
-        rows = measure(whole, SCHEMES, signal, effort, known={}, keep=lambda rows: None, progress=lambda a, b: None)
+        rows = measured(whole, signal, effort=effort)
         assert all(row["cost"]["w2a16-g16"] > row["cost"]["w8a16-channel"] for row in rows.values())

@@ -48,27 +48,13 @@ def embed(arch: Arch, *, scheme: str = "w8a16") -> Rounded:
     parsed = parse_scheme(scheme)
     if parsed.input is not None:
         raise ValueError(f"embed: embeddings have no input to quantize; use a scheme like w8a16 instead of {scheme}")
-    table = getattr(arch.model.get_input_embeddings(), "weight", None)
-    param = next((name for name, value in arch.model.named_parameters() if value is table), None)
-    tensor = next((name for name in arch.outside if param is not None and arch.place(name) == param), None)
-    if tensor is None or param is None:
+    if arch.table is None:
         raise ValueError(
             f"embed: {type(arch.model).__name__} has no table of token embeddings in its checkpoint; leave embed out"
         )
-    stored = arch.source.read([tensor])[tensor]
-    linear = Linear(
-        name=tensor.removesuffix(".weight"),
-        tensor=tensor,
-        param=param,
-        index=None,
-        rows=(0, len(stored)),
-        transposed=False,
-        stacked=False,
-        out_features=len(stored),
-        in_features=stored.shape[1],
-    )
+    (linear,) = arch.table.linears
     check_shape(linear.name, linear.out_features, linear.in_features, parsed)
-    w = stored.float()
+    w = arch.source.read([linear.tensor])[linear.tensor].float()
     q = quantize(w, find_params(w, parsed.weight, scale_dtype=arch.source.dtype()), parsed.weight)
     error = float((dequantize(q) - w).double().square().sum() / w.double().square().sum().clamp(min=1e-30))
     return Rounded(arch.source, linear, parsed, q, error)

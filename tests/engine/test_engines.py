@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Case:
     recipe: Recipe
     attention: tuple[str, str]
     mlp: tuple[str, str]
+    head: tuple[str, str] | None = field(default=None, kw_only=True)  # None: float
     kl: float  # most mean KL(lowbit || vLLM), nats
     gap: float  # most a token that vLLM chose may be less likely than the likeliest, nats
     float_inputs: bool = False  # vLLM's kernel leaves inputs float, whatever the scheme says
@@ -66,6 +67,8 @@ PLANNED = Recipe(
     steps=(Step(method="gptq"),),
     data=CALIBRATION,
 )
+# Rotation gives the model a head of its own.
+HEAD = short_recipe(scheme="w4a16-g128", method="rotate+rtn", ignore=[])
 CASES = {
     "planned": Case(PLANNED, INT4, INT4, 8e-4, 0.25),
     "w4a16": case("w4a16", "gptq", INT4, 8e-4, 0.25),
@@ -75,6 +78,7 @@ CASES = {
     "w8a8": case("w8a8", "gptq", INT8, 1.2e-2, 0.5),
     "fp8": case("fp8", "rtn", FP8, 2e-2, 0.5),
     "mixed": Case(MIXED, INT8, INT4, 4e-3, 0.5),
+    "head": Case(HEAD, INT4, INT4, 8e-4, 0.25, head=INT4),
 }
 # These differ from one another by less than quantized inputs scatter.
 EIGHT_BIT = ("w8a8", "fp8", "float")
@@ -225,11 +229,12 @@ def test_vllm_computes_what_lowbit_measured(
 @pytest.mark.engine
 @each_case
 def test_vllm_uses_quantized_kernels(name: str, in_vllm: Callable[[str], Result]) -> None:
-    """Every linear of every block runs in the kernel of its scheme, and nothing else is taken for quantized."""
+    """Every linear of every block, and the head, runs in the kernel of its scheme; nothing else is taken for quantized."""
     layers = in_vllm(name).record["layers"]
     expected = CASES[name]
     found = {path: (entry["scheme"], entry.get("kernel")) for path, entry in layers.items() if "scheme" in entry}
-    assert found == {
+    head = {} if expected.head is None else {"lm_head": expected.head}
+    assert found == head | {
         f"model.layers.{i}.{leaf}": expected.attention if leaf.startswith("self_attn") else expected.mlp
         for i in range(LAYERS)
         for leaf in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
