@@ -38,7 +38,8 @@ def _histogram(source: Source, quantized: QuantizedSource, linear: Linear) -> di
     group = quantized.schemes()[linear.name].weight.group
     grid = after[0, : group if 0 < group < after.shape[1] else after.shape[1]].unique()
     low, high = float(before.min()), float(before.max())
-    counts = [torch.histc(value.flatten()[:_SAMPLED], _BINS, low, high).long().tolist() for value in (before, after)]
+    flat = [value.flatten()[:_SAMPLED].clamp(low, high) for value in (before, after)]  # a grid may reach a little further
+    counts = [torch.histc(value, _BINS, low, high).long().tolist() for value in flat]
     return {
         "linear": linear.name,
         "low": low,
