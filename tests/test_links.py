@@ -78,7 +78,7 @@ LINKS: dict[str, dict[str, str]] = {
     },
     "bert": {"attention.self.value": "attention.output.dense"},
     "roberta": {"attention.self.value": "attention.output.dense"},
-    "mamba": {"norm": "mixer.in_proj"},
+    "mamba": {"norm": "mixer.in_proj", "mixer.x_proj": "mixer.dt_proj"},
     "mamba2": {"norm": "mixer.in_proj", "mixer.norm": "mixer.out_proj"},
 }
 QUICK = ("llama", "gpt2", "gemma3", "bert")
