@@ -1,11 +1,13 @@
 """Turned inputs in linears of any model; of a scan's output, see test_reorder."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
+from lowbit.data import DataSpec
 from lowbit.export import load
 from lowbit.recipe import Recipe, Rule, Step, read_recipe
 from lowbit.run import quantize
@@ -33,10 +35,6 @@ def test_engines_that_do_not_turn_are_refused() -> None:
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
 def test_a_quantized_scan_decodes_as_it_prefills(name: str, tmp_path: Path) -> None:
     """2,048 tokens of a saved and reloaded model, in one pass, and the last 200 of them step by step."""
-    from dataclasses import replace
-
-    from lowbit.data import DataSpec
-
     tiny.save(name, tmp_path / "model")
     recipe = read_recipe(Path(__file__).parents[2] / "recipes" / "quamba2-w8a8.toml")
     rules = tuple(r for r in recipe.rules if name != "mamba" or r.scheme != "s8-groups")
