@@ -13,9 +13,13 @@ exit status is 1 if a check fails or a bar is missed.
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,13 @@ SWEEP = {
     256: [Config(m, n, s, w, p) for m in (64, 128, 256) for n in (64, 128) for s in (1, 2, 4) for w, p in ((4, 3), (8, 4))],
     8192: [Config(m, n, 1, w, p) for m in (128, 256) for n in (128, 256) for w in (4, 8) for p in (3, 4)],
 }
+SWEEP_OF_CODES = {
+    16: [Config(16, n, s, stages=p) for n in (64, 128) for s in (1, 2, 4, 8) for p in (4, 6)],
+    64: [Config(m, n, s, stages=p) for m in (32, 64) for n in (64, 128) for s in (1, 2, 4) for p in (3, 5)],
+    256: [Config(m, n, s, w, p) for m in (64, 128) for n in (64, 128) for s in (1, 2) for w, p in ((4, 4), (8, 4))],
+    8192: [Config(m, n, 1, w, p) for m, n, w in ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8)) for p in (3, 4)],
+}
+UNFIT = (RuntimeError, AssertionError, OutOfResources, PTXASError, CompilationError)  # what a configuration may raise
 
 
 def quantized(scheme: str, out: int, inner: int, dtype: torch.dtype = torch.float16) -> QTensor:
@@ -71,30 +82,54 @@ def prepared(scheme: str, out: int, inner: int, dtype: torch.dtype = torch.float
     return prepare(quantized(scheme, out, inner, dtype), inputs=given, dtype=dtype, device=DEVICE)
 
 
+def in_parallel(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+    """Results in order; on a GPU by many processes, because compiling is what takes the time and its cache is on disk."""
+    if DEVICE == "cpu":
+        yield from map(function, jobs)
+        return
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(function, jobs)
+
+
 def check() -> list[dict[str, Any]]:
     """Relative errors of every scheme, dtype and a few shapes; a row that is wrong is not "right"."""
+    dtypes = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
     rows = []
-    shapes = SHAPES_OF_CHECKS if DEVICE == "cuda" else [(3, 128, 256)]
-    for dtype in (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,):
-        most = 1e-3 if dtype == torch.float16 else 8e-3
-        for scheme in CHECKS:
-            worst, same = 0.0, True
-            for m, out, inner in shapes:
-                inner = inner // 128 * 128
-                matrix = prepared(scheme, out, inner, dtype)
-                x = torch.randn(m, inner, device=DEVICE, dtype=dtype)
-                bias, residual = (torch.randn(*shape, device=DEVICE, dtype=dtype) for shape in ((out,), (m, out)))
-                rows_of_x = x if matrix.inputs is None else entry.plain(x, matrix.inputs)
-                known = x if isinstance(rows_of_x, torch.Tensor) else reference.dequantize_rows(rows_of_x)
-                wanted = reference.linear(known.double(), unpack(matrix.packed), bias, residual)
-                torch.full((m, out), float("nan"), device=DEVICE, dtype=dtype)  # what the output may be put on
-                found = linear(rows_of_x, matrix, bias, residual)
-                same &= torch.equal(found, linear(rows_of_x, matrix, bias, residual))
-                error = float((found.double() - wanted).norm() / wanted.norm())
-                worst = max(worst, error if error == error else float("inf"))
-            rows.append({"scheme": scheme, "dtype": str(dtype), "error": worst, "right": worst < most and same})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    for row in in_parallel(checked, [(scheme, dtype) for dtype in dtypes for scheme in CHECKS]):
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
     return rows + check_rows()
+
+
+def checked(job: tuple[str, torch.dtype]) -> dict[str, Any]:
+    """The worst relative error of a scheme with a dtype; what does not run is infinitely wrong, and says why."""
+    scheme, dtype = job
+    try:
+        worst, same = worst_of(scheme, dtype)
+    except Exception as error:  # one kernel that does not compile must not hide how the others do
+        return {"scheme": scheme, "dtype": str(dtype), "error": float("inf"), "right": False, "reason": str(error)[:500]}
+    most = 1e-3 if dtype == torch.float16 else 8e-3
+    return {"scheme": scheme, "dtype": str(dtype), "error": worst, "right": worst < most and same}
+
+
+def worst_of(scheme: str, dtype: torch.dtype) -> tuple[float, bool]:
+    """The largest relative error over shapes, and whether the same input gave the same bits."""
+    torch.manual_seed(0)
+    worst, same = 0.0, True
+    for m, out, inner in SHAPES_OF_CHECKS if DEVICE == "cuda" else [(3, 128, 256)]:
+        inner = inner // 128 * 128
+        matrix = prepared(scheme, out, inner, dtype)
+        x = torch.randn(m, inner, device=DEVICE, dtype=dtype)
+        bias, residual = (torch.randn(*shape, device=DEVICE, dtype=dtype) for shape in ((out,), (m, out)))
+        rows_of_x = x if matrix.inputs is None else entry.plain(x, matrix.inputs)
+        known = x if isinstance(rows_of_x, torch.Tensor) else reference.dequantize_rows(rows_of_x)
+        wanted = reference.linear(known.double(), unpack(matrix.packed), bias, residual)
+        torch.full((m, out), float("nan"), device=DEVICE, dtype=dtype)  # what the output may be put on
+        found = linear(rows_of_x, matrix, bias, residual)
+        same &= torch.equal(found, linear(rows_of_x, matrix, bias, residual))
+        error = float((found.double() - wanted).norm() / wanted.norm())
+        worst = max(worst, error if error == error else float("inf"))
+    return worst, same
 
 
 def check_rows() -> list[dict[str, Any]]:
@@ -209,39 +244,67 @@ def timed(peer: Callable[[int, int, int], float], m: int, inner: int, out: int) 
     try:
         return {peer.__name__: peer(m, inner, out)}
     except (RuntimeError, ImportError, AttributeError, TypeError, ValueError, AssertionError) as error:
-        print(f"{peer.__name__} {m} x {inner} x {out}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+        print(f"{peer.__name__} {m} x {inner} x {out}: {str(error)[:100]!r}", file=sys.stderr)
         return {}
 
 
-def swept(x: torch.Tensor, many: list[Prepared]) -> tuple[float, Config | None]:
+def run(matrix: Prepared, rows: torch.Tensor | reference.Quantized, config: Config) -> torch.Tensor:
+    """A product by a configuration."""
+    if isinstance(rows, torch.Tensor):
+        return weight_only.linear(rows, matrix.packed, None, None, config=config)
+    return codes.linear(rows, matrix.packed, None, None, matrix.dtype, config=config)
+
+
+def candidates(scheme: str, m: int) -> list[Config]:
+    """The configurations that a sweep tries."""
+    sweep = SWEEP if parse_scheme(scheme).input is None else SWEEP_OF_CODES
+    return sweep[next(limit for limit in sweep if m <= limit)]
+
+
+def compiled(job: tuple[str, int, Config]) -> str | None:
+    """Compile what a sweep will time; why it does not fit the GPU, if so."""
+    scheme, m, config = job
+    matrix = prepared(scheme, 512, 4096, dtype_of(scheme))
+    x = torch.randn(m, 4096, device=DEVICE, dtype=matrix.dtype)
+    try:
+        run(matrix, x if matrix.inputs is None else entry.plain(x, matrix.inputs), config)
+        torch.cuda.synchronize()
+    except UNFIT as error:
+        return f"{scheme} {config}: {str(error).splitlines()[0][:80]}"
+    return None
+
+
+def swept(scheme: str, x: torch.Tensor, many: list[Prepared]) -> tuple[float, Config | None]:
     """The least microseconds, and of which configuration; of codes without their quantization."""
     inputs = many[0].inputs
     rows = x if inputs is None else entry.plain(x, inputs)
-
-    def run(matrix: Prepared, config: Config) -> torch.Tensor:
-        if isinstance(rows, torch.Tensor):
-            return weight_only.linear(rows, matrix.packed, None, None, config=config)
-        return codes.linear(rows, matrix.packed, None, None, matrix.dtype, config=config)
-
     best, found = float("inf"), None
-    for config in SWEEP[next(limit for limit in SWEEP if len(x) <= limit)]:
+    for config in candidates(scheme, len(x)):
         try:
-            taken = time_of([lambda w=w, config=config: run(w, config) for w in many], replays=7)
-        except (RuntimeError, AssertionError, OutOfResources, PTXASError, CompilationError) as error:  # does not fit the GPU
-            print(f"{config}: {str(error).splitlines()[0][:80]}", file=sys.stderr)
+            taken = time_of([partial(run, matrix, rows, config) for matrix in many], replays=7)
+        except UNFIT:
             continue
         if taken < best:
             best, found = taken, config
     return best, found
 
 
+def dtype_of(scheme: str) -> torch.dtype:
+    """What a scheme is timed in."""
+    return torch.bfloat16 if scheme == "fp8" else torch.float16
+
+
 def measured(part: str, sweep: bool, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
     """Every shape, number of rows and scheme of a part, with the peers of that part."""
     schemes, rows, others = PARTS[part]
+    if sweep:
+        jobs = {(scheme, m, config) for scheme in schemes for m in rows for config in candidates(scheme, m)}
+        for reason in filter(None, in_parallel(compiled, jobs)):
+            print(reason, file=sys.stderr, flush=True)
     for inner, out in SHAPES:
         beside: dict[int, dict[str, float]] = {}
         for scheme in schemes:
-            matrix = prepared(scheme, out, inner, torch.bfloat16 if scheme == "fp8" else torch.float16)
+            matrix = prepared(scheme, out, inner, dtype_of(scheme))
             many = copies(matrix)
             for m in rows:
                 if m not in beside:
@@ -252,7 +315,7 @@ def measured(part: str, sweep: bool, limits: dict[str, float]) -> Iterator[dict[
                 row: dict[str, Any] = {"scheme": scheme, "inner": inner, "out": out, "m": m, "floor": floor}
                 row["lowbit"] = time_of([lambda w=w, x=x: linear(x, w) for w in many])
                 if sweep:
-                    row["best"], config = swept(x, many)
+                    row["best"], config = swept(scheme, x, many)
                     row["best_config"] = None if config is None else vars(config)
                 yield row | beside[m]
 

@@ -52,7 +52,7 @@ def _step(x, words, zero, acc, n0, m0, k, n, columns, ASM: tl.constexpr, FOUR: t
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts", "x_groups"])
 def _kernel(
     x, words, x_scale, x_zero, scale, zero, outer, sums, bias, residual, out, scratch, counters,
     rows, columns, inner, parts, x_groups,

@@ -110,7 +110,7 @@ def _inputs(x, m, k, rows, inner):
     return tl.load(x + place, mask=(m[None, :] < rows) & (k[:, None] < inner), other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles", "groups", "parts"])
 def _kernel(
     x, words, high, scale, zero, outer, bias, residual, out, scratch, counters,
     rows, columns, inner, tiles, groups, parts,
