@@ -115,21 +115,27 @@ def _kernel(
         _write(total, outer, bias, residual, out, n, m, rows, columns, BIASED, ADDED)
 
 
-def config_for(rows: int, columns: int, inner: int, processors: int, stepped: bool = False) -> Config:
-    """Blocks by classes of shapes, chosen by registers and shared memory as compiled; not yet by a sweep on a GPU.
+def config_for(rows: int, columns: int, inner: int, processors: int, *, four: bool = False, stepped: bool = False) -> Config:
+    """What was fastest on an H100 (benchmarks/kernels.py --sweep), by classes of shapes.
 
-    stepped: the sums of steps are scaled, which takes registers for two sums.
+    four: weights are of 4 bits. stepped: the sums of steps are scaled, which takes registers for two sums.
     """
     if rows <= 64:
         block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        blocks = -(-columns // 64)
-        split = 2 ** max(0, (3 * processors // blocks).bit_length() - 1)
-        config = Config(block_m, 64, split, stages=4)
+        wide = columns >= (8192 if four and rows <= 16 else 12288 if four else 16384 if rows <= 16 else 2**30)
+        block_n = 128 if wide else 64
+        programs = (4 if four and stepped and rows <= 16 else 2 if four or rows <= 16 else 1) * processors
+        split = 2 ** max(0, (programs * block_n // columns).bit_length() - 1)
+        config = Config(block_m, block_n, split, stages=4 if four or wide else 6 if rows <= 16 else 5)
     elif rows <= 256:
-        blocks = -(-columns // 128) * -(-rows // 64)
-        config = Config(64, 128, 2 if blocks < processors else 1, stages=4)
+        block_m, block_n = (64, 64) if stepped else (128, 128 if four and columns >= 8192 else 64)
+        blocks = -(-columns // block_n) * -(-rows // block_m)
+        config = Config(block_m, block_n, 2 if blocks <= 2 * processors and columns < 8192 else 1, stages=4)
+    elif four or stepped:
+        config = Config(128, 128, 1, warps=8 if stepped else 4, stages=3 if stepped else 4)
     else:
-        config = Config(128, 128, 1, warps=8 if stepped else 4, stages=3)
+        tiles = -(-rows // 128) * -(-columns // 128)
+        config = Config(128, 128, 1, warps=8, stages=3) if tiles <= 12 * processors else Config(256, 128, 1, warps=8, stages=4)
     return replace(config, split=max(1, min(config.split, -(-inner // STEP) // 2)))
 
 
@@ -147,9 +153,9 @@ def linear(
     out = torch.empty(rows, columns, dtype=dtype, device=x.codes.device)
     if not rows:
         return out
-    if config is None:
-        config = config_for(rows, columns, inner, processors(x.codes.device), packed.step > 0)
     fmt, four = FORMATS[packed.format], packed.words.dim() == 3
+    if config is None:
+        config = config_for(rows, columns, inner, processors(x.codes.device), four=four, stepped=packed.step > 0)
     block_k = packed.step or STEP
     codes = x.codes
     if inner % ALIGNED:

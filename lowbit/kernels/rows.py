@@ -16,6 +16,16 @@ _ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it round
 
 
 @triton.jit
+def _normal(v):
+    """The normal distribution function, within 1e-7 (Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26)."""
+    a = tl.abs(v) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.3275911 * a)
+    sums = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    tail = 0.5 * sums * tl.exp(-a * a)
+    return tl.where(v < 0, tail, 1.0 - tail)
+
+
+@triton.jit
 def _kernel(
     x, second, weight, bias, out, scale, zero, stream, width, x_stride, second_stride, eps, given,
     PRODUCER: tl.constexpr, ADDED: tl.constexpr, BIASED: tl.constexpr, ONE_PLUS: tl.constexpr, CODED: tl.constexpr,
@@ -46,7 +56,7 @@ def _kernel(
         up = tl.load(second + row * second_stride + at, mask=here, other=0.0).to(tl.float32)
         v = v * tl.sigmoid(v) * up
     elif PRODUCER == "gelu":
-        v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+        v = v * _normal(v)
     elif PRODUCER == "gelu_tanh":
         v = v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
     if not CODED:
@@ -63,7 +73,7 @@ def _kernel(
             s = tl.div_rn(tl.maximum(high - low, 1e-12), tl.full((BLOCK // GROUP,), HIGH - LOW, tl.float32))
         g = tl.arange(0, BLOCK // GROUP)
         tl.store(scale + row * GROUPS + g, s, mask=g < GROUPS)
-        groups = tl.div_rn(groups, tl.broadcast_to(s[:, None], (BLOCK // GROUP, GROUP)))
+        groups = groups * tl.div_rn(1.0, s)[:, None]
         if not SYMMETRIC:
             z = (LOW - tl.div_rn(low, s)) + _ROUNDS - _ROUNDS
             tl.store(zero + row * GROUPS + g, z, mask=g < GROUPS)
@@ -119,5 +129,9 @@ def rows(
         GROUP=group or block,
         GROUPS=scale.shape[1],
         BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=_warps(block),
     )
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 1024))

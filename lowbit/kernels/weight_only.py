@@ -5,13 +5,13 @@ the weights are unpacked (see `packed` for their layout in planes of columns).
 
 A code becomes a float without a conversion. Integers are put into the mantissa of 1024 (float16) or 128 (bfloat16), which
 makes that number plus the code, from which that number plus the zero point is taken away, exactly. The bits of a small float
-are moved to where the larger format has them, which makes it too small by a power of two. A binary plane becomes -1 and 1: the
-sign of a one. Planes are multiplied one by one and their sums added with their factors, the offset being that of a plane of
-ones: no weight is ever rounded (LUT-GEMM, Park et al., ICLR 2024, has tables of sums instead, for one row of x).
+are moved to where the larger format has them, which makes it too small by a power of two. A binary plane is the sign of a one,
+and a weight the sum of its planes times their factors, in the dtype of x (LUT-GEMM, Park et al., ICLR 2024, has tables of sums
+instead, for one row of x).
 
 Scales multiply the sum of a group where registers hold two sums, else the weights: for these, ptxas runs products one after the
-other (warning C7515). From `rows_of_cublas` rows on, the weights
-are unpacked to memory and cuBLAS multiplies, which it does that much faster.
+other (warning C7515). Words and x come by the copy engine. From `rows_of_cublas` rows on, the weights are unpacked to memory
+and cuBLAS multiplies, which it does that much faster.
 
 Where x has few rows, K is split over programs; partial sums go to scratch memory, and the last program to finish adds them in
 their order. No floating-point atomics: the same input gives the same bits. One matrix must not be multiplied in two streams at
@@ -27,9 +27,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lowbit.formats import FORMATS, Format
-from lowbit.kernels.packed import Packed, container, planes_of
+from lowbit.kernels.packed import ALIGNED, Packed, container, planes_of
 
 # ------------------------------------------------------------------------------------------------------------ the kernel
 
@@ -103,17 +104,10 @@ def _unpacked(
     return w
 
 
-@triton.jit
-def _inputs(x, m, k, rows, inner):
-    """x transposed: columns k of rows m."""
-    place = m[None, :].to(tl.int64) * inner + k[:, None]
-    return tl.load(x + place, mask=(m[None, :] < rows) & (k[:, None] < inner), other=0.0)
-
-
 @triton.jit(do_not_specialize=["rows", "tiles", "groups", "parts"])
 def _kernel(
     x, words, high, scale, zero, outer, bias, residual, out, scratch, counters,
-    rows, columns, inner, tiles, groups, parts,
+    rows, columns, tiles, groups, parts,
     ASM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, CODED: tl.constexpr, MANTISSA: tl.constexpr,
     FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr,
     ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -121,64 +115,54 @@ def _kernel(
 ):  # fmt: skip
     """out [rows, columns] = x [rows, inner] W^T; programs: blocks of columns, blocks of rows, parts of K.
 
-    A tile has spans of SPAN columns that share a scale; a span has whole planes.
+    x, words and high are descriptors of blocks. A tile has spans of SPAN columns that share a scale; a span has whole planes.
     """
     PLANES: tl.constexpr = 8 if BITS == 3 else 16 // BITS
     TILE: tl.constexpr = PLANES * WIDTH
     EACH: tl.constexpr = SPAN // WIDTH
-    dtype = x.dtype.element_ty
+    dtype = x.dtype
     HALF: tl.constexpr = dtype == tl.float16
     BASE: tl.constexpr = 0 if ASM[0] is None else (1024 if HALF else 128)
     block_n, block_m, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tl.arange(0, WIDTH)
+    n0, m0 = block_n * BLOCK_N, block_m * BLOCK_M
+    n, m = n0 + tl.arange(0, BLOCK_N), m0 + tl.arange(0, BLOCK_M)
     there = n < columns
     z = tl.full((BLOCK_N,), 1 << (BITS - 1), dtype)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     each = (tiles + parts - 1) // parts
     for tile in range(part * each, tl.minimum(tiles, part * each + each)):
-        place = n.to(tl.int64) + tile * columns
-        word = tl.load(words + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0)
+        word = words.load([tile * columns + n0, 0])
         third = word
         if BITS == 3:
-            third = tl.load(high + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0).to(tl.int16)
+            third = high.load([tile * columns + n0, 0]).to(tl.int16)
         for span in tl.static_range(TILE // SPAN):
             group = tl.minimum((tile * TILE + span * SPAN) // GROUP, groups - 1) if GROUP > 0 else 0
-            if KIND == "bcq":
-                for bit in tl.static_range(CODED + 1):
-                    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                    for plane in tl.static_range(span * EACH, span * EACH + EACH):
-                        values = _inputs(x, m, tile * TILE + plane * WIDTH + j, rows, inner)
-                        if bit == CODED:
-                            w = tl.full((BLOCK_N, WIDTH), 1.0, dtype)
-                        else:
-                            w = _unpacked(word, third, HALF, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE)
-                        sums = tl.dot(w, values, sums)
-                    alpha = tl.load(scale + (group * (CODED + 1) + bit) * columns + n, mask=there, other=0.0).to(tl.float32)
-                    if bit == CODED:
-                        total += sums * alpha[:, None]
-                    else:
-                        total -= sums * alpha[:, None]
-            else:
-                if SCALED:
-                    s = tl.load(scale + group * columns + n, mask=there, other=0.0)
-                if ASYMMETRIC:
-                    z = tl.load(zero + group * columns + n, mask=there, other=0.0)
-                if SCALE_SUMS:
-                    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                for plane in tl.static_range(span * EACH, span * EACH + EACH):
-                    values = _inputs(x, m, tile * TILE + plane * WIDTH + j, rows, inner)
+            if SCALED and KIND != "bcq":
+                s = tl.load(scale + group * columns + n, mask=there, other=0.0)
+            if ASYMMETRIC:
+                z = tl.load(zero + group * columns + n, mask=there, other=0.0)
+            if SCALE_SUMS:
+                sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for plane in tl.static_range(span * EACH, span * EACH + EACH):
+                values = x.load([m0, tile * TILE + plane * WIDTH]).T
+                if KIND == "bcq":
+                    alphas = scale + group * (CODED + 1) * columns + n
+                    offset = tl.load(alphas + CODED * columns, mask=there, other=0.0).to(dtype)
+                    w = tl.broadcast_to(offset[:, None], (BLOCK_N, WIDTH))
+                    for bit in tl.static_range(CODED):
+                        sign = _unpacked(word, third, HALF, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE)
+                        w -= sign * tl.load(alphas + bit * columns, mask=there, other=0.0).to(dtype)[:, None]
+                else:
                     w = _unpacked(word, third, HALF, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE)
                     w = w - (z + BASE).to(dtype)[:, None] if KIND == "int" else w * tl.full((1, 1), FACTOR, dtype)
-                    if SCALE_SUMS:
-                        sums = tl.dot(w, values, sums)
-                    elif SCALED:
-                        total = tl.dot(w * s[:, None], values, total)
-                    else:
-                        total = tl.dot(w, values, total)
                 if SCALE_SUMS:
-                    total += sums * s.to(tl.float32)[:, None]
+                    sums = tl.dot(w, values, sums)
+                elif SCALED and KIND != "bcq":
+                    total = tl.dot(w * s[:, None], values, total)
+                else:
+                    total = tl.dot(w, values, total)
+            if SCALE_SUMS:
+                total += sums * s.to(tl.float32)[:, None]
     if SPLIT:
         finished, total = _added(total, scratch, counters, parts, part, block_m * tl.num_programs(0) + block_n)
         if finished:
@@ -219,22 +203,22 @@ def _write(total, outer, bias, residual, out, n, m, rows, columns, BIASED: tl.co
     tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "stop", "groups"])
 def _unpack_kernel(
-    words, high, scale, zero, outer, out, columns, inner, groups,
+    words, high, scale, zero, outer, out, start, stop, columns, inner, groups,
     ASM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, CODED: tl.constexpr, MANTISSA: tl.constexpr,
     FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr,
     ASYMMETRIC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [columns, inner] = the weights; programs: blocks of columns, tiles."""
+    """out [stop - start, inner] = the weights of these columns; programs: blocks of columns, tiles."""
     PLANES: tl.constexpr = 8 if BITS == 3 else 16 // BITS
     dtype = out.dtype.element_ty
     HALF: tl.constexpr = dtype == tl.float16
     BASE: tl.constexpr = 0 if ASM[0] is None else (1024 if HALF else 128)
     tile = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = start + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, WIDTH)
-    there = n < columns
+    there = n < stop
     place = n.to(tl.int64) + tile * columns
     word = tl.load(words + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0)
     third = word
@@ -266,7 +250,7 @@ def _unpack_kernel(
                 value = value * tl.load(scale + group * columns + n, mask=there, other=0.0).to(tl.float32)[:, None]
         value = value * o[:, None]
         here = there[:, None] & (k[None, :] < inner)
-        tl.store(out + n[:, None].to(tl.int64) * inner + k[None, :], value.to(dtype), mask=here)
+        tl.store(out + (n - start)[:, None].to(tl.int64) * inner + k[None, :], value.to(dtype), mask=here)
 
 
 INTERPRETED = not isinstance(_kernel, triton.runtime.JITFunction)
@@ -302,6 +286,7 @@ def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
     return replace(config, split=max(1, min(config.split, -(-inner // 128) // 2)))
 
 
+_CACHED = 2**25  # bytes of weights that are unpacked at a time
 _SUMS = 2048  # of a block and warp, 64 a thread: two of them leave registers for the rest
 
 
@@ -314,33 +299,41 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | No
     """x [rows, in] times the packed matrix, plus bias [out], plus residual [rows, out]: [rows, out] in the dtype of x."""
     rows, (columns, inner) = len(x), packed.shape
     if rows >= rows_of_cublas(FORMATS[packed.format]) and config is None:
-        out = torch.nn.functional.linear(x, dense(packed, x.dtype), bias)
-        return out if residual is None else out + residual
+        return _by_cublas(x, packed, bias, residual)
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if not rows:
         return out
     if config is None:
         config = config_for(rows, columns, inner, processors(x.device))
-    how = _how(packed, x.dtype)
-    tiles = packed.words.shape[0]
+    if inner * x.element_size() % ALIGNED:
+        x = torch.nn.functional.pad(x, (0, -inner % ALIGNED))
+    tiles, _, width = packed.words.shape
+    parts = [None if part is None else part.flatten(0, 1) for part in (packed.words, packed.high)]
+    words, high = (None if part is None else TensorDescriptor.from_tensor(part, [config.block_n, width]) for part in parts)
+    described = TensorDescriptor.from_tensor(x, [config.block_m, width])
     split = min(config.split, tiles)
     grid = (-(-columns // config.block_n), -(-rows // config.block_m), split)
     scratch = scratch_for(grid, config.block_n * config.block_m, x.device)
     assert split == 1 or grid[0] * grid[1] <= len(packed.counters), (grid, len(packed.counters))
     _kernel[grid](
-        *(x, packed.words, packed.high, packed.scale, packed.zero, packed.outer, bias, residual, out, scratch, packed.counters),
-        *(rows, columns, inner, tiles, 1 if packed.scale is None else packed.scale.shape[0], split),
-        **how,
+        *(described, words, high, packed.scale, packed.zero, packed.outer, bias, residual, out, scratch, packed.counters),
+        *(rows, columns, tiles, 1 if packed.scale is None else packed.scale.shape[0], split),
+        **_how(packed, x.dtype),
         BIASED=bias is not None,
         ADDED=residual is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         SPLIT=split > 1,
-        SCALE_SUMS=packed.scale is not None and config.block_m * config.block_n <= _SUMS * config.warps,
+        SCALE_SUMS=_scales_sums(packed, config),
         num_warps=config.warps,
         num_stages=config.stages,
     )
     return out
+
+
+def _scales_sums(packed: Packed, config: Config) -> bool:
+    fits = config.block_m * config.block_n <= _SUMS * config.warps
+    return fits and packed.scale is not None and FORMATS[packed.format].kind != "bcq"
 
 
 def scratch_for(grid: tuple[int, int, int], floats: int, device: torch.device) -> Tensor | None:
@@ -348,13 +341,30 @@ def scratch_for(grid: tuple[int, int, int], floats: int, device: torch.device) -
     return torch.empty(grid[0] * grid[1] * grid[2] * floats, device=device) if grid[2] > 1 else None
 
 
-def dense(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, in], each weight rounded once."""
+def _by_cublas(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """The product by parts of the outputs, whose weights are unpacked into one piece of memory that stays in the L2 cache."""
+    columns, inner = packed.shape
+    out = x.new_empty(len(x), columns)
+    step = max(_CACHED // (inner * x.element_size()) // 256 * 256, 256)
+    for first in range(0, columns, step):
+        last = min(first + step, columns)
+        w = dense(packed, x.dtype, first, last)
+        torch.mm(x, w.T, out=out[:, first:last])
+    for term in (bias, residual):
+        if term is not None:
+            out += term
+    return out
+
+
+def dense(packed: Packed, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
+    """The matrix, or its rows from `first` to `last`, [rows, in], each weight rounded once."""
     (rows, columns), tiles = packed.shape, packed.words.shape[0]
-    out = torch.empty(rows, columns, dtype=dtype, device=packed.words.device)
+    last = rows if last is None else last
+    out = torch.empty(last - first, columns, dtype=dtype, device=packed.words.device)
     parts = (packed.words, packed.high, packed.scale, packed.zero, packed.outer)
     groups = 1 if packed.scale is None else packed.scale.shape[0]
-    _unpack_kernel[(-(-rows // 32), tiles)](*parts, out, rows, columns, groups, **_how(packed, dtype), BLOCK_N=32)
+    grid = (-(-len(out) // 32), tiles)
+    _unpack_kernel[grid](*parts, out, first, last, rows, columns, groups, **_how(packed, dtype), BLOCK_N=32)
     return out
 
 
