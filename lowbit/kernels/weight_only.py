@@ -5,13 +5,14 @@ the weights are unpacked (see `packed` for their layout in planes of columns).
 
 A code becomes a float without a conversion. Integers are put into the mantissa of 1024 (float16) or 128 (bfloat16), which
 makes that number plus the code, from which that number plus the zero point is taken away, exactly. The bits of a small float
-are moved to where the larger format has them, which makes it too small by a power of two. A binary plane is the sign of a one,
-and a weight the sum of its planes times their factors, in the dtype of x (LUT-GEMM, Park et al., ICLR 2024, has tables of sums
-instead, for one row of x).
+are moved to where the larger format has them, which makes it too small by a power of two. A binary plane becomes -1 and 1: the
+sign of a one. Planes are multiplied one by one and their sums added with their factors, the offset being that of a plane of
+ones: no weight is ever rounded (LUT-GEMM, Park et al., ICLR 2024, has tables of sums instead, for one row of x).
 
 Scales multiply the sum of a group where registers hold two sums, else the weights: for these, ptxas runs products one after the
-other (warning C7515). Words and x come by the copy engine. From `rows_of_cublas` rows on, the weights are unpacked to memory
-and cuBLAS multiplies, which it does that much faster.
+other (warning C7515). From `rows_of_cublas` rows on, the weights are unpacked to memory, a part that stays in the L2 cache at a
+time, and cuBLAS multiplies, which it does that much faster. x and words are not read by the copy engine: waiting for it doubles
+the instructions of a step, of which there are as many as the memory allows.
 
 Where x has few rows, K is split over programs; partial sums go to scratch memory, and the last program to finish adds them in
 their order. No floating-point atomics: the same input gives the same bits. One matrix must not be multiplied in two streams at
@@ -27,10 +28,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lowbit.formats import FORMATS, Format
-from lowbit.kernels.packed import ALIGNED, Packed, container, planes_of
+from lowbit.kernels.packed import Packed, container, planes_of
 
 # ------------------------------------------------------------------------------------------------------------ the kernel
 
@@ -104,10 +104,17 @@ def _unpacked(
     return w
 
 
+@triton.jit
+def _inputs(x, m, k, rows, inner):
+    """x transposed: columns k of rows m."""
+    place = m[None, :].to(tl.int64) * inner + k[:, None]
+    return tl.load(x + place, mask=(m[None, :] < rows) & (k[:, None] < inner), other=0.0)
+
+
 @triton.jit(do_not_specialize=["rows", "tiles", "groups", "parts"])
 def _kernel(
     x, words, high, scale, zero, outer, bias, residual, out, scratch, counters,
-    rows, columns, tiles, groups, parts,
+    rows, columns, inner, tiles, groups, parts,
     ASM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, CODED: tl.constexpr, MANTISSA: tl.constexpr,
     FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr,
     ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -115,54 +122,64 @@ def _kernel(
 ):  # fmt: skip
     """out [rows, columns] = x [rows, inner] W^T; programs: blocks of columns, blocks of rows, parts of K.
 
-    x, words and high are descriptors of blocks. A tile has spans of SPAN columns that share a scale; a span has whole planes.
+    A tile has spans of SPAN columns that share a scale; a span has whole planes.
     """
     PLANES: tl.constexpr = 8 if BITS == 3 else 16 // BITS
     TILE: tl.constexpr = PLANES * WIDTH
     EACH: tl.constexpr = SPAN // WIDTH
-    dtype = x.dtype
+    dtype = x.dtype.element_ty
     HALF: tl.constexpr = dtype == tl.float16
     BASE: tl.constexpr = 0 if ASM[0] is None else (1024 if HALF else 128)
     block_n, block_m, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n0, m0 = block_n * BLOCK_N, block_m * BLOCK_M
-    n, m = n0 + tl.arange(0, BLOCK_N), m0 + tl.arange(0, BLOCK_M)
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.arange(0, WIDTH)
     there = n < columns
     z = tl.full((BLOCK_N,), 1 << (BITS - 1), dtype)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     each = (tiles + parts - 1) // parts
     for tile in range(part * each, tl.minimum(tiles, part * each + each)):
-        word = words.load([tile * columns + n0, 0])
+        place = n.to(tl.int64) + tile * columns
+        word = tl.load(words + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0)
         third = word
         if BITS == 3:
-            third = high.load([tile * columns + n0, 0]).to(tl.int16)
+            third = tl.load(high + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0).to(tl.int16)
         for span in tl.static_range(TILE // SPAN):
             group = tl.minimum((tile * TILE + span * SPAN) // GROUP, groups - 1) if GROUP > 0 else 0
-            if SCALED and KIND != "bcq":
-                s = tl.load(scale + group * columns + n, mask=there, other=0.0)
-            if ASYMMETRIC:
-                z = tl.load(zero + group * columns + n, mask=there, other=0.0)
-            if SCALE_SUMS:
-                sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for plane in tl.static_range(span * EACH, span * EACH + EACH):
-                values = x.load([m0, tile * TILE + plane * WIDTH]).T
-                if KIND == "bcq":
-                    alphas = scale + group * (CODED + 1) * columns + n
-                    offset = tl.load(alphas + CODED * columns, mask=there, other=0.0).to(dtype)
-                    w = tl.broadcast_to(offset[:, None], (BLOCK_N, WIDTH))
-                    for bit in tl.static_range(CODED):
-                        sign = _unpacked(word, third, HALF, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE)
-                        w -= sign * tl.load(alphas + bit * columns, mask=there, other=0.0).to(dtype)[:, None]
-                else:
+            if KIND == "bcq":
+                for bit in tl.static_range(CODED + 1):
+                    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                    for plane in tl.static_range(span * EACH, span * EACH + EACH):
+                        values = _inputs(x, m, tile * TILE + plane * WIDTH + j, rows, inner)
+                        if bit == CODED:
+                            w = tl.full((BLOCK_N, WIDTH), 1.0, dtype)
+                        else:
+                            w = _unpacked(word, third, HALF, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE)
+                        sums = tl.dot(w, values, sums)
+                    alpha = tl.load(scale + (group * (CODED + 1) + bit) * columns + n, mask=there, other=0.0).to(tl.float32)
+                    if bit == CODED:
+                        total += sums * alpha[:, None]
+                    else:
+                        total -= sums * alpha[:, None]
+            else:
+                if SCALED:
+                    s = tl.load(scale + group * columns + n, mask=there, other=0.0)
+                if ASYMMETRIC:
+                    z = tl.load(zero + group * columns + n, mask=there, other=0.0)
+                if SCALE_SUMS:
+                    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                for plane in tl.static_range(span * EACH, span * EACH + EACH):
+                    values = _inputs(x, m, tile * TILE + plane * WIDTH + j, rows, inner)
                     w = _unpacked(word, third, HALF, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE)
                     w = w - (z + BASE).to(dtype)[:, None] if KIND == "int" else w * tl.full((1, 1), FACTOR, dtype)
+                    if SCALE_SUMS:
+                        sums = tl.dot(w, values, sums)
+                    elif SCALED:
+                        total = tl.dot(w * s[:, None], values, total)
+                    else:
+                        total = tl.dot(w, values, total)
                 if SCALE_SUMS:
-                    sums = tl.dot(w, values, sums)
-                elif SCALED and KIND != "bcq":
-                    total = tl.dot(w * s[:, None], values, total)
-                else:
-                    total = tl.dot(w, values, total)
-            if SCALE_SUMS:
-                total += sums * s.to(tl.float32)[:, None]
+                    total += sums * s.to(tl.float32)[:, None]
     if SPLIT:
         finished, total = _added(total, scratch, counters, parts, part, block_m * tl.num_programs(0) + block_n)
         if finished:
@@ -271,22 +288,27 @@ class Config:
 
 
 def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
-    """What was fastest on an H200 (benchmarks/kernels.py --sweep), by classes of shapes."""
+    """What was fastest on an H100 (benchmarks/kernels.py --sweep), by classes of shapes."""
     wide = columns >= 8192
     if rows <= 16:
-        config = Config(16, 128, 4) if wide else Config(16, 64, 8)
+        config = Config(8 if rows <= 8 else 16, 64, min(8, _power(7 * processors * 64 // columns)))
     elif rows <= 64 and columns * inner <= 4096**2:
         config = Config(32 if rows <= 32 else 64, 64, 4)
     elif rows <= 64:
-        config = Config(32 if rows <= 32 else 64, 128, 2 ** max(0, (2 * processors * 128 // columns).bit_length() - 1))
+        config = Config(32 if rows <= 32 else 64, 128, _power(2 * processors * 128 // columns))
     elif rows <= 256:
-        config = Config(128, 128, 1, warps=8) if wide else Config(64, 128, 2)
+        config = Config(64, 128, 1, warps=8, stages=4) if wide else Config(64, 128, 2)
     else:
         config = Config(128, 128, 1, warps=8)
     return replace(config, split=max(1, min(config.split, -(-inner // 128) // 2)))
 
 
-_CACHED = 2**25  # bytes of weights that are unpacked at a time
+def _power(limit: int) -> int:
+    """The largest power of two up to a limit, at least 1."""
+    return 1 << max(0, limit.bit_length() - 1)
+
+
+_CACHED = 40 * 2**20  # bytes of unpacked weights that stay in the L2 cache
 _SUMS = 2048  # of a block and warp, 64 a thread: two of them leave registers for the rest
 
 
@@ -305,35 +327,26 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | No
         return out
     if config is None:
         config = config_for(rows, columns, inner, processors(x.device))
-    if inner * x.element_size() % ALIGNED:
-        x = torch.nn.functional.pad(x, (0, -inner % ALIGNED))
-    tiles, _, width = packed.words.shape
-    parts = [None if part is None else part.flatten(0, 1) for part in (packed.words, packed.high)]
-    words, high = (None if part is None else TensorDescriptor.from_tensor(part, [config.block_n, width]) for part in parts)
-    described = TensorDescriptor.from_tensor(x, [config.block_m, width])
+    how = _how(packed, x.dtype)
+    tiles = packed.words.shape[0]
     split = min(config.split, tiles)
     grid = (-(-columns // config.block_n), -(-rows // config.block_m), split)
     scratch = scratch_for(grid, config.block_n * config.block_m, x.device)
     assert split == 1 or grid[0] * grid[1] <= len(packed.counters), (grid, len(packed.counters))
     _kernel[grid](
-        *(described, words, high, packed.scale, packed.zero, packed.outer, bias, residual, out, scratch, packed.counters),
-        *(rows, columns, tiles, 1 if packed.scale is None else packed.scale.shape[0], split),
-        **_how(packed, x.dtype),
+        *(x, packed.words, packed.high, packed.scale, packed.zero, packed.outer, bias, residual, out, scratch, packed.counters),
+        *(rows, columns, inner, tiles, 1 if packed.scale is None else packed.scale.shape[0], split),
+        **how,
         BIASED=bias is not None,
         ADDED=residual is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         SPLIT=split > 1,
-        SCALE_SUMS=_scales_sums(packed, config),
+        SCALE_SUMS=packed.scale is not None and config.block_m * config.block_n <= _SUMS * config.warps,
         num_warps=config.warps,
         num_stages=config.stages,
     )
     return out
-
-
-def _scales_sums(packed: Packed, config: Config) -> bool:
-    fits = config.block_m * config.block_n <= _SUMS * config.warps
-    return fits and packed.scale is not None and FORMATS[packed.format].kind != "bcq"
 
 
 def scratch_for(grid: tuple[int, int, int], floats: int, device: torch.device) -> Tensor | None:
@@ -342,10 +355,11 @@ def scratch_for(grid: tuple[int, int, int], floats: int, device: torch.device) -
 
 
 def _by_cublas(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """The product by parts of the outputs, whose weights are unpacked into one piece of memory that stays in the L2 cache."""
+    """The product by parts of the outputs, whose weights stay in the L2 cache: multiples of what fills the GPU once."""
     columns, inner = packed.shape
     out = x.new_empty(len(x), columns)
-    step = max(_CACHED // (inner * x.element_size()) // 256 * 256, 256)
+    wave = max(256, processors(x.device) * 128 // len(x) * 256)
+    step = max(1, _CACHED // (inner * x.element_size()) // wave) * wave
     for first in range(0, columns, step):
         last = min(first + step, columns)
         w = dense(packed, x.dtype, first, last)
