@@ -157,7 +157,7 @@ def _scan_kernel(
             j = n0 + tl.arange(0, BLOCK_N)[None, :]
             b_codes = tl.load(token + b_at + j, mask=new[:, None] & (j < n), other=0)
             c_codes = tl.load(token + c_at + j, mask=new[:, None] & (j < n), other=0)
-            scores = tl.dot(c_codes, tl.trans(b_codes), scores)
+            scores = tl.dot(c_codes, tl.trans(b_codes), scores, out_dtype=tl.int32)
             h = tl.load(own + j, mask=inside[:, None] & (j < n), other=0).to(tl.float32)
             h *= tl.load(state_scale + j, mask=inside[:, None] & (j < n), other=1.0)
             carried = tl.dot(c_codes.to(tl.float32), tl.trans(h), carried, input_precision="tf32")
