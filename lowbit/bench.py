@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowbit import export, runtime
 from lowbit.decoding import Decoder, reason_against, reason_against_graph
@@ -18,6 +19,26 @@ from lowbit.kernels.entry import Prepared
 from lowbit.runtime import PackedLinear
 
 RUNS = 7
+PEERS = ("torchao-int4", "torchao-int8")  # the first model quantized by another package
+
+
+def quantize_by(peer: str, model: Any) -> None:
+    """Quantize the linears of a model, but its head, by a peer: weights of 4 bits in groups of 128, or weights and inputs int8.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    try:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError as error:
+        raise ImportError(f"{peer} needs torchao ({error}): pip install torchao") from error
+    config = (
+        Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
+        if peer == "torchao-int4"
+        else Int8DynamicActivationInt8WeightConfig()
+    )
+    head = model.get_output_embeddings()
+    quantize_(model, config, filter_fn=lambda module, name: isinstance(module, nn.Linear) and module is not head)
 
 
 def seconds_of(action: Callable[[], Any], device: torch.device, *, runs: int = RUNS) -> float:
@@ -47,7 +68,14 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes of all weights: packed matrices, and parameters and buffers once each."""
     matrices = {id(m.prepared): m.prepared for m in model.modules() if isinstance(m, PackedLinear)}
     packed = sum(each.nbytes for each in matrices.values() if isinstance(each, Prepared))
-    return packed + sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
+    return packed + sum(_bytes(part) for part in (*model.parameters(), *model.buffers()))
+
+
+def _bytes(part: Any) -> int:
+    """Bytes of a tensor, or of those that a tensor of another package is made of."""
+    if not is_traceable_wrapper_subclass(part):
+        return int(part.nbytes)
+    return sum(_bytes(getattr(part, name)) for name in part.__tensor_flatten__()[0])
 
 
 def read_bytes(model: Any) -> int:
@@ -104,28 +132,38 @@ def bench_model(model: Any, *, rows: int, prompt: int, tokens: int, compiled: bo
 
 def bench(
     models: Sequence[str], *, batches: Sequence[int] = (1, 16), prompt: int = 512, tokens: int = 64, device: str = "cpu",
-    dtype: torch.dtype | None = None, compiled: bool = False, progress: Callable[[str, int, int], None] | None = None,
+    dtype: torch.dtype | None = None, compiled: bool = False, peers: Sequence[str] = (),
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Time models one after the other, the first being what others are compared with.
 
     Args:
         models: folders or hub ids; quantized ones run on the kernels.
+        peers: of PEERS, which quantize the first model, too.
 
     Returns:
-        "bandwidth", bytes a second, and "rows": for each model and batch what `bench_model` gives, "model", the ratios
-        "prefill_speedup" and "step_speedup" to the first, and "of_roofline", the floor of a step over what it took.
+        "bandwidth", bytes a second, and "rows": for each model and batch what `bench_model` gives, "model" (or the peer), the
+        ratios "prefill_speedup" and "step_speedup" to the first, and "of_roofline", the floor of a step over what it took.
     """
+    unknown = [peer for peer in peers if peer not in PEERS]
+    if unknown:
+        raise ValueError(f"no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
+    if peers and isinstance(export.open_checkpoint(models[0]), export.QuantizedSource):
+        raise ValueError(f"{models[0]} is quantized already, so that {peers[0]} cannot do it; name the original first")
     where = torch.device(device)
     speed = bandwidth(where)
     rows: list[dict[str, Any]] = []
-    for i, name in enumerate(models):
+    jobs = [(name, None) for name in models] + [(models[0], peer) for peer in peers]
+    for i, (name, peer) in enumerate(jobs):
         quantized = isinstance(export.open_checkpoint(name), export.QuantizedSource)
         given = (torch.bfloat16 if where.type == "cuda" else None) if dtype is None else dtype
         model: Any = runtime.load(name, device=device, dtype=given, kernels=quantized)
         if not model.can_generate():
             raise ValueError(f"{name} is a {type(model).__name__}, which does not generate text")
+        if peer is not None:
+            quantize_by(peer, model)
         for j, batch in enumerate(batches):
-            row = {"model": name} | bench_model(model, rows=batch, prompt=prompt, tokens=tokens, compiled=compiled)
+            row = {"model": peer or name} | bench_model(model, rows=batch, prompt=prompt, tokens=tokens, compiled=compiled)
             first = rows[j] if i else row
             row["prefill_speedup"] = first["prefill_seconds"] / row["prefill_seconds"]
             both = first["step_seconds"] is not None and row["step_seconds"] is not None
@@ -133,7 +171,7 @@ def bench(
             row["of_roofline"] = row["read_bytes"] / speed / row["step_seconds"] if row["step_seconds"] else None
             rows.append(row)
             if progress is not None:
-                progress("timing", len(rows), len(models) * len(batches))
+                progress("timing", len(rows), len(jobs) * len(batches))
         del model
         if where.type == "cuda":
             torch.cuda.empty_cache()
@@ -141,15 +179,9 @@ def bench(
 
 
 def plot(result: dict[str, Any], path: str) -> None:
-    """Write a roofline picture of steps: tokens a second against tokens a byte read, under the measured bandwidth.
+    """Write a roofline picture of steps: tokens a second against tokens a byte read, under the measured bandwidth."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"plots need matplotlib ({error}): pip install 'lowbit[plots]'") from error
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
     points = [row for row in result["rows"] if row["step_seconds"]]

@@ -164,15 +164,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--kernels", action=argparse.BooleanOptionalAction, help="keep weights packed (default: on a GPU)")
     sub.add_argument("--compile", action="store_true", help="torch.compile the step, which takes a minute")
 
-    sub = commands.add_parser("bench", help="prefill and decoding speed and memory, as ratios to the first model")
-    sub.add_argument("models", nargs="+", metavar="MODEL", help="the original, then quantized checkpoints")
-    sub.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N", help="sequences (default 1 16)")
-    sub.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt (default 512)")
-    sub.add_argument("--tokens", type=int, default=64, metavar="N", help="steps of decoding (default 64)")
+    sub = commands.add_parser("bench", help="speed and memory of models, as ratios to the first, or of the kernels")
+    sub.add_argument("models", nargs="+", metavar="MODEL", help="the original, then quantized checkpoints; or: kernels")
+    sub.add_argument("--batch", type=int, nargs="+", metavar="N", help="sequences (default 1 16), rows (1 16 256 2048)")
     sub.add_argument("--device", default="cpu", help="default cpu, where kernels run as their specification, slowly")
-    sub.add_argument("--compile", action="store_true", help="torch.compile the step")
-    sub.add_argument("--plot", metavar="FILE.png", help="a roofline picture (needs lowbit[plots])")
+    sub.add_argument("--plot", metavar="FILE.png", help="a roofline picture")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    models = sub.add_argument_group("models")
+    models.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt (default 512)")
+    models.add_argument("--tokens", type=int, default=64, metavar="N", help="steps of decoding (default 64)")
+    models.add_argument("--compile", action="store_true", help="torch.compile the step")
+    models.add_argument("--peers", nargs="+", default=[], metavar="PEER", help="torchao-int4, torchao-int8: of the first model")
+    kernels = sub.add_argument_group("kernels, on a GPU (lowbit bench kernels)")
+    kernels.add_argument("--shapes", nargs="+", metavar="NAME", help="llama-7b, -13b, -70b, bert-base, -large (default: all)")
+    kernels.add_argument("--schemes", nargs="+", metavar="SCHEME", help="default w4a16-g128 w8a8")
     return parser
 
 
@@ -401,15 +406,19 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     from lowbit.bench import bench, plot
 
+    if arguments.models == ["kernels"]:
+        _bench_kernels(arguments)
+        return
     _quiet_libraries()
     with _progress() as progress:
         result = bench(
             arguments.models,
-            batches=arguments.batch,
+            batches=arguments.batch or (1, 16),
             prompt=arguments.prompt,
             tokens=arguments.tokens,
             device=arguments.device,
             compiled=arguments.compile,
+            peers=arguments.peers,
             progress=progress,
         )
     if arguments.plot:
@@ -417,12 +426,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(result, indent=1))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("model", box=None, pad_edge=False)
-    for column in ("batch", "MB", "prefill tok/s", "x", "decode tok/s", "x", "of roofline"):
-        table.add_column(column, justify="right")
+    rows = []
     for row in result["rows"]:
         step = row["step_seconds"]
         decode = (
@@ -431,8 +435,32 @@ def _bench(arguments: argparse.Namespace) -> None:
             else (f"{row['rows'] / step:.1f}", f"{row['step_speedup'] or 0:.2f}", f"{row['of_roofline']:.0%}")
         )
         prefill = (f"{row['rows'] * row['prompt'] / row['prefill_seconds']:.0f}", f"{row['prefill_speedup']:.2f}")
-        table.add_row(row["model"], str(row["rows"]), f"{row['weight_bytes'] / 1e6:.1f}", *prefill, *decode)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        rows.append([row["model"], str(row["rows"]), f"{row['weight_bytes'] / 1e6:.1f}", *prefill, *decode])
+    _print_table(("model", "batch", "MB", "prefill tok/s", "x", "decode tok/s", "x", "of roofline"), rows)
+
+
+def _bench_kernels(arguments: argparse.Namespace) -> None:
+    from lowbit.kernel_bench import bench_kernels, peer_names, plot_kernels
+
+    given = {"models": arguments.shapes, "schemes": arguments.schemes, "rows": arguments.batch}
+    with _progress() as progress:
+        result = bench_kernels(**{name: value for name, value in given.items() if value}, progress=progress)
+    if arguments.plot:
+        plot_kernels(result, arguments.plot)
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+        return
+    peers = peer_names(result["rows"])
+    rows = []
+    for row in result["rows"]:
+        ratios = [f"{row[name] / row['lowbit']:.2f}" if name in row else "" for name in peers]
+        cells = [row["model"], f"{row['inner']} x {row['out']}", row["scheme"], str(row["rows"]), f"{row['lowbit']:.1f}"]
+        rows.append([*cells, f"{row['floor'] / row['lowbit']:.0%}", *ratios])
+    limits = result["limits"]
+    print(
+        f"{result['device']}: {limits['bytes'] / 1e12:.2f} TB/s read, {limits['operations'] / 1e12:.0f} T float16 operations/s"
+    )
+    _print_table(("shapes of", "in x out", "scheme", "rows", "us", "of roofline", *(f"x {name}" for name in peers)), rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------- helpers
@@ -461,18 +489,10 @@ def _with_data(recipe: Any, source: str | None, given: dict[str, Any]) -> Any:
 
 
 def _print_comparison(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("recipe", "MB", "bits", box=None, pad_edge=False)
-    for text in result["texts"]:
-        for column in (f"ppl, {text['source']}", "KL", "same top"):
-            table.add_column(column, justify="right")
-    for column in ("seconds", "peak MB"):
-        table.add_column(column, justify="right")
+    judged = [column for text in result["texts"] for column in (f"ppl, {text['source']}", "KL", "same top")]
     floats = [f"{each['perplexity']:.4g}" for each in result["float"]["evaluations"]]
     first = [cell for value in floats for cell in (value, "", "")]
-    table.add_row("original", f"{result['float']['bytes'] / 1e6:.1f}", "", *first, "", "")
+    rows = [["original", f"{result['float']['bytes'] / 1e6:.1f}", "", *first, "", ""]]
     for row in result["rows"]:
         if "failed" in row:
             continue
@@ -483,9 +503,22 @@ def _print_comparison(result: dict[str, Any]) -> None:
         ]
         name = row["name"] + (" *" if row["name"] in result["front"] else "")
         ends = (f"{row['seconds']:.0f}", f"{row['peak_rss'] / 1e6:.0f}")
-        table.add_row(name, f"{row['bytes'] / 1e6:.1f}", f"{row['bits']:.2f}", *cells, *ends)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        rows.append([name, f"{row['bytes'] / 1e6:.1f}", f"{row['bits']:.2f}", *cells, *ends])
+    _print_table(("recipe", "MB", "bits", *judged, "seconds", "peak MB"), rows)
     print("* no other is both smaller and closer to the original")
+
+
+def _print_table(head: Sequence[str], rows: list[list[str]]) -> None:
+    """Columns of text, all but the first to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(head[0], box=None, pad_edge=False)
+    for column in head[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _bytes(text: str) -> int:

@@ -3,17 +3,28 @@
 A step takes its token, its position and its cache from fixed addresses and leaves the next token and position there, so that it
 is captured once and replayed without Python; what is generated is looked at every few steps only. On a CPU the same step
 runs without a graph. Greedy output is that of transformers' generate.
+
+At batch 1 a step is many small kernels, so those that need not be are left out: layers of the cache share one position instead
+of counting each, attention reads the mask as it is, and no logits are copied.
 """
 
 import inspect
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+from lowbit.kernels import entry
 
 LOOK = 16  # steps between two looks for the end of the text
 _WARM_UP = 3
+_ALIGNED = 16  # tokens of a cache; with others attention of torch copies its mask
 # Settings of generation that change what greedy decoding gives, and their values that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0),
@@ -22,6 +33,37 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1), "guidance_scale": (None, 1.0), "stop_strings": (None,), "exponential_decay_length_penalty": (None,),
     "top_k": (None, 50, 0), "top_p": (None, 1.0), "min_p": (None,), "watermarking_config": (None,), "penalty_alpha": (None,),
 }  # fmt: skip
+
+
+class _Layer(StaticLayer):
+    """Keys and values of a layer, with room for all tokens; `at` [tokens] says where those of the next call go."""
+
+    at: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Put keys and values [rows, heads, tokens, width] where they go; returns all there is room for."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        return self.keys.index_copy_(2, self.at, key_states), self.values.index_copy_(2, self.at, value_states)
+
+    def get_seq_length(self) -> Any:
+        """How many tokens came before this call."""
+        return self.at[0] if self.is_initialized else 0
+
+
+class _Attention(TorchFunctionMode):
+    """Attention of one token to a cache under a mask of booleans is one kernel, which reads what the mask shows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        mask = kwargs.get("attn_mask")
+        if func is F.scaled_dot_product_attention and isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            q, k, v = args
+            plain = not kwargs.get("enable_gqa") and not kwargs.get("dropout_p") and k.shape == v.shape
+            if plain and q.shape[2] == 1 == mask.shape[1] and q.shape[1] == k.shape[1] and mask.shape[0] in (1, len(q)):
+                return entry.attend(q, k, v, mask, kwargs.get("scale"))
+        return func(*args, **kwargs)
 
 
 class Decoder:
@@ -38,17 +80,18 @@ class Decoder:
         Raises:
             ValueError: the model cannot decode so; see `reason_against`.
         """
-        from transformers import StaticCache
-
         reason = reason_against(model)
         if reason is not None:
             raise ValueError(reason)
         self.model = model
-        self.length = length
-        self.cache: Any = StaticCache(config=model.config, max_cache_len=length)
+        self.length = _room(length)
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=self.length)
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self.position = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self.logits: Tensor = torch.empty(0)
+        if _reason_against_sharing(self.cache, self.length) is None:
+            self.cache.layers = [_Layer(self.length) for _ in self.cache.layers]
+        self._compiled = compiled
         self._forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self._graph: Any = None
@@ -57,15 +100,23 @@ class Decoder:
     def prefill(self, prompt: Tensor) -> Tensor:
         """Start anew with a prompt [rows, tokens]; returns `logits`."""
         self.cache.reset()
-        positions = torch.arange(prompt.shape[1], device=prompt.device).expand(len(prompt), -1)
+        positions = torch.arange(prompt.shape[1], device=prompt.device)
+        self._put_at(positions)
+        positions = positions.expand(len(prompt), -1)
         out = self.model(input_ids=prompt, position_ids=positions, past_key_values=self.cache, use_cache=True, **self._last)
         if self._graph is None:
             self.logits = out.logits[:, -1].clone()
         else:
             self.logits.copy_(out.logits[:, -1])
-        self.token.copy_(self.logits.argmax(-1, keepdim=True))
+        torch.argmax(self.logits, -1, keepdim=True, out=self.token)
         self.position.fill_(prompt.shape[1])
+        self._put_at(self.position[0])
         return self.logits
+
+    def _put_at(self, positions: Tensor) -> None:
+        for layer in self.cache.layers:
+            if isinstance(layer, _Layer):
+                layer.at = positions
 
     @torch.no_grad()
     def capture(self) -> None:
@@ -77,30 +128,20 @@ class Decoder:
         reason = reason_against_graph(self.model, self.length)
         if reason is not None:
             raise ValueError(reason)
-        counts = [(layer, layer.cumulative_length.clone()) for layer in self.cache.layers]
-        token, position, logits = self.token.clone(), self.position.clone(), self.logits.clone()
+        token, position, logits = self.token.clone(), self.position.clone(), self.logits
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
-                self._restore(counts, token, position)
                 self._step()
+                self.token.copy_(token)
+                self.position.copy_(position)
         torch.cuda.current_stream().wait_stream(side)
-        self._restore(counts, token, position)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
         self._graph = graph
-        self._restore(counts, token, position)
         self.logits.copy_(logits)
-
-    def _restore(self, counts: list[tuple[Any, Tensor]], token: Tensor, position: Tensor) -> None:
-        for layer, count in counts:
-            layer.cumulative_length.copy_(count)
-            if hasattr(layer, "cumulative_length_int"):
-                layer.cumulative_length_int = int(count)
-        self.token.copy_(token)
-        self.position.copy_(position)
 
     def step(self) -> Tensor:
         """Run `token` at `position`; returns `logits`, and both have gone on."""
@@ -112,11 +153,12 @@ class Decoder:
         return self.logits
 
     def _step(self) -> None:
-        out = self._forward(
-            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True, **self._last
-        )
-        self.logits.copy_(out.logits[:, -1])
-        self.token.copy_(self.logits.argmax(-1, keepdim=True))
+        with nullcontext() if self._compiled else _Attention():
+            out = self._forward(
+                input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True, **self._last
+            )
+        self.logits = out.logits[:, -1]
+        torch.argmax(self.logits, -1, keepdim=True, out=self.token)
         self.position.add_(1)
 
 
@@ -135,12 +177,26 @@ def reason_against_graph(model: Any, length: int) -> str | None:
     """Why a step cannot be a CUDA graph; None if it can."""
     if model.device.type != "cuda":
         return f"there are no CUDA graphs on {model.device}"
-    config = model.config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < length and getattr(config, "use_sliding_window", True):
-        return f"a window of {window} tokens slides within {length}, which changes the step"
+    length = _room(length)
+    reason = _reason_against_sharing(StaticCache(config=model.config, max_cache_len=length), length)
+    if reason is not None:
+        return reason
     experts = [name for name, module in model.named_modules() if type(module).__name__.endswith("Experts")]
     return f"which experts run depends on the tokens ({experts[0]})" if experts else None
+
+
+def _room(length: int) -> int:
+    return -(-length // _ALIGNED) * _ALIGNED
+
+
+def _reason_against_sharing(cache: Any, length: int) -> str | None:
+    """Why layers of a cache cannot all put a token at its position; None if they can."""
+    for layer in cache.layers:
+        if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
+            return f"its cache has a {type(layer).__name__}, which is more than keys and values"
+        if layer.max_cache_len < length:
+            return f"a window of {layer.max_cache_len} tokens slides within {length}, which changes the step"
+    return None
 
 
 @torch.no_grad()

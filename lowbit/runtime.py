@@ -7,23 +7,28 @@ runs through it, every module's input and output is kept, and what is seen decid
     linears that get the same tensor       become one product; the first one called computes it, the others take their part
     a norm or GELU whose output such       quantizes in the same kernel. Its output is a tensor of NaN that stands for the
     a product takes as codes               codes: whoever reads it otherwise gives NaN, and then nothing is fused there
-    act(gate) * up before a product        one kernel, with the quantization, in place of the module around the three linears
-    that takes codes
+    silu(gate) * up before a product       one kernel, with the quantization if there is one, in place of the module around them
     an RMSNorm                             becomes one kernel
+    a sum of a product and a tensor        is made by the product, which waits for it (`Awaited`)
+    rotary embedding of queries and keys   one kernel, in the attention's own forward
 
 Each candidate is compared with what the module gave before, and at the end every block runs once more on its input of then: one
 that does not compute what it did is put back as it was. What no kernel multiplies is dequantized, with a warning.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial, wraps
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from lowbit import export
 from lowbit.adapter import LowRank
@@ -31,7 +36,7 @@ from lowbit.arch import MATMUL, Arch, Linear
 from lowbit.export import QuantizedSource, open_checkpoint, restore_generation
 from lowbit.formats import FP8_E4M3
 from lowbit.kernels import entry
-from lowbit.kernels.entry import Prepared
+from lowbit.kernels.entry import Prepared, Rows
 from lowbit.kernels.reference import Quantized
 from lowbit.kv import CacheSpec, simulate_cache
 from lowbit.qtensor import Scheme
@@ -82,6 +87,7 @@ class PackedLinear(nn.Module):
         simulated: the kernel takes floats all the same, so inputs are quantized and dequantized before.
         prepared: the matrix as the kernel reads it.
         low: a correction b a beside it.
+        awaited: whether something of its shape is added to its output, which then is `Awaited`.
         codes: where a module before this one leaves the codes of its output.
     """
 
@@ -93,6 +99,7 @@ class PackedLinear(nn.Module):
         self.simulated = simulated
         self.prepared: Prepared | None = None
         self.low: LowRank | None = None
+        self.awaited = False
         self.codes: Handoff | None = None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
@@ -111,6 +118,11 @@ class PackedLinear(nn.Module):
         return self.given is not None and not self.simulated
 
     @property
+    def takes_produced(self) -> bool:
+        """Whether its input may come from a kernel alone, as nothing else reads it here."""
+        return self.low is None and not self.simulated
+
+    @property
     def out_features(self) -> int:
         """Outputs."""
         assert self.prepared is not None
@@ -123,14 +135,22 @@ class PackedLinear(nn.Module):
         return self.prepared.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        rows: Tensor | Quantized | None = None if self.codes is None else self.codes.take(x)
+        rows: Rows | None = None if self.codes is None else self.codes.take(x)
         if rows is None:  # the entry makes codes of x where the kernel takes them
             rows = self.given.quantize(x) if self.given is not None and self.simulated else x
-        residual = None if self.low is None else F.linear(F.linear(x, self.low.a), self.low.b)
-        return self.product(rows, residual)
+        if self.low is not None:
+            return self._product(rows, F.linear(F.linear(x, self.low.a), self.low.b))
+        return self.product(rows)
 
-    def product(self, rows: Tensor | Quantized, residual: Tensor | None = None) -> Tensor:
-        """The product with inputs as the kernel takes them."""
+    def product(self, rows: Rows) -> Tensor:
+        """The product with inputs as the kernel takes them, `Awaited` if it may be."""
+        if self.awaited and not torch.compiler.is_compiling():  # which joins additions with what follows them
+            assert self.prepared is not None
+            codes = rows.codes if isinstance(rows, Quantized) else rows
+            return Awaited.of(codes, self.out_features, self.prepared.dtype, partial(self._product, rows))
+        return self._product(rows)
+
+    def _product(self, rows: Rows, residual: Tensor | None = None) -> Tensor:
         assert self.prepared is not None, self.names
         return entry.linear(rows, self.prepared, self.bias, residual)
 
@@ -145,6 +165,52 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """What print shows."""
         return f"{', '.join(self.names)}; inputs: {'codes' if self.takes_codes else 'floats'}"
+
+
+class Awaited(Tensor):
+    """A product that nothing was done for yet: added to a tensor of its shape, it is computed by one kernel with the sum.
+
+    Whatever else is asked of it computes it. Its own memory is that of one number without meaning.
+    """
+
+    product: Callable[[Tensor | None], Tensor]
+    value: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor, width: int, dtype: torch.dtype, product: Callable[[Tensor | None], Tensor]) -> "Awaited":
+        """The product with rows x [..., in]: [..., width]; `product` takes what is added to it, or None."""
+        made = x.new_empty((), dtype=dtype).expand(*x.shape[:-1], width).as_subclass(cls)
+        made.product, made.value = product, None
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _OF_SHAPE:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        if func is F.dropout and not (kwargs or {}).get("training", True):
+            return args[0]
+        if func in _ADDITIONS and len(args) == 2 and not kwargs:
+            waiting, other = args if isinstance(args[0], cls) else args[::-1]
+            other = _computed(other)
+            same = isinstance(other, Tensor) and (other.shape, other.dtype) == (waiting.shape, waiting.dtype)
+            if same and waiting.value is None:
+                return waiting.product(other)
+        return func(*tree_map(_computed, args), **tree_map(_computed, kwargs or {}))
+
+
+def _computed(x: Any) -> Any:
+    if not isinstance(x, Awaited):
+        return x
+    if x.value is None:
+        x.value = x.product(None)
+    return x.value
+
+
+_ADDITIONS = (Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)
+_OF_SHAPE = (
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
+)  # fmt: skip
 
 
 class Part(nn.Module):
@@ -211,9 +277,9 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        if self.one_plus:
-            return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        out = entry.rms_norm(x, self.weight, self.eps, None, one_plus=self.one_plus)
+        assert isinstance(out, Tensor)
+        return out
 
 
 class QuantizingNorm(Norm):
@@ -260,7 +326,7 @@ class QuantizingGelu(nn.Module):
 
 
 class GatedProduct(nn.Module):
-    """down(silu(gate(x)) * up(x)), with the codes of the input of `down` made in one kernel."""
+    """down(silu(gate(x)) * up(x)), with the input of `down` made in one kernel."""
 
     def __init__(self, both: PackedLinear, down: PackedLinear, sizes: list[int], gate_first: bool) -> None:
         super().__init__()
@@ -272,7 +338,6 @@ class GatedProduct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.both(x).split(self.sizes, -1)
         gate, up = (first, second) if self.gate_first else (second, first)
-        assert self.down.given is not None
         return self.down.product(entry.silu_mul(gate, up, self.down.given))
 
 
@@ -464,12 +529,20 @@ class _Call:
 
 
 @dataclass
+class _Rotation:
+    """The arguments of `apply_rotary_pos_emb` in the short run, q, k, cos and sin, and the two tensors it gave."""
+
+    args: tuple[Tensor, ...]
+    out: tuple[Tensor, ...]
+
+
+@dataclass
 class _Swap:
-    """A module put in the place of another."""
+    """A module, or another attribute of one, put in the place of another."""
 
     owner: nn.Module
     name: str
-    old: nn.Module
+    old: Any
     path: str
 
     def undo(self) -> None:
@@ -484,12 +557,18 @@ def fuse(arch: Arch, source: QuantizedSource) -> None:
     before = _observed(arch, tokens)
     swaps: list[_Swap] = []
 
-    def swap(path: str, new: nn.Module) -> None:
+    def swap(path: str, new: Any) -> None:
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
-        swaps.append(_Swap(owner, name, model.get_submodule(path), path))
+        swaps.append(_Swap(owner, name, getattr(owner, name), path))
         setattr(owner, name, new)
 
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and name in before.calls and before.only_added(before.calls[name].out):
+            swap(f"{name}.awaited", True)
+    for name, call in before.rotations.items():
+        if _distance(torch.cat(entry.rope(*call.args), 1), torch.cat(call.out, 1)) < _SAME:
+            swap(f"{name}.forward", _with_rotation(model.get_submodule(name), entry.rope))
     readers = _merge(arch, source, before.calls, swap)
     _join_norms(model, before, readers, swap)
     _join_activations(model, before, readers, swap)
@@ -508,6 +587,7 @@ class _Seen(TorchFunctionMode):
     Attributes:
         calls: the first call of every module that takes a tensor and gives one.
         blocks: the arguments of every block.
+        rotations: what every attention has `apply_rotary_pos_emb` do.
         read: tensors that anything but a packed linear computed with, by id; kept, so that no other gets their id.
     """
 
@@ -515,21 +595,68 @@ class _Seen(TorchFunctionMode):
         super().__init__()
         self.calls: dict[str, _Call] = {}
         self.read: dict[int, Tensor] = {}
+        self.rotations: dict[str, _Rotation] = {}
+        self.reads: Counter[int] = Counter()
+        self.added: set[int] = set()
         self.blocks: dict[str, tuple[Any, Any]] = {}
         self.packed = 0  # depth of packed linears
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.packed and getattr(func, "__name__", "") not in _ONLY_SHAPE:
-            self.read |= {id(x): x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
+            found = {id(x): x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
+            self.read |= found
+            self.reads.update(list(found))
+            if func in _ADDITIONS and len({x.shape for x in found.values()}) == 1:
+                self.added |= set(found)
         return func(*args, **(kwargs or {}))
 
+    def only_added(self, x: Tensor) -> bool:
+        """Whether all that was done with x is one addition."""
+        return id(x) in self.added and self.reads[id(x)] == 1
 
-_ONLY_SHAPE = ("__get__", "size", "dim", "numel", "is_floating_point")
+
+_ONLY_SHAPE = ("__get__", "size", "dim", "numel", "is_floating_point", "dropout")  # dropout does nothing here
+
+
+_ROTATION = "apply_rotary_pos_emb"  # transformers' name for it in most models
+
+
+def _rotation_of(module: nn.Module) -> Callable[..., Any] | None:
+    """The function of that name in the module's forward, if there is one."""
+    forward = type(module).forward
+    named = _ROTATION in getattr(getattr(forward, "__code__", None), "co_names", ()) and "forward" not in vars(module)
+    return forward.__globals__.get(_ROTATION) if named else None
+
+
+def _with_rotation(module: nn.Module, rotate: Callable[..., Any]) -> MethodType:
+    """The module's forward, where the function of that name is `rotate`; as it was under torch.compile, which joins such things
+    itself and takes a global name for what the module has there."""
+    old: Any = type(module).forward
+    new = FunctionType(old.__code__, {**old.__globals__, _ROTATION: rotate}, old.__name__, old.__defaults__, old.__closure__)
+    new.__kwdefaults__ = old.__kwdefaults__
+
+    @wraps(old)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (old if torch.compiler.is_compiling() else new)(self, *args, **kwargs)
+
+    return MethodType(forward, module)
 
 
 def _observed(arch: Arch, tokens: Tensor) -> _Seen:
     """Run the row."""
     seen = _Seen()
+
+    def noted(name: str, theirs: Any) -> Callable[..., Any]:
+        def rotate(*args: Any, **kwargs: Any) -> Any:
+            out = theirs(*args, **kwargs)
+            if len(args) == 4 and not kwargs:
+                q, k, cos, sin = args
+                of_heads = q.dim() == k.dim() == 4 and q.shape[2:] == k.shape[2:] == cos.shape[1:] == sin.shape[1:]
+                if of_heads and q.shape[3] % 2 == 0 and len(cos) in (1, len(q)) and out[0].dtype == q.dtype:
+                    seen.rotations[name] = _Rotation(args, out)
+            return out
+
+        return rotate
 
     def entered(module: nn.Module, args: Any) -> None:
         seen.packed += 1
@@ -556,6 +683,9 @@ def _observed(arch: Arch, tokens: Tensor) -> _Seen:
     for block in arch.blocks:
         module = arch.model.get_submodule(block.name)
         hooks.append(module.register_forward_pre_hook(called(block.name), with_kwargs=True))
+    turning = {name: module for name, module in arch.model.named_modules() if _rotation_of(module) is not None}
+    for name, module in turning.items():
+        module.forward = _with_rotation(module, noted(name, _rotation_of(module)))
     for name, module in arch.model.named_modules():
         hooks.append(module.register_forward_hook(keep(name), with_kwargs=True))
         if isinstance(module, PackedLinear | Part):
@@ -566,6 +696,8 @@ def _observed(arch: Arch, tokens: Tensor) -> _Seen:
     finally:
         for hook in hooks:
             hook.remove()
+        for module in turning.values():
+            del module.forward
     return seen
 
 
@@ -630,7 +762,7 @@ def _join_norms(model: nn.Module, seen: _Seen, readers: _Readers, swap: Callable
         left = _leave_codes(out, readers)
         if left is not None:
             swap(name, QuantizingNorm(norm, *left, floats=id(out) in seen.read))
-        elif norm.bias is None and not norm.one_plus and norm.weight.dtype == out.dtype:
+        elif norm.bias is None:
             swap(name, norm)
 
 
@@ -660,7 +792,7 @@ def _norm_of(module: nn.Module, call: _Call) -> Norm | None:
 
 
 def _join_activations(model: nn.Module, seen: _Seen, readers: _Readers, swap: Callable[[str, nn.Module], None]) -> None:
-    """Quantize in the kernel of the activation what products take as codes."""
+    """Make one kernel of SiLU and a product, and quantize in the kernel of the activation what products take as codes."""
     for name, module in list(model.named_modules()):
         if name in seen.calls and not list(module.parameters()) and not list(module.children()):
             call = seen.calls[name]
@@ -670,7 +802,7 @@ def _join_activations(model: nn.Module, seen: _Seen, readers: _Readers, swap: Ca
             if left is not None:
                 swap(name, QuantizingGelu(*left, tanh=kind == "tanh"))
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear) and name in seen.calls and module.takes_codes and module.codes is None:
+        if isinstance(module, PackedLinear) and name in seen.calls and module.codes is None and module.takes_produced:
             path = name.rpartition(".")[0]
             gated = _gated_of(model, path, module, seen.calls, name)
             if gated is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from test_runtime import written
 
 from lowbit.bench import bench, read_bytes, weight_bytes
@@ -33,6 +34,20 @@ def test_refused(tmp_path: Path) -> None:
     tiny.save("bert", tmp_path / "bert")
     with pytest.raises(ValueError, match="does not generate"):
         bench([str(tmp_path / "bert")], prompt=8)
+    with pytest.raises(ValueError, match="no peer 'awq'; there are torchao-int4"):
+        bench([str(tmp_path / "bert")], peers=["awq"])
+    out = written("llama", tmp_path, "w4a16-g32")
+    with pytest.raises(ValueError, match="quantized already"):
+        bench([out], peers=["torchao-int8"])
+
+
+def test_a_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first model again, quantized by torchao, is compared with the first; its bytes are those it really has."""
+    pytest.importorskip("torchao")
+    tiny.save("llama_untied", tmp_path / "model", dtype=torch.bfloat16)
+    first, second = bench([str(tmp_path / "model")], batches=[1], prompt=8, tokens=3, peers=["torchao-int8"])["rows"]
+    assert second["model"] == "torchao-int8" and second["weight_bytes"] < 0.8 * first["weight_bytes"]
+    assert second["prefill_speedup"] == pytest.approx(first["prefill_seconds"] / second["prefill_seconds"])
 
 
 @pytest.mark.parametrize("part", ["decode", "encoder"])

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit import export, runtime
 from lowbit.data import DataSpec
+from lowbit.decoding import Decoder
 from lowbit.recipe import Rule, short_recipe
 from lowbit.run import quantize
-from lowbit.runtime import GatedProduct, PackedExperts, PackedLinear, Part, QuantizingGelu, QuantizingNorm
+from lowbit.runtime import Awaited, GatedProduct, Norm, PackedExperts, PackedLinear, Part, QuantizingGelu, QuantizingNorm
 
 QUICK = ("llama", "gpt2", "bert", "phi3", "mixtral", "mamba2")  # the others are marked slow
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -75,8 +78,48 @@ def test_what_is_joined(tmp_path: Path) -> None:
     found = kinds(bert)
     assert (found[QuantizingNorm], found[QuantizingGelu], found[Part]) == (2 * tiny.LAYERS, tiny.LAYERS, 3 * tiny.LAYERS)
     assert all(module.floats for module in bert.modules() if isinstance(module, QuantizingNorm))  # residuals read them
+    floats = runtime.load(written("llama", tmp_path / "d", "w4a16-g32"), kernels=True)
+    found = kinds(floats)
+    assert (found[Norm], found[GatedProduct], found[Part]) == (2 * tiny.LAYERS + 1, tiny.LAYERS, 3 * tiny.LAYERS)
+    for model in (llama, floats):  # the products before a sum, and the queries and keys of every attention
+        assert sum(module.awaited for module in model.modules() if isinstance(module, PackedLinear)) == 2 * tiny.LAYERS
+        assert sum("forward" in vars(module) for module in model.modules()) == tiny.LAYERS
     mixtral = runtime.load(written("mixtral", tmp_path / "c", "w4a16-g32"), kernels=True)
     assert kinds(mixtral)[PackedExperts] == 2 * tiny.LAYERS
+
+
+def test_kernels_of_a_layer(tmp_path: Path) -> None:
+    """What a layer launches in a decoding step: two norms and SiLU, four products, the rotation, two writes to the cache, and
+    attention, before which heads of keys and values are copied, as queries have more; transformers' own has 42."""
+
+    class Launches(TorchDispatchMode):
+        """Counts operators that do more than allocate or view."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: Counter[str] = Counter()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if not func.is_view and "empty" not in str(func):
+                self.found[str(func)] += 1
+            return out
+
+    def step(model: Any) -> Counter[str]:
+        decoder = Decoder(model, 1, 16)
+        decoder.prefill(tiny.tokens(1, 9))
+        with Launches() as launches:
+            decoder.step()
+        return launches.found
+
+    folder = written("llama", tmp_path, "w4a16-g32")
+    packed = runtime.load(folder, dtype=torch.float16, kernels=True)
+    found = step(packed)
+    layers = packed.model.layers
+    packed.model.layers, packed.config.num_hidden_layers = layers[:1], 1
+    fewer = step(packed)
+    each = {name: (count - fewer[name]) / (tiny.LAYERS - 1) for name, count in found.items() if count > fewer[name]}
+    assert each == {"rows": 3, "linear_floats": 4, "rope": 1, "index_copy_": 2, "clone": 2, "attend": 1}
 
 
 def test_a_wrong_fusion_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,3 +180,40 @@ def test_compiles_whole(tmp_path: Path) -> None:
         wanted = packed(tokens, use_cache=False).logits
         compiled = torch.compile(packed, backend="eager", fullgraph=True)
         assert torch.allclose(compiled(tokens, use_cache=False).logits, wanted, atol=1e-2)
+
+
+def test_a_product_that_waits() -> None:
+    """Added to something of its shape and dtype, it is computed with the sum, once; whatever else reads it gets the product."""
+    asked: list[Any] = []
+
+    def product(residual: torch.Tensor | None) -> torch.Tensor:
+        asked.append(residual)
+        return torch.full((2, 4), 3.0) if residual is None else 3 + residual
+
+    def waiting() -> Any:
+        return Awaited.of(torch.zeros(2, 8), 4, torch.float32, product)
+
+    ones = torch.ones(2, 4)
+    for add in (
+        lambda x: x + ones,
+        lambda x: ones + x,
+        lambda x: torch.add(ones, x),
+        lambda x: ones + F.dropout(x, 0.5, False),
+    ):
+        found = add(waiting())
+        assert torch.equal(found, ones * 4) and type(found) is torch.Tensor and len(asked) == 1 and asked.pop() is ones
+    assert waiting().shape == (2, 4) and waiting().dtype == torch.float32 and not asked
+    for read in (
+        lambda x: x * 2,
+        lambda x: torch.cat([x]) * 2,
+        lambda x: x.view(-1)[:2] + 3,
+        lambda x: x + 3,
+        lambda x: x + ones[:1] + 2,
+    ):
+        found = read(waiting())
+        assert bool((found == 6).all()) and type(found) is torch.Tensor and asked == [None]
+        asked.clear()
+    assert torch.equal(waiting() + waiting(), ones * 6) and len(asked) == 2
+    asked.clear()
+    one = waiting()
+    assert torch.equal(one.T + (one + ones).T, torch.full((4, 2), 7.0)) and asked == [None]

@@ -35,7 +35,7 @@ LEVELS = (
     ("sensitivity",),
     ("planner",),
     ("evaluate",),
-    ("comparison", "inspection", "bench"),
+    ("comparison", "inspection", "bench", "kernel_bench"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

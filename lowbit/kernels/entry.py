@@ -4,8 +4,8 @@
     rows, stream = add_rms_norm(x, residual, weight, eps, prepared.inputs)
     out = linear(rows, prepared)
 
-A `Prepared` matrix takes floats, or rows of codes of 8 bits (`takes_codes`), which the functions that quantize make of what
-they compute. Everything here runs on any device, and under torch.compile and CUDA graphs.
+A `Prepared` matrix takes floats, or rows of codes of 8 bits (`takes_codes`). The functions that make rows leave either, as
+their `inputs` say. Everything here runs on any device, and under torch.compile and CUDA graphs.
 """
 
 from collections.abc import Sequence
@@ -138,57 +138,100 @@ def linear(x: Tensor | Quantized, prepared: Prepared, bias: Tensor | None = None
 
 # ------------------------------------------------------------------------------------------------------------------- rows
 
+# What a product takes. Each of these functions is one kernel; with `inputs` None it leaves floats of the dtype of x.
+Rows = Tensor | Quantized
 
-def plain(x: Tensor, inputs: Inputs = INT8) -> Quantized:
+
+def plain(x: Tensor, inputs: Inputs = INT8) -> Rows:
     """x [..., width] quantized."""
     return _rows("plain", x, inputs)[0]
 
 
-def silu_mul(gate: Tensor, up: Tensor, inputs: Inputs = INT8) -> Quantized:
+def silu_mul(gate: Tensor, up: Tensor, inputs: Inputs | None = INT8) -> Rows:
     """silu(gate) * up, quantized."""
     return _rows("silu_mul", gate, inputs, second=up)[0]
 
 
-def gelu(x: Tensor, inputs: Inputs = INT8, *, tanh: bool = False) -> Quantized:
+def gelu(x: Tensor, inputs: Inputs | None = INT8, *, tanh: bool = False) -> Rows:
     """GELU, exact or by its approximation with tanh, quantized."""
     return _rows("gelu_tanh" if tanh else "gelu", x, inputs)[0]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, inputs: Inputs = INT8, *, one_plus: bool = False) -> Quantized:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, inputs: Inputs | None = INT8, *, one_plus: bool = False) -> Rows:
     """RMSNorm of x, times weight or (`one_plus`) 1 + weight, quantized."""
     return _rows("rms_norm", x, inputs, weight=weight, eps=eps, one_plus=one_plus)[0]
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, inputs: Inputs = INT8) -> Quantized:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, inputs: Inputs | None = INT8) -> Rows:
     """LayerNorm of x, quantized."""
     return _rows("layer_norm", x, inputs, weight=weight, bias=bias, eps=eps)[0]
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, inputs: Inputs = INT8, *, one_plus: bool = False
-) -> tuple[Quantized, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, inputs: Inputs | None = INT8, *, one_plus: bool = False
+) -> tuple[Rows, Tensor]:
     """`rms_norm` of x + residual, and that sum, rounded to the dtype of x before."""
     return _rows("rms_norm", x, inputs, second=residual, weight=weight, eps=eps, one_plus=one_plus)
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, inputs: Inputs = INT8
-) -> tuple[Quantized, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, inputs: Inputs | None = INT8
+) -> tuple[Rows, Tensor]:
     """`layer_norm` of x + residual, and that sum, rounded to the dtype of x before."""
     return _rows("layer_norm", x, inputs, second=residual, weight=weight, bias=bias, eps=eps)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k [rows, heads, tokens, width] with rotary embedding by cos and sin [rows or 1, tokens, width], in one kernel.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    rows, _, tokens, width = q.shape
+    fits = k.shape[::2] == q.shape[::2] and k.shape[3] == width and width % 2 == 0
+    if not fits or cos.shape != sin.shape or cos.shape[1:] != (tokens, width) or len(cos) not in (1, rows):
+        shapes = ", ".join(str(list(part.shape)) for part in (q, k, cos, sin))
+        raise ValueError(f"q, k, cos and sin of shapes {shapes} do not belong together")
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    return ops.rope(q, k, cos, sin)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: float | None = None) -> Tensor:
+    """Attention of one token of each row: softmax(factor q k^T) v over the tokens where the mask is true.
+
+    Args:
+        q: [rows, heads, 1, width]. k, v: [rows, heads, tokens, width]. mask: bool [rows or 1, 1, 1, tokens].
+        factor: by default width^-0.5.
+
+    Returns:
+        [rows, heads, 1, width].
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    rows, heads, _, width = q.shape
+    tokens = k.shape[2]
+    if q.shape[2] != 1 or not k.shape == v.shape == (rows, heads, tokens, width) or mask.shape[1:] != (1, 1, tokens):
+        shapes = ", ".join(str(list(part.shape)) for part in (q, k, v, mask))
+        raise ValueError(f"q, k, v and mask of shapes {shapes} are no attention of one token")
+    q, k, v, mask = (x if x.stride(-1) == 1 else x.contiguous() for x in (q[:, :, 0], k, v, mask[:, 0, 0]))
+    return ops.attend(q, k, v, mask, width**-0.5 if factor is None else factor)[:, :, None]
 
 
 def _rows(
     producer: str,
     x: Tensor,
-    inputs: Inputs,
+    inputs: Inputs | None,
     *,
     second: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 0.0,
     one_plus: bool = False,
-) -> tuple[Quantized, Tensor]:
+) -> tuple[Rows, Tensor]:
+    if inputs is None:
+        floats, _, _, stream = ops.rows(producer, x, second, weight, bias, eps, one_plus, "", CHANNEL, True, None)
+        return floats, stream
     spec = inputs.spec
     assert spec is not None
     group = CHANNEL if spec.group in (CHANNEL, TENSOR, x.shape[-1]) else spec.group

@@ -194,3 +194,41 @@ def _empty_rows(
 @rows.register_fake
 def _(producer, x, second, weight, bias, eps, one_plus, fmt, group, symmetric, largest):
     return _empty_rows(producer, x, second, fmt, group, symmetric)
+
+
+@torch.library.custom_op("lowbit::rope", mutates_args=())
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k [rows, heads, tokens, width], the last axis contiguous, turned; cos and sin [rows or 1, tokens, width]."""
+    out = torch.empty_like(q), torch.empty_like(k)
+    if not _by_kernel(q):
+        for x, turned in zip((q, k), out, strict=True):
+            turned.copy_(reference.rope(x, cos, sin))
+        return out
+    from lowbit.kernels import rope as kernel
+
+    with torch.cuda.device_of(q):
+        kernel.rope(q, k, cos.contiguous(), sin.contiguous(), *out)
+    return out
+
+
+@rope.register_fake
+def _(q, k, cos, sin):
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+@torch.library.custom_op("lowbit::attend", mutates_args=())
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: float) -> Tensor:
+    """Attention of one token, see `reference.attend`; the last axis of all is contiguous. [rows, heads, width]."""
+    out = q.new_empty(q.shape)
+    if not _by_kernel(q):
+        return out.copy_(reference.attend(q, k, v, mask, factor))
+    from lowbit.kernels import attention
+
+    with torch.cuda.device_of(q):
+        attention.attend(q, k, v, mask, factor, out)
+    return out
+
+
+@attend.register_fake
+def _(q, k, v, mask, factor):
+    return q.new_empty(q.shape)

@@ -93,6 +93,25 @@ def gelu(x: Tensor, tanh: bool = False) -> Tensor:
     return F.gelu(x.float(), approximate="tanh" if tanh else "none")
 
 
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [rows, heads, tokens, width], channel i of each head turned with channel i + width / 2, float32.
+
+    cos and sin are [rows or 1, tokens, width].
+    """
+    a, b = x.float().chunk(2, -1)
+    return x.float() * cos.float()[:, None] + torch.cat([-b, a], -1) * sin.float()[:, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: float) -> Tensor:
+    """softmax(factor q k^T) v over the tokens where mask [rows or 1, tokens] is true, float32 [rows, heads, width].
+
+    q is [rows, heads, width], k and v are [rows, heads, tokens, width].
+    """
+    scores = (k.float() @ q.float()[..., None])[..., 0] * factor
+    shares = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+    return (shares[:, :, None] @ v.float())[:, :, 0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scan:
     """A Mamba2 scan whose x, B, C and state are int8 under scales from calibration (Quamba2, Chiang et al., 2503.22879).

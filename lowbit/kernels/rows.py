@@ -1,7 +1,8 @@
 """Rows of activations as codes, by the kernel that computes them: one pass over memory, a row in registers.
 
 A program makes one row: what produces it (a norm, after the addition of a residual; SiLU times another; GELU; nothing),
-then the largest magnitude of the row or of each group, then codes. Where no inputs are quantized, the row is written as floats.
+then the largest magnitude of the row or of each group, then codes. Where no inputs are quantized, the row is written as floats,
+in blocks of columns where these do not depend on each other.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lowbit.formats import Format
 
+_COLUMNS = 1024  # of a block of floats that need nothing of the rest of their row
 _ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it rounds to whole numbers, half to even
 
 
@@ -32,9 +34,9 @@ def _kernel(
     WHOLE: tl.constexpr, STATIC: tl.constexpr, SYMMETRIC: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, width], scale and zero [rows, groups], stream [rows, width] = x + second; programs: rows."""
+    """out [rows, width], scale and zero [rows, groups], stream [rows, width] = x + second; programs: rows, blocks."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = at < width
     v = tl.load(x + row * x_stride + at, mask=here, other=0.0).to(tl.float32)
     if ADDED:
@@ -112,9 +114,11 @@ def rows(
     if not count:
         return
     block = max(triton.next_power_of_2(width), group)
+    if fmt is None and not producer.endswith("norm"):
+        block = min(block, _COLUMNS)
     how: dict[str, Any] = {"LOW": 0.0, "HIGH": 0.0} if fmt is None else {"LOW": fmt.min, "HIGH": fmt.max}
     codes, scale, zero, stream = out
-    _kernel[(count,)](
+    _kernel[(count, -(-width // block) if fmt is None else 1)](
         *(x, second, weight, bias, codes, scale, zero, stream),
         *(width, x.stride(0), 0 if second is None else second.stride(0), eps, given or 0.0),
         PRODUCER=producer,

@@ -7,5 +7,5 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 # Triton decides when a kernel is defined, so they are imported now, before a test without the interpreter can be the first.
 if importlib.util.find_spec("triton") is not None:
-    for _name in ("codes", "rows", "scan", "weight_only"):
+    for _name in ("attention", "codes", "rope", "rows", "scan", "weight_only"):
         importlib.import_module(f"lowbit.kernels.{_name}")

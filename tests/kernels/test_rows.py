@@ -55,3 +55,23 @@ def test_a_width_that_is_no_power_of_two() -> None:
         reference.layer_norm(x, torch.ones(200), torch.ones(200), 1e-5),
         Input(entry.INT8.spec),
     )
+
+
+@pytest.mark.parametrize("width", [200, 1500])
+def test_floats(width: int) -> None:
+    """Rows of the dtype of what they are made of; of more columns than a block, where blocks do not depend on each other."""
+    both = torch.randn(3, 1, 2 * width, dtype=torch.float16)
+    x, up = both.split(width, -1)
+    weight = torch.rand(width, dtype=torch.float16)
+
+    def equal(found: object, wanted: torch.Tensor) -> bool:
+        assert isinstance(found, torch.Tensor) and found.dtype == torch.float16
+        return torch.allclose(found.float(), wanted, rtol=2e-3, atol=1e-6)
+
+    assert equal(entry.silu_mul(x, up, None), reference.silu_mul(x, up))
+    assert equal(entry.gelu(x, None), reference.gelu(x))
+    assert equal(entry.rms_norm(x, weight, 1e-6, None), reference.rms_norm(x, weight, 1e-6))
+    assert equal(entry.layer_norm(x, weight, None, 1e-5, None), reference.layer_norm(x, weight, None, 1e-5))
+    found, stream = entry.add_rms_norm(x, up, weight, 1e-6, None, one_plus=True)
+    assert torch.equal(stream, x + up)
+    assert equal(found, reference.rms_norm(x + up, weight.float() + 1, 1e-6))
