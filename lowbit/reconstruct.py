@@ -548,8 +548,8 @@ class Training:
         for _, _, tensor in self.named:
             tensor.requires_grad_(True)
         self.losses.append(_step(task, parts, step, self.named))
-        for group, (_, part, _) in zip(self.optimizer.param_groups, self.named, strict=True):
-            rate = self.plan.train[part] * self.plan.rate(step)
+        for group in self.optimizer.param_groups:
+            rate = self.plan.train[group["part"]] * self.plan.rate(step)
             group["lr"] = torch.tensor(rate) if self.plan.optimizer == "adam8bit" else rate
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -642,7 +642,10 @@ class _Sign(torch.optim.Optimizer):
 
 
 def _optimizer(plan: Plan, named: Sequence[tuple[str, Part, Tensor]]) -> torch.optim.Optimizer:
-    groups = [{"params": [tensor], "lr": plan.train[part]} for _, part, tensor in named]
+    groups: list[dict[str, Any]] = [  # few, so that a GPU takes few launches
+        {"params": [tensor for _, each, tensor in named if each == part], "lr": rate, "part": part}
+        for part, rate in plan.train.items()
+    ]
     if plan.optimizer == "adam8bit":
         from torchao.optim import Adam8bit
 
