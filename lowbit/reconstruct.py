@@ -278,7 +278,8 @@ class Span:
     def forward(self, hidden: Tensor, calls: Sequence[Any], parameters: Sequence[dict[str, Tensor]]) -> Tensor:
         """Hidden states that leave the span [rows, length, width] float32, the inputs of its linears quantized."""
         for i, (unit, call, mine) in enumerate(zip(self.units, calls, parameters, strict=True)):
-            hidden = unit.arch.forward(unit.block, hidden, call, self.observer(i, mine), mine)
+            given = multiplied(unit, mine)
+            hidden = unit.arch.forward(unit.block, hidden, call, self.observer(i, given), given)
         return hidden
 
     def observer(self, index: int, parameters: dict[str, Tensor]) -> Observe:
@@ -301,7 +302,7 @@ class Span:
         """The same of the float unit."""
         for unit, weights, call in zip(self.units, self.weights, calls, strict=True):
             floats = _assembled(unit, [(linear.param, linear, weights[linear.name].w) for linear in unit.linears])
-            hidden = unit.arch.forward(unit.block, hidden, call, None, floats)
+            hidden = unit.arch.forward(unit.block, hidden, call, None, multiplied(unit, floats))
         return hidden
 
     def assign(self) -> None:
@@ -312,6 +313,14 @@ class Span:
                 unit.rescale(link, torch.exp(log.detach()))
             for linear in unit.linears:
                 unit.assign(linear, weights[linear.name].result(), method=f"{before[linear.name].method}+{self.plan.name}")
+
+
+def multiplied(unit: Unit, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of a block by their names in it, the matrices of its linears in bfloat16 where the run multiplies them so: it
+    takes half of the time. Gradients are summed in float32; float16 would have no room for them."""
+    dtype = torch.bfloat16 if unit.arch.matrix_dtype == torch.bfloat16 else torch.float32
+    matrices = {linear.param.removeprefix(f"{unit.block.name}.") for linear in unit.block.linears}
+    return {name: value.to(dtype) if name in matrices else value for name, value in parameters.items()}
 
 
 def _check(unit: Unit, plan: Plan) -> None:
