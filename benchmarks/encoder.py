@@ -3,7 +3,8 @@
     python benchmarks/encoder.py --model MINILM [--schemes w4a8-g128 --rows 16]
 
 MINILM is a folder with a BERT that embeds sentences by the mean of its last hidden states, such as all-MiniLM-L6-v2. --out gets
-encoder.json, the table goes into the section `encoder` of --markdown. The exit status is 1 if a bar is missed.
+encoder.json, the table goes into the section `encoder` of --markdown. The exit status is 1 if a bar is missed. Parts may be
+measured by processes side by side, each with its --schemes, --chains and --out; --merge joins them.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from mixed import cosines, first_words
 from results import say
-from sections import RESULTS, ROOT, SHARED, describe, environment, keep
+from sections import RESULTS, ROOT, SHARED, describe, environment, joined, keep
 from techniques import make_recipe
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -64,17 +65,23 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> int:
     """Quantize, embed, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a float checkpoint")
+    parser.add_argument("--model", type=Path, help="folder of a float checkpoint")
     parser.add_argument("--text", type=Path, default=SHARED / "text" / "test.jsonl", help="what to judge on")
     parser.add_argument("--calibration", type=Path, default=SHARED / "text" / "calibration.jsonl")
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--chains", nargs="+", default=CHAINS, help="with {steps} for --steps")
     parser.add_argument("--steps", type=int, default=200, help="of chains that train")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "encoder")
     parser.add_argument("--markdown", type=Path, default=RESULTS)
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="measure nothing, join these results")
     args = parser.parse_args()
+    if args.merge:
+        return write(joined(args.merge), args)
+    if args.model is None:
+        parser.error("--model is missing")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     where = environment(args.device)
@@ -86,7 +93,7 @@ def main() -> int:
     work.mkdir(parents=True)
     rows, models = [], {}
     for scheme in args.schemes:
-        for chain in (chain.format(steps=args.steps) for chain in CHAINS):
+        for chain in (chain.format(steps=args.steps) for chain in args.chains):
             folder = work / str(len(rows))
             report = quantize(str(args.model), folder, recipe=make_recipe({"": scheme}, chain, spec), device=args.device)
             models[str(len(rows))] = load(str(folder), dtype=torch.float32, device=args.device)
@@ -103,8 +110,15 @@ def main() -> int:
         "data": calibration_tokens(spec, tokenizer, vocab_size=vocabulary).describe(),
         "environment": where,
         "rows": rows,
-        "bars": bars(rows),
     }
+    return write(result, args)
+
+
+def write(result: dict[str, Any], args: argparse.Namespace) -> int:
+    """Judge and write the rows, ordered by scheme; 1 if a bar is missed."""
+    order = list(dict.fromkeys(row["scheme"] for row in result["rows"]))
+    result["rows"].sort(key=lambda row: order.index(row["scheme"]))
+    result["bars"] = bars(result["rows"])
     keep(result, args.out / "encoder.json", markdown(result), page=args.markdown, name="encoder")
     return 0 if all(bar["met"] for bar in result["bars"]) else 1
 

@@ -1,12 +1,14 @@
 """What MREM's parallel training buys: seconds and perplexity with one process and with several, at equal steps.
 
     python benchmarks/parallel.py [--processes 1 2 --chain rtn+mrem:blocks=4,steps=250,batch=4 --windows 4]
+    python benchmarks/parallel.py --device cuda --section parallel-gpu
 
 Quantizes the model with each number of processes, every process with one thread (start it with OMP_NUM_THREADS=1), and runs the
 results over the same windows beside the float model. In theory N processes with a module each take an N-th of the time; what
 they share is reading the model, the gate at the end, and the hidden states of the float model, which are told apart here.
+On GPUs every process has one to itself where there are as many, else they share them.
 
---out gets parallel.json; the table goes into the section `parallel` of --markdown. The exit status is 1 if a bar is missed.
+--out gets parallel.json; the table goes into the section --section of --markdown. The exit status is 1 if a bar is missed.
 """
 
 import argparse
@@ -37,7 +39,7 @@ PERPLEXITY = 1.02  # times that of one process, at most
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The section `parallel`."""
+    """The section `parallel`, or one like it."""
     data, text = result["data"], result["text"]
     lines = [
         f"- Model: {result['model']}, {result['scheme']}, {result['chain']}, of which rounding alone has ratio "
@@ -47,17 +49,18 @@ def markdown(result: dict[str, Any]) -> str:
         f"- Text: {text['source']}, {text['windows']} windows of {text['window']} tokens without overlap and without bos, "
         f"{text['targets']:,} targets; float32",
         *describe(result["environment"]),
+        *([f"- GPUs: {result['gpus']}"] if result["gpus"] else []),
         "",
-        "Seconds, as parts of those of one process: of the whole command, and of its training. Ratios are perplexities over "
-        "that of the float model, KL is the mean of KL(float || quantized) in nats.",
+        "Seconds of the whole command and of its training, and how many times as fast that is as one process. Ratios are "
+        "perplexities over that of the float model, KL is the mean of KL(float || quantized) in nats.",
         "",
     ]
     first = result["rows"][0]
     rows = [
         [
             str(row["processes"]),
-            f"{row['seconds'] / first['seconds']:.3f}",
-            f"{row['training'] / first['training']:.3f}",
+            f"{row['seconds']:.0f} ({first['seconds'] / row['seconds']:.2f})",
+            f"{row['training']:.0f} ({first['training'] / row['training']:.2f})",
             f"{row['score']['ratio']:.4f}",
             f"{row['score']['kl']:.4f}",
         ]
@@ -99,6 +102,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "parallel")
     parser.add_argument("--markdown", type=Path, default=RESULTS)
+    parser.add_argument("--section", default="parallel")
     args = parser.parse_args()
     if torch.get_num_threads() != 1 and args.device == "cpu":
         parser.error("start it with OMP_NUM_THREADS=1, so that every process has one thread")
@@ -142,10 +146,11 @@ def main() -> int:
         "data": calibration_tokens(spec, tokenizer, vocab_size=vocabulary).describe(),
         "text": {"source": args.text.name, "window": args.window, "windows": len(windows), "targets": targets},
         "environment": where,
+        "gpus": torch.cuda.device_count() if args.device == "cuda" else 0,
         "rows": rows,
         "bars": bars(rows),
     }
-    keep(result, args.out / "parallel.json", markdown(result), page=args.markdown, name="parallel")
+    keep(result, args.out / "parallel.json", markdown(result), page=args.markdown, name=args.section)
     return 0 if all(bar["met"] for bar in result["bars"]) else 1
 
 

@@ -69,7 +69,7 @@ TABLE: dict[str, tuple[bool, list[str], list[str], list[str], list[int], list[st
         ["rtn:shrink_steps=9", "gptq:shrink_steps=9", "awq+gptq:shrink_steps=9"],
     ),
 }
-ROUNDED = ["rtn:importance=true+signround:steps=40", "rtn:importance=true+signround:steps=160"]
+ROUNDED = [f"rtn:importance=true+signround:{how}" for how in ("steps=40", "steps=80,batch=4", "steps=160", "steps=320,batch=4")]
 TABLES = {
     "peers": TABLE,
     "autoround": {

@@ -26,6 +26,8 @@ SECTIONS = {
     "learned": ("Learned reconstruction", "learned.py"),
     "encoder": ("Learned reconstruction of an encoder", "encoder.py --model MINILM"),
     "parallel": ("MREM in several processes", "parallel.py"),
+    "parallel-gpu": ("MREM in several processes on a GPU", "parallel.py --device cuda --section parallel-gpu"),
+    "parallel-gpus": ("MREM in several processes, a GPU each", "parallel.py --device cuda --section parallel-gpus"),
     "blocks": ("A block of a large model", "blocks.py --device cuda --peer"),
     "depth": ("Memory of training against depth", "blocks.py --section depth --layers 4 16 --hidden 512 ..."),
     "mixed": ("Mixed precision", "mixed.py --signals kl fisher --length 256 --windows 64"),

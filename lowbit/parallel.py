@@ -15,7 +15,9 @@ finds it finished, judges it on held-out rows as any other, and writes the check
 `rank-R` of the journal, so a run with a dead rank goes on from where each rank was.
 
 Processes are started here, on this machine, or by torchrun, on any number of machines that share the output folder. Hidden
-states travel through gloo, in the memory of the host, also between GPUs: a message is a few rows.
+states travel from GPU to GPU through NCCL where every rank has a GPU to itself, else through gloo, in the memory of the host.
+Which rows they are is sent through gloo in any case, before them: so a GPU waits for hidden states only when they are about
+to come, and its training is not held up by a transfer that nobody has begun.
 """
 
 import collections
@@ -26,7 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +47,7 @@ from lowbit.unit import Input, Stream, Unit, fast_products
 
 CAPACITY = 8  # messages in a queue
 WARM_UP = 4  # messages before a rank begins
+_PATIENCE = timedelta(days=30)  # a rank that died ends the run; one that is slow does not
 
 
 # ------------------------------------------------------------------------------------------------------------ the processes
@@ -72,7 +75,7 @@ class Team:
 
     def called(self) -> Path | None:
         """What `call` tells, waited for."""
-        self.store.wait(["lowbit"], timedelta(days=30))
+        self.store.wait(["lowbit"], _PATIENCE)
         work = self.store.get("lowbit").decode()
         return Path(work) if work else None
 
@@ -136,6 +139,38 @@ def _steps_done(log: Path) -> int:
 # ---------------------------------------------------------------------------------------------------------------- one process
 
 
+def join(store: dist.Store, rank: int, world: int, device: torch.device) -> torch.device:
+    """Set up the process group of ranks that train on `device` each; returns where hidden states are when they are sent.
+
+    Raises:
+        RuntimeError: a rank does not answer.
+    """
+    store.set(f"place-{rank}", _place(device))
+    backend = backend_of([store.get(f"place-{other}").decode() for other in range(world)])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
+    if backend == "gloo":
+        return torch.device("cpu")
+    torch.cuda.set_device(device)
+    first = torch.zeros(1, device=device)  # makes the connections, one after the other: two threads would make two at once
+    if rank > 0:
+        dist.recv(first, rank - 1)
+    if rank + 1 < world:
+        dist.send(first, rank + 1)
+    torch.cuda.synchronize(device)
+    return device
+
+
+def _place(device: torch.device) -> str:
+    """What a rank trains on: which GPU of all there are, or nothing."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" and dist.is_nccl_available() else ""
+
+
+def backend_of(places: Sequence[str]) -> str:
+    """What messages go through, by the GPUs of the ranks ("": none): NCCL wants one for each."""
+    alone = "" not in places and len(set(places)) == len(places)
+    return "cpu:gloo,cuda:nccl" if alone else "gloo"
+
+
 def parallel_step(recipe: Recipe, schemes: dict[str, Scheme]) -> Step:
     """The step that trains.
 
@@ -188,10 +223,19 @@ class Queue:
     """What arrives from the rank before, received by a thread, at most `capacity` messages."""
 
     def __init__(
-        self, count: int, steps: int, shape: tuple[int, int], *, source: int, deterministic: bool, capacity: int = CAPACITY
+        self,
+        count: int,
+        steps: int,
+        shape: tuple[int, int],
+        *,
+        source: int,
+        deterministic: bool,
+        carrier: torch.device,
+        capacity: int = CAPACITY,
     ) -> None:
-        """count: of batches in a message; steps: messages in all; shape: length and width of the hidden states."""
-        self.count, self.steps, self.shape, self.source = count, steps, shape, source
+        """count: of batches in a message; steps: messages in all; shape: length and width of the hidden states; carrier: where
+        they are when they arrive."""
+        self.count, self.steps, self.shape, self.source, self.carrier = count, steps, shape, source, carrier
         self.deterministic, self.capacity = deterministic, capacity
         self.messages: collections.deque[Message] = collections.deque()
         self.received = 0
@@ -212,8 +256,11 @@ class Queue:
                 found: tuple[dict[tuple[int, int], Tensor], ...] = ({}, {})
                 for part in parts:
                     for states in found:
-                        states[part] = torch.empty(part[1] - part[0], *self.shape)
-                        dist.recv(states[part], self.source)
+                        states[part] = torch.empty(part[1] - part[0], *self.shape, device=self.carrier)
+                with _beside(self.carrier):
+                    for part in parts:
+                        for states in found:
+                            dist.recv(states[part], self.source)
                 self.put(Message(parts, *found))
         except RuntimeError as error:
             with self.changed:
@@ -247,6 +294,20 @@ class Queue:
             return message
 
 
+@contextmanager
+def _beside(carrier: torch.device) -> Iterator[None]:
+    """Receive into tensors made before, which what a GPU is given to compute meanwhile does not wait for; at the end they are
+    filled."""
+    if carrier.type == "cpu":
+        yield
+        return
+    stream = torch.cuda.Stream(carrier)
+    stream.wait_stream(torch.cuda.current_stream(carrier))  # what used the memory of the tensors before
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
 class Passed:
     """A `Task` on the hidden states of one message; keeps what the module makes of them."""
 
@@ -265,7 +326,7 @@ class Passed:
         rounded = self.span.units[0].stream.rounded
         self.targets = {part: rounded(target) for part, target in self.targets.items()}
         if not self.scale:
-            self.scale = scale_of([(target.cpu(), message.taught[part]) for part, target in self.targets.items()])
+            self.scale = scale_of([(target, taught[part]) for part, target in self.targets.items()])
 
     def calls(self, part: tuple[int, int]) -> list[Any]:
         """The other arguments of the calls of the module's blocks."""
@@ -281,7 +342,7 @@ class Passed:
     def sent(self) -> Message:
         """What the next module gets, rounded as hidden states are between blocks."""
         stream = self.span.units[0].stream
-        taught, own = ({part: stream.rounded(x.cpu()) for part, x in states.items()} for states in (self.targets, self.outputs))
+        taught, own = ({part: stream.rounded(x) for part, x in states.items()} for states in (self.targets, self.outputs))
         return Message(self.message.parts, taught, own)
 
 
@@ -293,9 +354,10 @@ def train(
     work: Path,
     progress: Callable[[int], None],
     *,
+    carrier: torch.device,
     deterministic: bool = False,
 ) -> None:
-    """What one rank does; the process group is set up. Its modules' records are in `work` afterwards.
+    """What one rank does after `join`, which gave the carrier. Its modules' records are in `work` afterwards.
 
     `progress` is called with the steps done.
     """
@@ -322,7 +384,7 @@ def train(
     shape = (tokens.shape[1], stream.width)
     queue = None
     if rank > 0:
-        queue = Queue(order.count, plan.steps, shape, source=rank - 1, deterministic=deterministic)
+        queue = Queue(order.count, plan.steps, shape, source=rank - 1, deterministic=deterministic, carrier=carrier)
     pending: collections.deque[Any] = collections.deque()
     if rank + 1 < world:
         pending.append((dist.isend(header := torch.tensor([first]), rank + 1), header))
@@ -336,7 +398,7 @@ def train(
                 training.step(task, message.parts)
             message = task.sent()
         if rank + 1 < world:
-            _send(message, rank + 1, pending)
+            _send(message, rank + 1, pending, carrier)
         progress(step + 1)
     for handle, _ in pending:
         handle.wait()
@@ -381,10 +443,10 @@ def _forward(task: Passed) -> None:
             task.loss(part, parameters, 0.0)
 
 
-def _send(message: Message, target: int, pending: collections.deque[Any]) -> None:
-    """Send on; what was sent is kept until it has arrived."""
+def _send(message: Message, target: int, pending: collections.deque[Any], carrier: torch.device) -> None:
+    """Send on from the carrier; what was sent is kept until it has arrived."""
     tensors = [torch.tensor(message.parts)]
-    tensors += [states[part].contiguous() for part in message.parts for states in (message.taught, message.own)]
+    tensors += [states[part].to(carrier).contiguous() for part in message.parts for states in (message.taught, message.own)]
     pending.extend((dist.isend(tensor, target), tensor) for tensor in tensors)
     while len(pending) > 4 * CAPACITY * len(tensors):
         pending.popleft()[0].wait()

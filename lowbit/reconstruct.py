@@ -278,7 +278,8 @@ class Span:
     def forward(self, hidden: Tensor, calls: Sequence[Any], parameters: Sequence[dict[str, Tensor]]) -> Tensor:
         """Hidden states that leave the span [rows, length, width] float32, the inputs of its linears quantized."""
         for i, (unit, call, mine) in enumerate(zip(self.units, calls, parameters, strict=True)):
-            hidden = unit.arch.forward(unit.block, hidden, call, self.observer(i, mine), mine)
+            given = multiplied(unit, mine)
+            hidden = unit.arch.forward(unit.block, hidden, call, self.observer(i, given), given)
         return hidden
 
     def observer(self, index: int, parameters: dict[str, Tensor]) -> Observe:
@@ -301,7 +302,7 @@ class Span:
         """The same of the float unit."""
         for unit, weights, call in zip(self.units, self.weights, calls, strict=True):
             floats = _assembled(unit, [(linear.param, linear, weights[linear.name].w) for linear in unit.linears])
-            hidden = unit.arch.forward(unit.block, hidden, call, None, floats)
+            hidden = unit.arch.forward(unit.block, hidden, call, None, multiplied(unit, floats))
         return hidden
 
     def assign(self) -> None:
@@ -312,6 +313,14 @@ class Span:
                 unit.rescale(link, torch.exp(log.detach()))
             for linear in unit.linears:
                 unit.assign(linear, weights[linear.name].result(), method=f"{before[linear.name].method}+{self.plan.name}")
+
+
+def multiplied(unit: Unit, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of a block by their names in it, the matrices of its linears in bfloat16 where the run multiplies them so: it
+    takes half of the time. Gradients are summed in float32; float16 would have no room for them."""
+    dtype = torch.bfloat16 if unit.arch.matrix_dtype == torch.bfloat16 else torch.float32
+    matrices = {linear.param.removeprefix(f"{unit.block.name}.") for linear in unit.block.linears}
+    return {name: value.to(dtype) if name in matrices else value for name, value in parameters.items()}
 
 
 def _check(unit: Unit, plan: Plan) -> None:
@@ -548,8 +557,8 @@ class Training:
         for _, _, tensor in self.named:
             tensor.requires_grad_(True)
         self.losses.append(_step(task, parts, step, self.named))
-        for group, (_, part, _) in zip(self.optimizer.param_groups, self.named, strict=True):
-            rate = self.plan.train[part] * self.plan.rate(step)
+        for group in self.optimizer.param_groups:
+            rate = self.plan.train[group["part"]] * self.plan.rate(step)
             group["lr"] = torch.tensor(rate) if self.plan.optimizer == "adam8bit" else rate
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -642,7 +651,10 @@ class _Sign(torch.optim.Optimizer):
 
 
 def _optimizer(plan: Plan, named: Sequence[tuple[str, Part, Tensor]]) -> torch.optim.Optimizer:
-    groups = [{"params": [tensor], "lr": plan.train[part]} for _, part, tensor in named]
+    groups: list[dict[str, Any]] = [  # few, so that a GPU takes few launches
+        {"params": [tensor for _, each, tensor in named if each == part], "lr": rate, "part": part}
+        for part, rate in plan.train.items()
+    ]
     if plan.optimizer == "adam8bit":
         from torchao.optim import Adam8bit
 

@@ -43,7 +43,7 @@ from lowbit.data import Calibration, DataSpec, calibration_tokens, without_docum
 from lowbit.export import NATIVE, QuantizedSource, check_export, encode, encode_static, load, quantized_sites, write_config
 from lowbit.files import TEMPORARY, replacing, save_shard, write_json
 from lowbit.methods.embed import Rounded
-from lowbit.parallel import Team, launch, parallel_step, say_step, shares, train
+from lowbit.parallel import Team, join, launch, parallel_step, say_step, shares, train
 from lowbit.qtensor import QTensor, Scheme, check_shape
 from lowbit.recipe import METHODS, Recipe, Step, default_of, recipe_from_dict, short_recipe
 from lowbit.reconstruct import check_optimizer
@@ -286,12 +286,12 @@ def train_rank(work: Path, team: Team | None = None, progress: Callable[[int], N
         rank, store = int(os.environ["RANK"]), dist.FileStore(job["meeting"], world)
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    carrier = join(store, rank, world, torch.device(device))
     recipe = recipe_from_dict(job["recipe"])
     arch = rewritten(Arch(open_source(job["model"]), device=device), recipe, lambda stage, done, total: None)
     _, schemes = _chosen(arch, recipe)
     tokens = load_file(work / "tokens")["tokens"]
-    train(arch, recipe, schemes, tokens, work, progress, deterministic=job["deterministic"])
+    train(arch, recipe, schemes, tokens, work, progress, carrier=carrier, deterministic=job["deterministic"])
     dist.destroy_process_group()
 
 

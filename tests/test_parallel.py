@@ -16,7 +16,7 @@ from training import Setting
 
 from lowbit import parallel
 from lowbit.data import DataSpec
-from lowbit.parallel import Message, Passed, Queue, parallel_step, shares
+from lowbit.parallel import Message, Passed, Queue, backend_of, launch, parallel_step, shares
 from lowbit.qtensor import parse_scheme
 from lowbit.recipe import short_recipe
 from lowbit.reconstruct import Plan, Span, Training
@@ -72,10 +72,24 @@ def test_shares(count: int, span: int, world: int, expected: list[range]) -> Non
         shares(count, span, count + 1)
 
 
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        (["", ""], "gloo"),
+        (["gpu-a", "gpu-a"], "gloo"),
+        (["gpu-a", "gpu-b", "gpu-a"], "gloo"),
+        (["gpu-a", ""], "gloo"),
+        (["gpu-a", "gpu-b"], "cpu:gloo,cuda:nccl"),
+    ],
+)
+def test_nccl_where_every_rank_has_a_gpu_to_itself(places: list[str], expected: str) -> None:
+    assert backend_of(places) == expected
+
+
 def queue(capacity: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> Queue:
     """A queue whose thread receives nothing."""
     monkeypatch.setattr(Queue, "_receive", lambda self: None)
-    return Queue(1, 100, (4, 8), source=0, deterministic=deterministic, capacity=capacity)
+    return Queue(1, 100, (4, 8), source=0, deterministic=deterministic, carrier=torch.device("cpu"), capacity=capacity)
 
 
 def message(number: int) -> Message:
@@ -172,6 +186,56 @@ def test_numbers_that_mean_nothing(world: int, deterministic: bool, llama: Path,
 
 
 # ------------------------------------------------------------------------------------------------------------ in processes
+
+MESSAGES = """
+import collections, os, torch, torch.distributed as dist
+from lowbit.parallel import Message, Queue, _send, join
+
+rank, device = int(os.environ["RANK"]), torch.device({devices!r}[int(os.environ["RANK"])])
+carrier = join(dist.FileStore({meeting!r}, 2), rank, 2, device)
+assert carrier.type == {carrier!r}, carrier
+part, generator = (4, 6), torch.Generator().manual_seed(7)
+sent = [[torch.randn(2, 5, 3, generator=generator) for _ in range(2)] for _ in range(20)]
+if rank == 0:
+    pending = collections.deque([(dist.isend(first := torch.tensor([0]), 1), first)])
+    for taught, own in sent:
+        _send(Message([part], {{part: taught.to(device)}}, {{part: own.to(device)}}), 1, pending, carrier)
+    for handle, _ in pending:
+        handle.wait()
+else:
+    queue = Queue(1, len(sent), (5, 3), source=0, deterministic=True, carrier=carrier, capacity=2)
+    for taught, own in sent:
+        message = queue.get()
+        assert message.own[part].device == carrier and message.parts == [part]
+        assert torch.equal(message.taught[part].cpu(), taught) and torch.equal(message.own[part].cpu(), own)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    ("devices", "carrier"),
+    [
+        pytest.param(["cpu", "cpu"], "cpu", marks=pytest.mark.slow),
+        pytest.param(["cuda:0", "cuda:0"], "cpu", marks=pytest.mark.gpu),
+        pytest.param(["cuda:0", "cuda:1"], "cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_messages_arrive_as_they_were_sent(devices: list[str], carrier: str, tmp_path: Path) -> None:
+    """Through gloo, and through NCCL between two GPUs; the memory of a queue of two messages is used again and again."""
+    if torch.cuda.device_count() < len(set(devices) - {"cpu"}):
+        pytest.skip("needs two GPUs")
+    script = MESSAGES.format(devices=devices, carrier=carrier, meeting=str(tmp_path / "meeting"))
+    launch(script, tmp_path, [range(0, 1), range(1, 2)], lambda done: None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_processes_on_gpus(llama: Path, tmp_path: Path, deterministic: bool) -> None:
+    """Whether they share one or have one each."""
+    what = options(steps=12, rate=0.03)
+    quantize(str(llama), tmp_path / "out", device="cuda", parallel=2, deterministic=deterministic, **what)
+    assert all(note["loss_after"] < note["loss_before"] for note in notes(tmp_path / "out"))
 
 
 @pytest.mark.slow

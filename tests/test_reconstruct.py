@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from lowbit import reconstruct as module
 from lowbit.methods.gptq import gptq
 from lowbit.methods.rtn import rtn
 from lowbit.qtensor import dequantize, find_params, parse_scheme, quantize
-from lowbit.reconstruct import Part, Plan, Span, Weight, reconstruct
+from lowbit.reconstruct import Part, Plan, Span, Weight, multiplied, reconstruct
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,24 @@ def test_what_was_trained_is_what_is_assigned(name: str, scheme: str, settings: 
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_are_those_of_the_run(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The float unit computes what the run computed for the teacher, to the bit; gradients are float32, also of bfloat16
+    matrices."""
+    setting = Setting(tmp_path, dtype=dtype)
+    (unit,) = setting.units()
+    span, stream, part = Span([unit], plan()), setting.stream, (0, 2)
+    calls = [stream.calls(part, 0)]
+    found = span.float_forward(stream.read(0, *part), calls)
+    assert torch.equal(stream.rounded(found), stream.read(1, *part, teacher=True))
+    (leaves,) = span.assembled(span.pieces())
+    given = multiplied(unit, {name: leaf.requires_grad_(True) for name, leaf in leaves.items()})
+    expected = torch.bfloat16 if unit.arch.matrix_dtype == torch.bfloat16 else torch.float32
+    assert {value.dtype for value in given.values()} == {expected}
+    span.forward(stream.read(0, *part), calls, [leaves]).square().sum().backward()
+    assert all(leaf.grad.dtype == torch.float32 and bool(leaf.grad.any()) for leaf in leaves.values())
 
 
 def test_rates_and_forcing() -> None:

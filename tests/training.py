@@ -19,8 +19,8 @@ ROWS, LENGTH = 24, 48
 class Setting:
     """A tiny model with a stream and a teacher, whose blocks are solved up to where training begins."""
 
-    def __init__(self, folder: Path, name: str = "llama") -> None:
-        tiny.save(name, folder / "model", dtype=torch.float32, seed=5)
+    def __init__(self, folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32) -> None:
+        tiny.save(name, folder / "model", dtype=dtype, seed=5)
         self.arch = discover(open_source(str(folder / "model")))
         (folder / "work").mkdir()
         self.stream = Stream(self.arch, tiny.tokens(ROWS, LENGTH), folder / "work", teacher=True)

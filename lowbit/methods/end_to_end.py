@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lowbit.reconstruct import ADAM, Order, Part, Plan, Span, divided, fit
+from lowbit.reconstruct import ADAM, Order, Part, Plan, Span, divided, fit, multiplied
 from lowbit.unit import Between, Unit
 
 Taught = Callable[[tuple[int, int]], Tensor]
@@ -79,8 +79,8 @@ class _Whole:
         hidden = self.stream.read(0, *part)
         for i, unit in enumerate(self.span.units):
             call = self.stream.calls(part, i)
-            observe = self.span.observer(i, parameters[i])
-            args = (unit.block, hidden, call, observe, parameters[i])
+            given = multiplied(unit, parameters[i])
+            args = (unit.block, hidden, call, self.span.observer(i, given), given)
             if torch.is_grad_enabled():
                 hidden = checkpoint(unit.arch.forward, *args, use_reentrant=False)
             else:
