@@ -33,7 +33,7 @@ from transformers.utils import logging
 from lowbit.data import DataSpec, calibration_tokens, evaluation_tokens
 from lowbit.evaluate import plan_windows
 from lowbit.export import load
-from lowbit.recipe import METHODS, Recipe, Rule, Step
+from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step
 from lowbit.report import table
 
 # setting -> chains
@@ -96,9 +96,14 @@ def parse_chain(text: str) -> tuple[Step, ...]:
 
 
 def make_recipe(schemes: dict[str, str], chain: str, data: DataSpec) -> Recipe:
-    """The recipe of one row; the schemes by the names of linears that they match."""
-    rules = tuple(Rule(match=match, scheme=scheme) for match, scheme in schemes.items())
-    recipe = Recipe(rules=rules, steps=parse_chain(chain), data=data, format="lowbit")
+    """The recipe of one row; the schemes by the names of linears that they match. A head, which rotate unties, stays float."""
+    head = Rule(match="lm_head|embed_out", scheme=FLOAT, optional=True)
+    recipe = Recipe(
+        rules=(head, *(Rule(match=match, scheme=scheme) for match, scheme in schemes.items())),
+        steps=parse_chain(chain),
+        data=data,
+        format="lowbit",
+    )
     return recipe if recipe.calibrated else replace(recipe, data=None)
 
 

@@ -783,7 +783,7 @@ def _gate(
     logits = _logits(twin, tokens, hidden, quantized)
     twin.free_outside()
     if _head_logits(folder / ".work").exists():
-        solved = load_file(_head_logits(folder / ".work"))["logits"]
+        solved = load_file(_head_logits(folder / ".work"))["logits"].to(logits.device)
     else:
         arch.load_outside()
         solved = _logits(arch, tokens, stream.read(len(arch.blocks), 0, len(tokens)), {})

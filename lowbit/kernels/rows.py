@@ -138,4 +138,4 @@ def rows(
 
 
 def _warps(block: int) -> int:
-    return min(16, max(1, block // 1024))
+    return min(16, max(1, block // 512))
