@@ -37,7 +37,6 @@ SECTIONS = {
         "--length 128 --plan-length 128",
     ),
     "ssm": ("State space models", "ssm.py"),
-    "weight-only": ("Weight-only linear on a GPU, before 2026-11-25", "kernels.py --part floats"),
     "kernels": ("Kernels on a GPU", "kernels.py --part check|floats|others|codes|rows|binary"),
     "scans": ("Scans on a GPU", "scans.py --part check|decode"),
     "end-to-end": ("Models on the kernels, end to end", "end_to_end.py --part decode   # then prefill, encoder"),
