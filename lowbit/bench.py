@@ -148,6 +148,8 @@ def bench(
     unknown = [peer for peer in peers if peer not in PEERS]
     if unknown:
         raise ValueError(f"no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
+    if "torchao-int4" in peers and torch.device(device).type != "cuda":
+        raise ValueError("the kernel of torchao-int4 is one for GPUs; leave it out, or give --device cuda")
     if peers and isinstance(export.open_checkpoint(models[0]), export.QuantizedSource):
         raise ValueError(f"{models[0]} is quantized already, so that {peers[0]} cannot do it; name the original first")
     where = torch.device(device)

@@ -45,7 +45,8 @@ class _Layer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        return self.keys.index_copy_(2, self.at, key_states), self.values.index_copy_(2, self.at, value_states)
+        entry.put(self.keys, self.values, key_states, value_states, self.at)
+        return self.keys, self.values
 
     def get_seq_length(self) -> Any:
         """How many tokens came before this call."""

@@ -85,14 +85,14 @@ def dtype_of(scheme: str) -> torch.dtype:
     return torch.bfloat16 if scheme == "fp8" else torch.float16
 
 
-def quantized(scheme: str, out: int, inner: int, dtype: torch.dtype = torch.float16, device: str = DEVICE) -> QTensor:
+def quantized(scheme: str, out: int, inner: int, dtype: torch.dtype = torch.float16, device: str = "cuda") -> QTensor:
     """A random matrix, quantized."""
     spec = parse_scheme(scheme).weight
     w = torch.randn(out, inner, device=device) / inner**0.5
     return quantize(w, find_params(w, spec, scale_dtype=dtype), spec)
 
 
-def prepared(scheme: str, out: int, inner: int, dtype: torch.dtype = torch.float16, device: str = DEVICE) -> Prepared:
+def prepared(scheme: str, out: int, inner: int, dtype: torch.dtype = torch.float16, device: str = "cuda") -> Prepared:
     """The same, laid out."""
     inputs = parse_scheme(scheme).input
     given = None if inputs is None else Input(inputs)
@@ -213,7 +213,7 @@ def bench_kernels(
     jobs = [(model, *shape, scheme) for model in models for shape in SHAPES[model] for scheme in schemes]
     beside: dict[tuple[Any, ...], dict[str, float]] = {}
     for done, (model, inner, out, scheme) in enumerate(jobs, 1):
-        matrix = prepared(scheme, out, inner, dtype_of(scheme))
+        matrix = prepared(scheme, out, inner, dtype_of(scheme), DEVICE)
         many = copies(matrix)
         for m in rows:
             x = torch.randn(m, inner, device=DEVICE, dtype=matrix.dtype)

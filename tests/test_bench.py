@@ -36,6 +36,8 @@ def test_refused(tmp_path: Path) -> None:
         bench([str(tmp_path / "bert")], prompt=8)
     with pytest.raises(ValueError, match="no peer 'awq'; there are torchao-int4"):
         bench([str(tmp_path / "bert")], peers=["awq"])
+    with pytest.raises(ValueError, match="is one for GPUs"):
+        bench([str(tmp_path / "bert")], peers=["torchao-int4"])
     out = written("llama", tmp_path, "w4a16-g32")
     with pytest.raises(ValueError, match="quantized already"):
         bench([out], peers=["torchao-int8"])

@@ -89,8 +89,8 @@ def test_what_is_joined(tmp_path: Path) -> None:
 
 
 def test_kernels_of_a_layer(tmp_path: Path) -> None:
-    """What a layer launches in a decoding step: two norms and SiLU, four products, the rotation, two writes to the cache, and
-    attention, before which heads of keys and values are copied, as queries have more; transformers' own has 42."""
+    """What a layer launches in a decoding step: two norms and SiLU, four products, the rotation, one write to the cache, and
+    attention, before which heads of keys and values are copied, as queries have more; transformers' own has 48."""
 
     class Launches(TorchDispatchMode):
         """Counts operators that do more than allocate or view."""
@@ -101,8 +101,9 @@ def test_kernels_of_a_layer(tmp_path: Path) -> None:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            if not func.is_view and "empty" not in str(func):
-                self.found[str(func)] += 1
+            name = func.name().split("::")[1].partition(".")[0]
+            if not func.is_view and "empty" not in name and name != "_unsafe_view":
+                self.found[name] += 1
             return out
 
     def step(model: Any) -> Counter[str]:
@@ -119,7 +120,7 @@ def test_kernels_of_a_layer(tmp_path: Path) -> None:
     packed.model.layers, packed.config.num_hidden_layers = layers[:1], 1
     fewer = step(packed)
     each = {name: (count - fewer[name]) / (tiny.LAYERS - 1) for name, count in found.items() if count > fewer[name]}
-    assert each == {"rows": 3, "linear_floats": 4, "rope": 1, "index_copy_": 2, "clone": 2, "attend": 1}
+    assert each == {"rows": 3, "linear_floats": 4, "rope": 1, "put": 1, "clone": 2, "attend": 1}
 
 
 def test_a_wrong_fusion_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,13 +174,13 @@ def test_corrections_and_the_other_format(tmp_path: Path) -> None:
 
 
 def test_compiles_whole(tmp_path: Path) -> None:
-    """torch.compile sees one graph, handoffs included."""
+    """torch.compile sees one graph, handoffs included; sums are rounded elsewhere, which flips codes of inputs."""
     packed = runtime.load(written("llama", tmp_path, "w8a8"), dtype=torch.float16, kernels=True)
     tokens = tiny.tokens(1, 16)
     with torch.no_grad():
         wanted = packed(tokens, use_cache=False).logits
         compiled = torch.compile(packed, backend="eager", fullgraph=True)
-        assert torch.allclose(compiled(tokens, use_cache=False).logits, wanted, atol=1e-2)
+        assert runtime._distance(compiled(tokens, use_cache=False).logits, wanted) < 0.05
 
 
 def test_a_product_that_waits() -> None:

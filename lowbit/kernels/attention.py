@@ -1,7 +1,7 @@
-"""Attention of one token to a cache under a mask, as a step of decoding has it.
+"""What a step of decoding does with a cache: keys and values put into it, and attention of one token to it under a mask.
 
-One program has a part of the tokens of one head, as heads alone are too few to read a cache as fast as memory gives it; the
-last part that finishes joins them (Flash-Decoding, Dao et al., 2023), in their order. What the mask hides is not read.
+In attention a program has a part of the tokens of one head, as heads alone are too few to read a cache as fast as memory gives
+it; the last part that finishes joins them (Flash-Decoding, Dao et al., 2023), in their order. What the mask hides is not read.
 """
 
 from functools import cache
@@ -91,6 +91,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: float, out: Te
         WIDTH=block,
         SPLIT=parts > 1,
         num_warps=4,
+    )
+
+
+@triton.jit
+def _put_kernel(
+    k, v, keys, values, at, heads, length, k_width, v_width, k_b, k_h, k_t, v_b, v_h, v_t, WIDTH: tl.constexpr
+):  # fmt: skip
+    """keys, values [rows, heads, length, width] at [tokens] = k, v; programs: heads of all rows, tokens."""
+    slot, token = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = slot // heads, slot % heads
+    place = slot * length + tl.load(at + token)
+    d = tl.arange(0, WIDTH)
+    new = tl.load(k + row * k_b + head * k_h + token * k_t + d, mask=d < k_width, other=0.0)
+    tl.store(keys + place * k_width + d, new, mask=d < k_width)
+    new = tl.load(v + row * v_b + head * v_h + token * v_t + d, mask=d < v_width, other=0.0)
+    tl.store(values + place * v_width + d, new, mask=d < v_width)
+
+
+def put(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, at: Tensor) -> None:
+    """Put k and v [rows, heads, tokens, width] into contiguous keys and values [rows, heads, length, width], at [tokens].
+
+    The last axis of k and v is contiguous.
+    """
+    rows, heads, tokens, width = k.shape
+    _put_kernel[(rows * heads, tokens)](
+        *(k, v, keys, values, at, heads, keys.shape[2], width, v.shape[3], *k.stride()[:3], *v.stride()[:3]),
+        WIDTH=triton.next_power_of_2(max(width, v.shape[3])),
+        num_warps=1,
     )
 
 

@@ -196,6 +196,19 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return ops.rope(q, k, cos, sin)
 
 
+def put(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, at: Tensor) -> None:
+    """Put k and v [rows, heads, tokens, width] into a contiguous cache [rows, heads, length, width], at [tokens]: one kernel.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+    """
+    for cache, new in ((keys, k), (values, v)):
+        same = cache.dtype == new.dtype and cache.shape[::3] == new.shape[::3] and cache.shape[1] == new.shape[1]
+        if not same or at.shape != new.shape[2:3] or not cache.is_contiguous():
+            raise ValueError(f"{new.dtype} {list(new.shape)} does not go into a cache {cache.dtype} {list(cache.shape)}")
+    ops.put(keys, values, k, v, at)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: float | None = None) -> Tensor:
     """Attention of one token of each row: softmax(factor q k^T) v over the tokens where the mask is true.
 

@@ -232,3 +232,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: float) -> Tens
 @attend.register_fake
 def _(q, k, v, mask, factor):
     return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("lowbit::put", mutates_args=("keys", "values"))
+def put(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, at: Tensor) -> None:
+    """k and v [rows, heads, tokens, width] into a contiguous cache [rows, heads, length, width], at [tokens]."""
+    if not _by_kernel(k):
+        keys.index_copy_(2, at, k)
+        values.index_copy_(2, at, v)
+        return
+    from lowbit.kernels import attention
+
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    with torch.cuda.device_of(k):
+        attention.put(keys, values, k, v, at)

@@ -29,6 +29,18 @@ def test_against_torch(processors: int, shared: bool, monkeypatch: pytest.Monkey
     assert torch.equal(found, entry.attend(q, k, v, mask, 0.3))
 
 
+def test_put() -> None:
+    """Views of different widths, tokens in any order; the rest of the cache stays."""
+    k, v = (torch.randn(2, 3, 4, width, dtype=torch.float16).transpose(1, 2) for width in (24, 16))
+    keys, values = (torch.randn(2, 4, 10, width, dtype=torch.float16) for width in (24, 16))
+    at = torch.tensor([7, 0, 5])
+    wanted = keys.index_copy(2, at, k), values.index_copy(2, at, v)
+    entry.put(keys, values, k, v, at)
+    assert torch.equal(keys, wanted[0]) and torch.equal(values, wanted[1])
+    with pytest.raises(ValueError, match="does not go into a cache torch.float32"):
+        entry.put(keys.float(), values, k, v, at)
+
+
 def test_refused() -> None:
     q, k = torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 5, 8)
     for other in (torch.ones(1, 1, 1, 4), torch.ones(1, 2, 1, 5)):

@@ -43,6 +43,9 @@ def test_operators_are_registered_as_torch_asks_for() -> None:
     torch.library.opcheck(ops.rope, (heads, heads[:, :1], *torch.randn(2, 1, 5, 48)), test_utils=checks)
     cache, seen = torch.randn(2, 2, 3, 5, 48, dtype=torch.float16), torch.rand(1, 5) < 0.7
     torch.library.opcheck(ops.attend, (heads[:, :, 0], *cache, seen, 0.1), test_utils=checks)
+    torch.library.opcheck(
+        ops.put, (*(part.clone() for part in cache), *cache[:, :, :, :2], torch.tensor([4, 1])), test_utils=checks
+    )
     packed = prepared("w4a8-g128-aasym").packed
     found = ops.rows("plain", x, None, None, None, 0.0, False, "int8", -1, False, None)
     codes = (*found[:3], *packed.tensors.values(), [packed.group, packed.step], packed.format, None, None, torch.float16)
