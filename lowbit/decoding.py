@@ -1,4 +1,4 @@
-"""Generation with a static key-value cache, where every step after the prompt is one CUDA graph.
+"""Generation with a static cache of keys and values, or of states, where every step after the prompt is one CUDA graph.
 
 A step takes its token, its position and its cache from fixed addresses and leaves the next token and position there, so that it
 is captured once and replayed without Python; what is generated is looked at every few steps only. On a CPU the same step
@@ -7,13 +7,17 @@ runs without a graph. Greedy output is that of transformers' generate.
 
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit.ssm import Mixer
+
 LOOK = 16  # steps between two looks for the end of the text
 _WARM_UP = 3
+_STATES = "cache_params"  # what models with nothing but states call their cache, which takes no positions
 # Settings of generation that change what greedy decoding gives, and their values that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0),
@@ -50,7 +54,7 @@ class Decoder:
         self.position = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self.logits: Tensor = torch.empty(0)
         self._forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
-        self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self._takes = inspect.signature(model.forward).parameters
         self._graph: Any = None
 
     @torch.no_grad()
@@ -58,7 +62,7 @@ class Decoder:
         """Start anew with a prompt [rows, tokens]; returns `logits`."""
         self.cache.reset()
         positions = torch.arange(prompt.shape[1], device=prompt.device).expand(len(prompt), -1)
-        out = self.model(input_ids=prompt, position_ids=positions, past_key_values=self.cache, use_cache=True, **self._last)
+        out = self._run(self.model, prompt, positions)
         if self._graph is None:
             self.logits = out.logits[:, -1].clone()
         else:
@@ -77,28 +81,29 @@ class Decoder:
         reason = reason_against_graph(self.model, self.length)
         if reason is not None:
             raise ValueError(reason)
-        counts = [(layer, layer.cumulative_length.clone()) for layer in self.cache.layers]
+        before = [(layer, [part.clone() for part in _changing(layer)]) for layer in self.cache.layers]
         token, position, logits = self.token.clone(), self.position.clone(), self.logits.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
-                self._restore(counts, token, position)
+                self._restore(before, token, position)
                 self._step()
         torch.cuda.current_stream().wait_stream(side)
-        self._restore(counts, token, position)
+        self._restore(before, token, position)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
         self._graph = graph
-        self._restore(counts, token, position)
+        self._restore(before, token, position)
         self.logits.copy_(logits)
 
-    def _restore(self, counts: list[tuple[Any, Tensor]], token: Tensor, position: Tensor) -> None:
-        for layer, count in counts:
-            layer.cumulative_length.copy_(count)
+    def _restore(self, before: list[tuple[Any, list[Tensor]]], token: Tensor, position: Tensor) -> None:
+        for layer, parts in before:
+            for part, value in zip(_changing(layer), parts, strict=True):
+                part.copy_(value)
             if hasattr(layer, "cumulative_length_int"):
-                layer.cumulative_length_int = int(count)
+                layer.cumulative_length_int = int(layer.cumulative_length)
         self.token.copy_(token)
         self.position.copy_(position)
 
@@ -112,18 +117,26 @@ class Decoder:
         return self.logits
 
     def _step(self) -> None:
-        out = self._forward(
-            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True, **self._last
-        )
+        out = self._run(self._forward, self.token, self.position)
         self.logits.copy_(out.logits[:, -1])
         self.token.copy_(self.logits.argmax(-1, keepdim=True))
         self.position.add_(1)
+
+    def _run(self, forward: Callable[..., Any], tokens: Tensor, positions: Tensor) -> Any:
+        given = {"position_ids": positions, "past_key_values": self.cache, _STATES: self.cache, "logits_to_keep": 1}
+        return forward(input_ids=tokens, use_cache=True, **{name: each for name, each in given.items() if name in self._takes})
+
+
+def _changing(layer: Any) -> list[Tensor]:
+    """What a step changes in a layer of the cache, but for keys and values, which lie behind `cumulative_length`."""
+    states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+    return [part for part in (getattr(layer, "cumulative_length", None), *states) if part is not None]
 
 
 def reason_against(model: Any) -> str | None:
     """Why a model cannot decode with a static cache at given positions; None if it can."""
     forward = inspect.signature(model.forward).parameters
-    for name in ("past_key_values", "position_ids"):
+    for name in () if _STATES in forward else ("past_key_values", "position_ids"):
         if name not in forward:
             return f"{type(model).__name__} takes no {name}"
     settings = getattr(model, "generation_config", None)
@@ -135,6 +148,9 @@ def reason_against_graph(model: Any, length: int) -> str | None:
     """Why a step cannot be a CUDA graph; None if it can."""
     if model.device.type != "cuda":
         return f"there are no CUDA graphs on {model.device}"
+    scans = [name for name, module in model.named_modules() if isinstance(module.__dict__.get("forward"), Mixer)]
+    if scans:
+        return f"a simulated scan leaves its state anywhere in memory ({scans[0]})"
     config = model.config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None)
     if window is not None and window < length and getattr(config, "use_sliding_window", True):
