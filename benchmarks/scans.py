@@ -1,18 +1,23 @@
 """The kernels of a Mamba2 mixer on a GPU: checked against the specification, then a decoding step beside transformers.
 
-    python benchmarks/scans.py --part check      # then --part decode: a few minutes
+    python benchmarks/scans.py --part check      # then --part loaded and --part decode: a few minutes each
 
 check: odd and real shapes, the same bits twice; without a GPU on small shapes, by the specification or, with
 TRITON_INTERPRET=1, by the interpreted kernels. decode: a step of a stack shaped like Mamba2-2.7B with random weights, without
 embedding and head, in a CUDA graph: projections on lowbit's kernels, all between them in int8; the mean over a run of tokens,
 at whose end states are written. Beside it, transformers' Mamba2 of that shape in float16, as it is, compiled, and each of the
-two in a CUDA graph, where that can be captured. The exit status is 1 if a check fails or a bar is missed.
+two in a CUDA graph, where that can be captured. loaded: checkpoints of a few such layers, made here by the recipes with 8-bit
+scans (rounded to nearest), loaded as `lowbit.load` does it: their divergence from the simulation in float32, at once and step
+by step in a CUDA graph, which must be less than what quantization itself costs; the time of a step beside the float model's in
+a graph of the same kind. The exit status is 1 if a check fails or a bar is missed.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +28,17 @@ from kernels import DEVICE, prepared, time_of
 from sections import RESULTS, ROOT, describe, environment, keep
 from torch import Tensor
 
+from lowbit import export, runtime
 from lowbit.bench import seconds_of
+from lowbit.data import DataSpec
+from lowbit.decoding import Decoder
 from lowbit.kernels import entry, mixer, ops, reference
 from lowbit.kernels.entry import linear
 from lowbit.kernels.mixer import Cache, convolved, stepped
 from lowbit.kernels.reference import Scan
+from lowbit.recipe import Step, read_recipe
 from lowbit.report import table
+from lowbit.run import quantize
 from lowbit.ssm import CHUNK
 
 KERNEL = 4  # tokens of the convolution
@@ -39,6 +49,9 @@ STACK = {"hidden_size": 2560, "num_hidden_layers": 64, "num_heads": 80, "head_di
 SCHEMES = ("w4a16-g128", "w4a8-channel")
 BATCHES = (1, 32)
 BAR = 2.0  # times as fast as the best of transformers
+LOADED = {**STACK, "num_hidden_layers": 4}
+RECIPES = ("quamba2-w8a8", "quamba2-w4a8")
+LENGTH = 2 * CHUNK + 20  # tokens that a loaded model is compared on
 
 
 def random_scan(heads: int, p: int, groups: int, n: int) -> Scan:
@@ -206,6 +219,59 @@ def decode() -> Iterator[dict[str, Any]]:
             yield {"scheme": scheme, "batch": batch, **ours(scheme, STACK, batch), "peers": peers}
 
 
+@torch.no_grad()
+def loaded() -> Iterator[dict[str, Any]]:
+    """Every recipe: divergences, and microseconds of a step of one sequence by the model that runs."""
+    tokens = torch.randint(256, (2, LENGTH), device=DEVICE)
+    with tempfile.TemporaryDirectory() as folder:
+        config = transformers.AutoConfig.for_model("mamba2", **LOADED, vocab_size=256, expand=2, use_cache=True)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(f"{folder}/float")
+        model = export.load(f"{folder}/float", device=DEVICE)
+        taken = {"float": steps_of(model, tokens)[1]}
+        floats = model.float()(tokens).logits
+        for name in RECIPES:
+            recipe = read_recipe(ROOT / "recipes" / f"{name}.toml")
+            steps = tuple(Step(method="rtn") if s.method == "gptq" else s for s in recipe.steps if s.method != "embed")
+            recipe = replace(recipe, steps=steps, data=DataSpec(source="random", rows=8, length=256))
+            quantize(f"{folder}/float", f"{folder}/{name}", recipe=recipe, device=DEVICE)
+            wanted = export.load(f"{folder}/{name}", dtype=torch.float32, device=DEVICE)(tokens).logits
+            model = runtime.load(f"{folder}/{name}", dtype=torch.float16, device=DEVICE, kernels=True)
+            stepped, taken["lowbit"] = steps_of(model, tokens)
+            yield {
+                "recipe": name,
+                "runs": sorted({row.runs for row in model.lowbit}),
+                "quantization": divergence(floats, wanted),
+                "prefill": divergence(wanted, model(tokens).logits),
+                "steps": divergence(wanted[:1, 8:], stepped),
+                **taken,
+            }
+
+
+def steps_of(model: Any, tokens: Tensor) -> tuple[Tensor, float]:
+    """Logits [1, l - 8, vocabulary] of the first of the sequences, from token 9 on step by step, in a graph on a GPU; and
+    microseconds of a step, over a run."""
+    decoder = Decoder(model, 1, 2 * LENGTH)
+    found = [decoder.prefill(tokens[:1, :9]).clone()]
+    if DEVICE == "cuda":
+        decoder.capture()
+    for token in tokens[0, 9:]:
+        decoder.token.copy_(token)
+        found.append(decoder.step().clone())
+    run = seconds_of(lambda: [decoder.step() for _ in range(CHUNK)], torch.device(DEVICE))
+    return torch.stack(found, 1), run / CHUNK * 1e6
+
+
+def divergence(wanted: Tensor, found: Tensor) -> float:
+    """KL in nats a token."""
+    p, q = (logits.float().log_softmax(-1) for logits in (wanted, found))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def same(row: dict[str, Any]) -> bool:
+    """Whether a loaded model has its scans in int8 and is nearer to the simulation than that is to the float model."""
+    return "int8" in row["runs"] and max(row["prefill"], row["steps"]) <= row["quantization"]
+
+
 def met(row: dict[str, Any]) -> bool:
     """Whether a row of `decode` is as fast as asked for."""
     return row["lowbit"] * BAR <= min(row["peers"].values())
@@ -221,6 +287,15 @@ def markdown(parts: dict[str, dict[str, Any]]) -> str:
             wrong = [f"{row['kernel']} {row['shape']} {row['error']:.1e}" for row in rows if not row["right"]]
             lines.append(f"{len(rows)} kernels and shapes checked; wrong: {', '.join(wrong) or 'none'}")
             continue
+        if part == "loaded":
+            head = ["recipe", "KL of quantization", "of kernels, at once", "step by step", "us a step", "float", ""]
+            cells = [
+                [row["recipe"], *(f"{row[kind]:.1e}" for kind in ("quantization", "prefill", "steps"))]
+                + [f"{row['lowbit']:.0f}", f"{row['float']:.0f}", "same" if same(row) else "**wrong**"]
+                for row in rows
+            ]
+            lines += [f"{LOADED['num_hidden_layers']} layers, random weights, one sequence.", "", table(head, cells)]
+            continue
         ways = list(dict.fromkeys(name for row in rows for name in row["peers"]))
         cells = [
             [row["scheme"], str(row["batch"]), f"{row['lowbit']:.0f}"]
@@ -233,7 +308,8 @@ def markdown(parts: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-PARTS = {"check": check, "decode": decode}
+PARTS = {"check": check, "loaded": loaded, "decode": decode}
+RIGHT: dict[str, Callable[[dict[str, Any]], bool]] = {"check": lambda row: row["right"], "loaded": same, "decode": met}
 
 
 def measure(part: str) -> dict[str, Any]:
@@ -260,8 +336,7 @@ def main() -> int:
     parts = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in there.items() if path.exists()}
     parts[args.part] = result
     keep(result, there[args.part], markdown(parts), page=args.markdown, name="scans")
-    right = met if args.part == "decode" else lambda row: row["right"]
-    return 0 if all(right(row) for row in result["rows"]) else 1
+    return 0 if all(map(RIGHT[args.part], result["rows"])) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Generation with a static key-value cache, where every step after the prompt is one CUDA graph.
+"""Generation with a static cache of keys and values, or of states, where every step after the prompt is one CUDA graph.
 
 A step takes its token, its position and its cache from fixed addresses and leaves the next token and position there, so that it
 is captured once and replayed without Python; what is generated is looked at every few steps only. On a CPU the same step
@@ -10,6 +10,7 @@ of counting each, attention reads the mask as it is, and no logits are copied.
 
 import inspect
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,10 +22,12 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from lowbit.kernels import entry
+from lowbit.ssm import Mixer
 
 LOOK = 16  # steps between two looks for the end of the text
 _WARM_UP = 3
 _ALIGNED = 16  # tokens of a cache; with others attention of torch copies its mask
+_STATES = "cache_params"  # what models with nothing but states call their cache, which takes no positions
 # Settings of generation that change what greedy decoding gives, and their values that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0),
@@ -90,11 +93,11 @@ class Decoder:
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self.position = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self.logits: Tensor = torch.empty(0)
-        if _reason_against_sharing(self.cache, self.length) is None:
+        if _share_positions(self.cache, self.length):
             self.cache.layers = [_Layer(self.length) for _ in self.cache.layers]
         self._compiled = compiled
         self._forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
-        self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self._takes = inspect.signature(model.forward).parameters
         self._graph: Any = None
 
     @torch.no_grad()
@@ -103,8 +106,7 @@ class Decoder:
         self.cache.reset()
         positions = torch.arange(prompt.shape[1], device=prompt.device)
         self._put_at(positions)
-        positions = positions.expand(len(prompt), -1)
-        out = self.model(input_ids=prompt, position_ids=positions, past_key_values=self.cache, use_cache=True, **self._last)
+        out = self._run(self.model, prompt, positions.expand(len(prompt), -1))
         if self._graph is None:
             self.logits = out.logits[:, -1].clone()
         else:
@@ -129,20 +131,30 @@ class Decoder:
         reason = reason_against_graph(self.model, self.length)
         if reason is not None:
             raise ValueError(reason)
+        before = [(layer, [part.clone() for part in _changing(layer)]) for layer in self.cache.layers]
         token, position, logits = self.token.clone(), self.position.clone(), self.logits
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
                 self._step()
-                self.token.copy_(token)
-                self.position.copy_(position)
+                self._restore(before, token, position)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
         self._graph = graph
+        self._restore(before, token, position)
         self.logits.copy_(logits)
+
+    def _restore(self, before: list[tuple[Any, list[Tensor]]], token: Tensor, position: Tensor) -> None:
+        for layer, parts in before:
+            for part, value in zip(_changing(layer), parts, strict=True):
+                part.copy_(value)
+            if hasattr(layer, "cumulative_length_int"):
+                layer.cumulative_length_int = int(layer.cumulative_length)
+        self.token.copy_(token)
+        self.position.copy_(position)
 
     def step(self) -> Tensor:
         """Run `token` at `position`; returns `logits`, and both have gone on."""
@@ -155,18 +167,26 @@ class Decoder:
 
     def _step(self) -> None:
         with nullcontext() if self._compiled else _Attention():
-            out = self._forward(
-                input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True, **self._last
-            )
+            out = self._run(self._forward, self.token, self.position)
         self.logits = out.logits[:, -1]
         torch.argmax(self.logits, -1, keepdim=True, out=self.token)
         self.position.add_(1)
+
+    def _run(self, forward: Callable[..., Any], tokens: Tensor, positions: Tensor) -> Any:
+        given = {"position_ids": positions, "past_key_values": self.cache, _STATES: self.cache, "logits_to_keep": 1}
+        return forward(input_ids=tokens, use_cache=True, **{name: each for name, each in given.items() if name in self._takes})
+
+
+def _changing(layer: Any) -> list[Tensor]:
+    """What a step changes in a layer of the cache, but for keys and values, which lie behind `cumulative_length`."""
+    states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+    return [part for part in (getattr(layer, "cumulative_length", None), *states) if part is not None]
 
 
 def reason_against(model: Any) -> str | None:
     """Why a model cannot decode with a static cache at given positions; None if it can."""
     forward = inspect.signature(model.forward).parameters
-    for name in ("past_key_values", "position_ids"):
+    for name in () if _STATES in forward else ("past_key_values", "position_ids"):
         if name not in forward:
             return f"{type(model).__name__} takes no {name}"
     settings = getattr(model, "generation_config", None)
@@ -178,10 +198,13 @@ def reason_against_graph(model: Any, length: int) -> str | None:
     """Why a step cannot be a CUDA graph; None if it can."""
     if model.device.type != "cuda":
         return f"there are no CUDA graphs on {model.device}"
+    scans = [name for name, module in model.named_modules() if isinstance(module.__dict__.get("forward"), Mixer)]
+    if scans:
+        return f"a simulated scan leaves its state anywhere in memory ({scans[0]})"
     length = _room(length)
-    reason = _reason_against_sharing(StaticCache(config=model.config, max_cache_len=length), length)
-    if reason is not None:
-        return reason
+    for layer in StaticCache(config=model.config, max_cache_len=length).layers:
+        if isinstance(layer, StaticLayer) and layer.max_cache_len < length:
+            return f"a window of {layer.max_cache_len} tokens slides within {length}, which changes the step"
     experts = [name for name, module in model.named_modules() if type(module).__name__.endswith("Experts")]
     return f"which experts run depends on the tokens ({experts[0]})" if experts else None
 
@@ -190,14 +213,10 @@ def _room(length: int) -> int:
     return -(-length // _ALIGNED) * _ALIGNED
 
 
-def _reason_against_sharing(cache: Any, length: int) -> str | None:
-    """Why layers of a cache cannot all put a token at its position; None if they can."""
-    for layer in cache.layers:
-        if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
-            return f"its cache has a {type(layer).__name__}, which is more than keys and values"
-        if layer.max_cache_len < length:
-            return f"a window of {layer.max_cache_len} tokens slides within {length}, which changes the step"
-    return None
+def _share_positions(cache: Any, length: int) -> bool:
+    """Whether all layers of a cache can put a token at its position: they have keys and values, and room for all."""
+    plain = (StaticLayer, StaticSlidingWindowLayer)
+    return all(type(layer) in plain and layer.max_cache_len >= length for layer in cache.layers)
 
 
 @torch.no_grad()

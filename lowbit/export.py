@@ -462,6 +462,7 @@ class QuantizedSource(Source):
     Attributes:
         modules: the quantized linears by name.
         corrections: their low-rank corrections, which `read` has added.
+        parameters: names of quantized parameters among the points, by the source's tensors.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -487,17 +488,17 @@ class QuantizedSource(Source):
             shape: tuple[int, ...] = (inner, out) if modules[0].transposed else (out, inner)
             shape = shape if modules[0].index is None else (len(modules), *shape)
             self.tensors[tensor] = TensorInfo(scale.shard, shape, dtype)
-        self._parameters = {entry["tensor"]: name for name, entry in self._points.items() if entry["tensor"]}
-        for tensor, name in self._parameters.items():
+        self.parameters = {entry["tensor"]: name for name, entry in self._points.items() if entry["tensor"]}
+        for tensor, name in self.parameters.items():
             shape = tuple(self._points[name]["shape"])
             self.tensors[tensor] = TensorInfo(self.stored[f"{name}.codes"].shard, shape, "F32")
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named original tensors, dequantized where they are quantized."""
-        out = super().read([name for name in names if name not in self._by_tensor and name not in self._parameters])
+        out = super().read([name for name in names if name not in self._by_tensor and name not in self.parameters])
         for name in names:
-            if name in self._parameters:
-                out[name] = self._parameter(self._parameters[name])
+            if name in self.parameters:
+                out[name] = self._parameter(self.parameters[name])
             if name in self._by_tensor:
                 modules = sorted(self._by_tensor[name], key=lambda module: module.index or 0)
                 matrices = [self._dequantized(module) for module in modules]
@@ -757,7 +758,7 @@ def load(
         if source.points():
             arch.use_points()
         if inputs:
-            _quantize_inputs(loaded, inputs)
+            quantize_inputs(loaded, inputs)
         for module, scales in source.cache_scales().items():
             simulate_cache(loaded.get_submodule(module), CacheSpec(name="fp8", format=FP8_E4M3), scales)
     return loaded
@@ -771,7 +772,7 @@ def restore_generation(model: Any, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def _quantize_inputs(model: Any, inputs: dict[Site, Quantizer]) -> None:
+def quantize_inputs(model: Any, inputs: dict[Site, Quantizer]) -> None:
     """Make every forward of the model quantize the inputs at the given sites."""
     original = model.forward
 

@@ -1,4 +1,4 @@
-"""Hadamard matrices, applied without being formed: n log n operations where n is a power of two.
+"""Hadamard matrices, applied as the product of two of about sqrt(n) columns: n sqrt(n) operations, two products on a GPU.
 
 Sylvester's construction gives H of 2^k, Paley's first one (q prime, q = 3 mod 4) H of q + 1; their Kronecker product gives
 every size 2^k, 12 * 2^k, 20 * 2^k (so 40 * 2^k) and more, the widths of real models.
@@ -38,15 +38,22 @@ def hadamard(x: Tensor) -> Tensor:
         ValueError: no Hadamard matrix of this size is known here.
     """
     width = x.shape[-1]
-    order = paley_order(width)
-    if order is None:
+    if paley_order(width) is None:
         raise ValueError(f"no Hadamard matrix of {width} columns is known; there are 2^k, 12 * 2^k, 20 * 2^k and a few others")
-    if order > 1:
-        x = (x.unflatten(-1, (-1, order)) @ _paley(order).to(x)).flatten(-2)
-    step = order
-    while step < width:
-        pairs = x.unflatten(-1, (-1, 2, step))
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack([a + b, a - b], -2).flatten(-3)
-        step *= 2
-    return x * width**-0.5
+    outer, inner = _factors(width, x.dtype, x.device)
+    return (outer @ (x.unflatten(-1, (len(outer), -1)) @ inner)).flatten(-2) * width**-0.5
+
+
+@cache
+def _factors(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two Hadamard matrices of about one size, the first symmetric, whose Kronecker product is that of `width`."""
+    order = paley_order(width)
+    assert order is not None
+    outer, inner = torch.ones(1, 1, dtype=torch.float64), _paley(order) if order > 1 else torch.ones(1, 1, dtype=torch.float64)
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    while len(outer) * len(inner) < width:
+        if len(outer) < len(inner):
+            outer = torch.kron(outer, pair)
+        else:
+            inner = torch.kron(pair, inner)
+    return outer.to(device, dtype), inner.to(device, dtype)

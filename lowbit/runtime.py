@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from lowbit import export
+from lowbit import export, scans
 from lowbit.adapter import LowRank
 from lowbit.arch import MATMUL, Arch, Linear
 from lowbit.export import QuantizedSource, open_checkpoint, restore_generation
@@ -39,13 +39,13 @@ from lowbit.kernels import entry
 from lowbit.kernels.entry import Prepared, Rows
 from lowbit.kernels.reference import Quantized
 from lowbit.kv import CacheSpec, simulate_cache
+from lowbit.orthogonal import hadamard
 from lowbit.qtensor import Scheme
 from lowbit.unit import Input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SCANS = "its scans are quantized, whose kernels are not joined to models yet"
 TOLERANCE = (
     0.15  # relative, of a block's output: codes of 4-bit inputs flip where sums differ in last bits; what is wrong is near 1
 )
@@ -83,7 +83,7 @@ class PackedLinear(nn.Module):
 
     Attributes:
         names: the linears of the checkpoint that make it up, below each other.
-        given: how inputs are quantized; None if they are not.
+        given: how inputs are quantized, or turned; None if they are not.
         simulated: the kernel takes floats all the same, so inputs are quantized and dequantized before.
         prepared: the matrix as the kernel reads it.
         low: a correction b a beside it.
@@ -115,12 +115,17 @@ class PackedLinear(nn.Module):
     @property
     def takes_codes(self) -> bool:
         """Whether the kernel multiplies codes of inputs."""
-        return self.given is not None and not self.simulated
+        return self.given is not None and self.given.spec is not None and not self.simulated
+
+    @property
+    def turned(self) -> bool:
+        """Whether inputs are multiplied by a Hadamard matrix first."""
+        return self.given is not None and self.given.turned
 
     @property
     def takes_produced(self) -> bool:
         """Whether its input may come from a kernel alone, as nothing else reads it here."""
-        return self.low is None and not self.simulated
+        return self.low is None and not self.simulated and not self.turned
 
     @property
     def out_features(self) -> int:
@@ -134,10 +139,20 @@ class PackedLinear(nn.Module):
         assert self.prepared is not None
         return self.prepared.shape[1]
 
+    @property
+    def weight(self) -> Tensor:
+        """No more than a dtype and a device, for models that ask for these before they multiply."""
+        assert self.prepared is not None, self.names
+        return self.prepared.packed.words.new_empty(0, dtype=self.prepared.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         rows: Rows | None = None if self.codes is None else self.codes.take(x)
         if rows is None:  # the entry makes codes of x where the kernel takes them
-            rows = self.given.quantize(x) if self.given is not None and self.simulated else x
+            rows = x
+            if self.given is not None and self.simulated:
+                rows = self.given.quantize(x)
+            elif self.turned:
+                rows = hadamard(x.float()).to(torch.float32 if self.takes_codes else x.dtype)
         if self.low is not None:
             return self._product(rows, F.linear(F.linear(x, self.low.a), self.low.b))
         return self.product(rows)
@@ -346,10 +361,10 @@ class GatedProduct(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """How a quantized linear of the checkpoint runs.
+    """How a quantized linear, or scan, of the checkpoint runs.
 
     Attributes:
-        runs: "packed", "packed, inputs simulated", or "dequantized".
+        runs: "packed", "packed, inputs simulated", or "dequantized"; of a scan "int8" or "simulated".
         reason: why not packed, or why simulated.
     """
 
@@ -381,15 +396,12 @@ def load(
         the model; with kernels its attribute `lowbit` lists a `Row` for each quantized linear.
 
     Raises:
-        ValueError: the folder is incomplete or in a format lowbit does not read; kernels for a float checkpoint, for one of
-            which no linear can stay packed, or for one with quantized scans.
+        ValueError: the folder is incomplete or in a format lowbit does not read; kernels for a float checkpoint, or for one of
+            which no linear can stay packed.
     """
     source = open_checkpoint(model, revision)
     if kernels is None:
         kernels = isinstance(source, QuantizedSource) and torch.device(device).type == "cuda"
-        if kernels and isinstance(source, QuantizedSource) and source.points():
-            warnings.warn(f"{source.folder}: {_SCANS}, so its weights are dequantized", stacklevel=2)
-            kernels = False
     if not kernels:
         return export.load(model, revision=revision, dtype=dtype, device=device)
     if not isinstance(source, QuantizedSource):
@@ -412,8 +424,6 @@ def place(arch: Arch, source: QuantizedSource) -> list[Row]:
     """Put packed modules without weights into the model of a quantized checkpoint, wherever a kernel can do the work."""
     rows: list[Row] = []
     inputs = source.inputs()
-    if source.points():
-        raise ValueError(f"{source.folder}: {_SCANS}; load it with kernels=False")
     by_param: dict[str, list[tuple[Linear, str]]] = {}
     for name, module in source.modules.items():
         linear = arch.linear(module.tensor, module.index, transposed=module.transposed)
@@ -450,12 +460,20 @@ def finished(arch: Arch, source: QuantizedSource, rows: list[Row]) -> "PreTraine
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.prepare(source, arch.dtype, arch.device)
-    model.lowbit = rows
-    for reason in sorted({row.reason for row in rows if row.reason}):
-        concerned = [row for row in rows if row.reason == reason]
-        warnings.warn(f"{len(concerned)} linears {concerned[0].runs}: {reason} ({concerned[0].name}, ...)", stacklevel=3)
+    found, points = scans.place(arch, source)
+    of_scans = [Row(name=name, scheme="s8", runs="simulated" if why else "int8", reason=why) for name, why in found.items()]
+    model.lowbit = rows = rows + of_scans
+    for kind, reason in sorted({(row.runs, row.reason) for row in rows if row.reason}):
+        concerned = [row for row in rows if (row.runs, row.reason) == (kind, reason)]
+        what = "scans" if kind == "simulated" else "linears"
+        warnings.warn(f"{len(concerned)} {what} {kind}: {reason} ({concerned[0].name}, ...)", stacklevel=3)
     with torch.no_grad():
         fuse(arch, source)
+    inputs = source.inputs()
+    floats = [source.modules[row.name] for row in rows if row.runs == "dequantized" and row.name in inputs]
+    sites = points | {arch.site(module.tensor, module.index): inputs[module.name] for module in floats}
+    if sites:
+        export.quantize_inputs(model, sites)
     for path, scales in source.cache_scales().items():
         simulate_cache(model.get_submodule(path), CacheSpec(name="fp8", format=FP8_E4M3), scales)
     return model
@@ -489,10 +507,8 @@ def _how(
     scheme = schemes[0]
     if first.in_features % max(1, scheme.weight.group):
         return f"its {first.in_features} columns are no multiple of groups of {scheme.weight.group}", None
-    given = inputs.get(members[0][1])
-    turned = given is not None and given.turned
-    reason = "its inputs are turned by a Hadamard matrix" if turned else entry.reason_against(scheme)
-    if reason is None or not (turned or scheme.input is not None):
+    reason = entry.reason_against(scheme)
+    if reason is None or scheme.input is None:
         return reason, None
     floats = entry.reason_against(replace(scheme, input=None))
     return (reason, None) if floats is not None else (None, reason)
@@ -555,6 +571,11 @@ def fuse(arch: Arch, source: QuantizedSource) -> None:
     model = arch.model
     tokens = arch.sample_tokens()[:1].to(arch.device)
     before = _observed(arch, tokens)
+    for path in {point.mixer for block in arch.blocks for point in block.points}:
+        if not isinstance(
+            model.get_submodule(path), scans.ScanMixer
+        ):  # the others put padded tokens to 0, of which none is here
+            before.read[id(before.calls[path].x)] = before.calls[path].x
     swaps: list[_Swap] = []
 
     def swap(path: str, new: Any) -> None:
@@ -768,7 +789,7 @@ def _join_norms(model: nn.Module, seen: _Seen, readers: _Readers, swap: Callable
 
 def _leave_codes(out: Tensor, readers: _Readers) -> tuple[Handoff, Input] | None:
     """Have the products that take codes find those of `out`, quantized as is returned too; None if there is no such product."""
-    takers = [reader for _, reader in readers.get(id(out), (out, []))[1] if reader.takes_codes]
+    takers = [reader for _, reader in readers.get(id(out), (out, []))[1] if reader.takes_codes and not reader.turned]
     takers = [reader for reader in takers if reader.given == takers[0].given]
     if not takers or takers[0].given is None:
         return None

@@ -60,9 +60,9 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **others: Any) -> Any:
         arch = self._arch
         arch.model, arch.dtype, arch.device = model, model.dtype, model.device
-        for row in self._rows:
-            if row.runs == "dequantized":
-                arch.load((self._source.modules[row.name].tensor,))
+        dequantized = [self._source.modules[row.name].tensor for row in self._rows if row.runs == "dequantized"]
+        for tensor in (*dequantized, *self._source.parameters):
+            arch.load((tensor,))
         return runtime.finished(arch, self._source, self._rows)
 
     def is_serializable(self, **others: Any) -> bool:

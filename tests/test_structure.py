@@ -28,7 +28,7 @@ LEVELS = (
     ("unit", "kernels"),
     ("reconstruct",),
     ("methods", "allocate", "export"),
-    ("runtime", "decoding", "transformers"),
+    ("scans", "runtime", "decoding", "transformers"),
     ("recipe", "views"),
     ("parallel",),
     ("run",),

@@ -11,6 +11,7 @@ Everything is in `reference`; what is kept between calls changes in place, as CU
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.kernels import reference
@@ -90,14 +91,21 @@ def convolved(x: Tensor, cache: Cache, weight: Tensor, bias: Tensor | None, in_s
     return conv(x, cache.past, weight, bias, in_scale, of.scales)
 
 
-def prefilled(codes: Tensor, dt: Tensor, z: Tensor | None, cache: Cache, of: Scan, dtype: torch.dtype) -> Tensor:
-    """y [batch, l, channels] of the first tokens of sequences, after which `l % CHUNK` are held; see `reference.scan`."""
+def prefilled(
+    codes: Tensor, dt: Tensor, z: Tensor | None, cache: Cache, of: Scan, dtype: torch.dtype, *, held: int = 0
+) -> Tensor:
+    """y [batch, l, channels] of many tokens, before which every sequence has `held` and after which it has
+    `(held + l) % CHUNK`; see `reference.scan`."""
+    if held:  # they go before, without C and z, and what comes of them is left out
+        codes = torch.cat([F.pad(cache.tokens[:, :held], (0, codes.shape[2] - cache.tokens.shape[2])), codes], 1)
+        dt = torch.cat([cache.steps[:, :held], dt.float()], 1)
+        z = None if z is None else F.pad(z, (0, 0, held, 0))
     y, state = scan(codes, dt, z, cache.state, *parts(of), dtype)
-    held = codes.shape[1] % CHUNK
+    after = codes.shape[1] % CHUNK
     cache.state.copy_(state)
-    cache.tokens[:, :held] = codes[:, codes.shape[1] - held :, : cache.tokens.shape[2]]
-    cache.steps[:, :held] = dt[:, dt.shape[1] - held :]
-    return y
+    cache.tokens[:, :after] = codes[:, codes.shape[1] - after :, : cache.tokens.shape[2]]
+    cache.steps[:, :after] = dt[:, dt.shape[1] - after :]
+    return y[:, held:]
 
 
 def stepped(codes: Tensor, dt: Tensor, z: Tensor | None, cache: Cache, held: Tensor, of: Scan, dtype: torch.dtype) -> Tensor:

@@ -4,9 +4,9 @@ Rounding is half to even, as in IEEE 754. Rows are quantized as `qtensor.fake_qu
 group of it (ZeroQuant, Yao et al., NeurIPS 2022, section 4.1), or one for all from calibration.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +135,11 @@ class Scan:
     limits: tuple[float, float] = (0.0, float("inf"))
     z_scale: float = 0.0
     dt_scale: float = 0.0
+
+    def to(self, device: str | torch.device) -> "Scan":
+        """The same on another device."""
+        moved: dict[str, Any] = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **moved)
 
     @property
     def sizes(self) -> tuple[int, int, int]:

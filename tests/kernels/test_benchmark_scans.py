@@ -49,3 +49,15 @@ def test_steps_and_table(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch)
     assert benchmark.markdown({"decode": result}).count("| missed |") == 2
     row = result["rows"][0]
     assert not benchmark.met(row | {"lowbit": 5.1}) and benchmark.met(row | {"lowbit": 5.0})
+
+
+def test_loaded_models(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is made, loaded with int8 scans, and as near to the simulation as asked for; another is not."""
+    monkeypatch.setattr(benchmark, "seconds_of", lambda steps, device: 10e-6 * benchmark.CHUNK)
+    monkeypatch.setattr(benchmark, "LOADED", {**TINY, "hidden_size": 128, "num_hidden_layers": 1, "num_heads": 8})
+    monkeypatch.setattr(benchmark, "RECIPES", ("quamba2-w4a8",))
+    result = benchmark.measure("loaded")
+    (row,) = result["rows"]
+    assert benchmark.same(row) and row["lowbit"] == row["float"] == pytest.approx(10)
+    assert not benchmark.same(row | {"steps": 1.0}) and not benchmark.same(row | {"runs": ["packed", "simulated"]})
+    assert "| quamba2-w4a8 |" in benchmark.markdown({"loaded": result})
