@@ -1,7 +1,6 @@
 """GPTQ against the float64 textbook, code by code, and against the quantity that it claims to minimise."""
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -42,15 +41,6 @@ TIE = 1e-4  # in steps: closer than this to halfway between two values, float32 
 def spec_of(scheme: str) -> Spec:
     """The spec of the weights."""
     return parse_scheme(scheme).weight
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The matrices are small: on busy cores, threads that wait for each other take minutes for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # -------------------------------------------------------------------------------------------------------------- problems
