@@ -20,6 +20,8 @@ VENV := .venv
 VLLM_VENV := .venv-vllm
 AO := .venv-torchao
 BIN := $(VENV)/bin
+# A test keeps one core busy; a process for each, but no more than memory is sure to have room for.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist=worksteal
 
 # A stamp is written after everything it stands for, so an interrupted build starts again; what pip finds satisfied stays.
 STAMP := $(VENV)/.installed
@@ -64,10 +66,10 @@ demo: $(STAMP)
 	$(BIN)/python demo/demo.py $(ARGS)
 
 test: check $(VLLM_STAMP) $(AO_STAMP)
-	LOWBIT_VLLM_PYTHON='$(CURDIR)/$(VLLM_VENV)/bin/python' LOWBIT_TORCHAO='$(CURDIR)/$(AO)' $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	LOWBIT_VLLM_PYTHON='$(CURDIR)/$(VLLM_VENV)/bin/python' LOWBIT_TORCHAO='$(CURDIR)/$(AO)' $(PYTEST) -m "not gpu" $(ARGS)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,7 +9,9 @@ integers k themselves, with scales that are 2^6 times smaller, and likewise for 
 """
 
 import math
+from bisect import bisect_left
 from fractions import Fraction
+from functools import cache
 
 # exponent bits, mantissa bits, codes of the positive half that are no numbers
 FLOATS = {
@@ -32,6 +34,7 @@ def float_value(code: int, exponent_bits: int, mantissa_bits: int) -> Fraction:
     return sign * (1 + Fraction(mantissa, 1 << mantissa_bits)) * Fraction(2) ** (exponent - bias)
 
 
+@cache
 def values(name: str) -> dict[int, Fraction]:
     """Every code of an element format that is a number, and its value."""
     if name.startswith("mxint"):
@@ -40,6 +43,12 @@ def values(name: str) -> dict[int, Fraction]:
     exponent_bits, mantissa_bits, excluded = FLOATS[name]
     half = 1 << exponent_bits + mantissa_bits
     return {code: float_value(code, exponent_bits, mantissa_bits) for code in range(2 * half) if code % half not in excluded}
+
+
+@cache
+def ascending(name: str) -> list[tuple[Fraction, int]]:
+    """Values and codes of an element format."""
+    return sorted((value, code) for code, value in values(name).items())
 
 
 def largest(name: str) -> Fraction:
@@ -59,11 +68,10 @@ def floor_log2(x: Fraction) -> int:
 
 def nearest(x: Fraction, name: str) -> Fraction:
     """The value of the format nearest to x; of two equally near the one whose code is even; saturating."""
-    codes = values(name)
-    distance = min(abs(value - x) for value in codes.values())
-    near = [code for code, value in codes.items() if abs(value - x) == distance]
-    even = [code for code in near if code % 2 == 0]
-    return codes[(even or near)[0]]
+    every = ascending(name)
+    place = bisect_left(every, (x, 0))
+    neighbours = every[max(0, place - 1) : place + 1]
+    return min(neighbours, key=lambda pair: (abs(pair[0] - x), pair[1] % 2))[0]
 
 
 def mantissa_bits(name: str) -> int:

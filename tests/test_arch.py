@@ -2,7 +2,7 @@
 transformers."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,15 +120,6 @@ def expected_groups(table: str) -> list[dict[str, tuple[int, int]]]:
             entries = (entry.split() for entry in line.format(e=expert).split(","))
             groups.append({name: (int(out), int(inner)) for name, out, inner in entries})
     return groups
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Products this small are faster in one thread than in several that wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

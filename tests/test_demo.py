@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -41,15 +40,13 @@ def result(out: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[ModuleType]:
+def demo() -> ModuleType:
     """demo.py as a module."""
     spec = importlib.util.spec_from_file_location("lowbit_demo", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    threads = torch.get_num_threads()
     spec.loader.exec_module(module)
-    yield module
-    torch.set_num_threads(threads)
+    return module
 
 
 def test_prints_the_table_and_nothing_else(result: subprocess.CompletedProcess[str]) -> None:

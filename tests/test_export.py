@@ -48,14 +48,11 @@ LARGEST = 7.0  # of the inputs, where a scheme needs it from calibration; for NV
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick_and_quiet() -> Iterator[None]:
-    """Products this small are faster in one thread than in several that wait for one another; no bars of libraries."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _quiet() -> Iterator[None]:
+    """No bars of libraries."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     yield
-    torch.set_num_threads(threads)
     transformers.logging.set_verbosity_warning()
     transformers.logging.enable_progress_bar()
 

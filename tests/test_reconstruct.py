@@ -31,14 +31,6 @@ def setting(settings: Callable[[str], Setting]) -> Setting:
     return settings("llama")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def plan(train: dict[Part, float] | None = None, **given: Any) -> Plan:
     return Plan(**{"name": "trial", "train": train or {"weights": 0.05}, "inputs": "student", "steps": 20, "batch": 4} | given)
 

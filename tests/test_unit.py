@@ -19,15 +19,6 @@ from lowbit.source import open_source
 from lowbit.unit import Input, Stream, Unit, _mirror, add_gram, energy, quantized_inputs
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Products this small are faster in one thread than in several that wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Checkpoint folders of the tiny models, each saved once, to be read only."""

@@ -21,25 +21,29 @@ Choices, where the paper leaves them open:
   ICML 2025). sum ||Q x - W x'||^2 differs by a constant from the objective above around W + W D H^-1, D = sum (x' - x) x^T, so
   W + a W D H^-1 is what is rounded. Deviation: GPTAQ folds the second term into the column loop and leaves the column at hand
   out of it.
+- `refine` goes on from there: n times the scales that minimise the objective for the codes as they are (least squares, all
+  groups of a row at once), then every column once more, rounded to where the objective is least with all others as they are
+  (coordinate descent; Behdin et al., QuantEase, 2023). A column now knows what became of those after it.
 - A column whose input is always zero (H_jj = 0) cannot matter to the data: damping alone keeps it, so it is rounded to nearest.
 
 Cost: O(in^2 out + in^3) time; memory of one [in, in] matrix (float64 up to 4096 columns, float32 above) beside H and three
 [out, in].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from lowbit.codebooks import nearest, pick
-from lowbit.qtensor import CHANNEL, TENSOR, Grid, QTensor, Spec, find_params, search_steps, values_of
+from lowbit.qtensor import CHANNEL, TENSOR, Grid, QTensor, Spec, dequantize, find_params, search_steps, values_of
 from lowbit.unit import Between, Unit
 
 _BLOCK = 128  # columns updated lazily together
 _ESCALATIONS = 3
 _FLOAT64_COLUMNS = 4096
+_SYSTEMS = 2**24  # numbers in the systems of equations that are solved at once
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def gptq(
     joint: bool = False,
     sequential: bool = False,
     asymmetry: Annotated[float, Between(0, 1)] = 0.0,
+    refine: Annotated[int, Between(0, 20)] = 0,
 ) -> None:
     """Solve every linear of the unit with GPTQ.
 
@@ -77,6 +82,7 @@ def gptq(
             code); two to three times the forward passes.
         asymmetry: how much of the earlier layers' error to make up for, see above; another pass over the data in the float
             model.
+        refine: rounds of better scales and codes afterwards, see above; each takes about as long as the solver.
     """
     if scales == "entry" and order != "natural":
         raise ValueError('gptq: scales = "entry" needs order = "natural"')
@@ -95,8 +101,10 @@ def gptq(
             unit.warn(
                 linear, "not every token reaches this layer, so its inputs in the float model cannot be told: no asymmetry"
             )
+        if cross is not None:
+            w = w + asymmetry * w @ shift(hessian, cross, damping)
         solution = gptq_weight(
-            w if cross is None else w + asymmetry * w @ shift(hessian, cross, damping),
+            w,
             hessian,
             unit.spec(linear),
             scale_dtype=unit.scale_dtype,
@@ -110,7 +118,8 @@ def gptq(
         )
         if solution.damping != damping:
             unit.warn(linear, f"damping raised from {damping} to {solution.damping} to factorise the Hessian")
-        unit.assign(linear, solution.q, method="gptq", damping=solution.damping)
+        q = refined(w, hessian, solution.q, damping=solution.damping, rounds=refine)
+        unit.assign(linear, q, method="gptq", damping=solution.damping)
 
 
 def shift(hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
@@ -221,6 +230,80 @@ def gptq_weight(
     found = ordered.T.contiguous()
     codes = spec.format.encode(found) if table is None else found.to(torch.uint8)
     return Solution(QTensor(codes, grid.scale, grid.zero, spec, grid.outer), used, objective)
+
+
+def refined(w: Tensor, hessian: Tensor, q: QTensor, *, damping: float, rounds: int) -> QTensor:
+    """Rounds of better scales and better codes; the objective trace((W - Q) (H + damping mean(diag H) I) (W - Q)^T) only falls.
+
+    Scales stay where several rows share one, where they are no floats, and in codebooks; zero points always do.
+
+    Args:
+        w: [out, in] float32, what `q` is to be.
+        hessian: [in, in] float32.
+    """
+    if not rounds:
+        return q
+    spec, columns = q.spec, w.shape[1]
+    h = hessian.clone()
+    h.diagonal().add_(damping * float(hessian.diagonal().double().mean()))
+    curvature, size = h.diagonal().tolist(), spec.group_size(columns)
+    table = values_of(q.scale, spec).transpose(0, 1).contiguous() if spec.format.codebook else None
+    for _ in range(rounds):
+        if table is None and spec.scale == "float" and spec.rows == 1 and spec.group != TENSOR:
+            q = replace(q, scale=_fitted_scales(w, h, q))
+        value = dequantize(q).T.contiguous()  # row j is column j of the matrix, as in `gptq_weight`
+        rest = w.T - value
+        codes = (q.codes if table is not None else spec.format.decode(q.codes)).T.float().contiguous()
+        grid = Grid(q.scale, q.zero, q.outer)
+        steps = torch.ones(()) if table is not None else grid.step(spec, len(w)).T.contiguous()
+        zeros = None if table is not None else _zeros(grid, spec, len(w))
+        for start in range(0, columns, _BLOCK):
+            stop = min(start + _BLOCK, columns)
+            slope = h[start:stop] @ rest
+            for j in range(start, stop):
+                group, i = j // size, j - start
+                best = value[j] + slope[i] / curvature[j]
+                if table is not None:
+                    found = nearest(best.unsqueeze(-1), table[group])
+                    codes[j], new = found.squeeze(-1), pick(table[group], found).squeeze(-1)
+                else:
+                    z = 0.0 if zeros is None else zeros[group]
+                    codes[j] = spec.format.round(best / steps[group] + z)
+                    new = (codes[j] - z) * steps[group]
+                change = new - value[j]
+                rest[j] -= change
+                slope[i + 1 :].addr_(h[j, j + 1 : stop], change, alpha=-1)
+        found = codes.T.contiguous()
+        q = replace(q, codes=found.to(torch.uint8) if table is not None else spec.format.encode(found))
+    return q
+
+
+def _fitted_scales(w: Tensor, h: Tensor, q: QTensor) -> Tensor:
+    """The scales [out, groups] that minimise trace((W - Q) H (W - Q)^T) for the codes of q, in the dtype of q's.
+
+    With v_g the codes less zero points of group g of a row, s solves sum_k v_g^T H_gk v_k s_k = v_g^T (H w)_g. A row whose
+    scales, once rounded to their dtype, would be worse, or have another sign, keeps those it had.
+    """
+    size, count = q.spec.group_size(w.shape[1]), max(1, _SYSTEMS // q.scale.shape[1] ** 2)
+    found = []
+    for start in range(0, len(w), count):
+        rows = slice(start, start + count)
+        part = QTensor(q.codes[rows], q.scale[rows], None if q.zero is None else q.zero[rows], q.spec)
+        rest = w[rows] - dequantize(part)
+        units = dequantize(replace(part, scale=torch.ones_like(part.scale, dtype=torch.float32)))
+        v = units.unflatten(1, (-1, size))
+        systems = torch.empty(len(v), v.shape[1], v.shape[1], dtype=torch.float64, device=w.device)
+        for group in range(v.shape[1]):
+            product = v[:, group] @ h[group * size : (group + 1) * size]
+            systems[:, group] = (product * units).unflatten(1, (-1, size)).sum(-1)
+        systems.diagonal(dim1=1, dim2=2).clamp_(min=torch.finfo(torch.float32).tiny)  # groups of zeros have any scale
+        slopes = (rest @ h * units).unflatten(1, (-1, size)).sum(-1).double()
+        scale = (part.scale.double() + torch.linalg.solve(systems, slopes)).to(q.scale.dtype)
+        trial = w[rows] - dequantize(replace(part, scale=scale))
+        before, after = ((x @ h * x).sum(1, dtype=torch.float64) for x in (rest, trial))
+        better = (after < before) & (scale.sign() == part.scale.sign()).all(1)
+        found.append(torch.where(better.unsqueeze(1), scale, part.scale))
+    return torch.cat(found)
 
 
 def _zeros(grid: Grid, spec: Spec, rows: int) -> Tensor | None:

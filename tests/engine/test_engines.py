@@ -101,14 +101,11 @@ class Result:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick_and_quiet() -> Iterator[None]:
-    """Products this small are faster in one thread than in several that wait for one another; no bars of libraries."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _quiet() -> Iterator[None]:
+    """No bars of libraries."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     yield
-    torch.set_num_threads(threads)
     transformers.logging.set_verbosity_warning()
     transformers.logging.enable_progress_bar()
 
@@ -168,7 +165,7 @@ def in_vllm(
         if name not in known:
             out = folder / f"{name}.safetensors"
             command = [vllm_python, WORKER, checkpoint(name), asked, out, "--generate", str(NEW)]
-            environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+            environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
             assert done.returncode == 0, done.stderr[-6000:]
             tensors = load_file(out)
@@ -359,7 +356,7 @@ def test_fp8_cache(
     lowbit.quantize(str(demo_model), tmp_path / "checkpoint", recipe=recipe)
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     command = [vllm_python, WORKER, tmp_path / "checkpoint", tmp_path / "prompts.json", tmp_path / "out.safetensors"]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
     record = json.loads((tmp_path / "out.json").read_text())

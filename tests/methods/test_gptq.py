@@ -1,7 +1,6 @@
 """GPTQ against the float64 textbook, code by code, and against the quantity that it claims to minimise."""
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -13,7 +12,7 @@ from torch import Tensor
 
 import lowbit.methods.gptq as module
 from lowbit.arch import Block, Linear
-from lowbit.methods.gptq import Solution, gptq, gptq_weight, shift
+from lowbit.methods.gptq import Solution, gptq, gptq_weight, refined, shift
 from lowbit.qtensor import CHANNEL, TENSOR, QTensor, Spec, dequantize, find_params, parse_scheme, quantize
 from lowbit.unit import Unit
 
@@ -42,15 +41,6 @@ TIE = 1e-4  # in steps: closer than this to halfway between two values, float32 
 def spec_of(scheme: str) -> Spec:
     """The spec of the weights."""
     return parse_scheme(scheme).weight
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The matrices are small: on busy cores, threads that wait for each other take minutes for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # -------------------------------------------------------------------------------------------------------------- problems
@@ -638,6 +628,81 @@ def test_scales_that_cannot_be_chosen_on_entry(scheme: str) -> None:
         gptq_weight(w, hessian, spec_of(scheme), scale_dtype=torch.float32, order="natural", scales="entry")
 
 
+# ------------------------------------------------------------------------------------------------------------ refinement
+REFINED = (
+    *("w2a16-g32", "w3a16-g32-asym", "w4a16-channel", "w4a16-tensor", "w4a16-g32-r4"),
+    *("fp4a16-g32", "nvfp4a16", "kmeans2-g32"),
+)
+
+
+def slowly_refined(w: Tensor, hessian: Tensor, q: QTensor, ours: QTensor) -> QTensor:
+    """One round in float64: scales by least squares row by row, then the best of all values for one weight after the other.
+    Where two values are as good, it takes that of `ours`."""
+    spec, size = q.spec, q.spec.group_size(w.shape[1])
+    metric, root = hessian.double(), torch.linalg.cholesky(hessian.double()).T  # e H e^T = |root e^T|^2
+    if spec.scale == "float" and spec.rows == 1 and spec.group != TENSOR and not spec.format.codebook:
+        units = dequantize(QTensor(q.codes, torch.ones_like(q.scale).float(), q.zero, spec)).double()
+        scale = q.scale.clone()
+        for row in range(len(w)):
+            parts = torch.block_diag(*units[row].split(size)).T  # [in, groups]
+            best = torch.linalg.lstsq(root @ parts, (root @ w[row].double())[:, None]).solution[:, 0].to(scale.dtype)
+            errors = [root @ (w[row].double() - parts @ each.double()) for each in (best, q.scale[row])]
+            scale[row] = best if errors[0].norm() < errors[1].norm() else q.scale[row]
+        q = QTensor(q.codes, scale, q.zero, spec)
+    every = 2**spec.format.bits
+    least = every // 2 if q.codes.dtype == torch.int8 else 0  # what to add to the codes of integers
+    values = dequantize(q).double()
+    codes = q.codes.clone()
+    choices = []
+    for code in range(every):
+        each = torch.full_like(q.codes, code - least)
+        choices.append(dequantize(QTensor(each, q.scale, q.zero, spec, q.outer)).double())
+    for j in range(w.shape[1]):
+        losses = []
+        for choice in choices:
+            error = w.double() - values
+            error[:, j] = w[:, j].double() - choice[:, j]
+            losses.append((error @ metric * error).sum(1))
+        best = torch.stack(losses).argmin(0)
+        own = ours.codes[:, j].long() + least
+        picked = torch.stack(losses).gather(0, torch.stack([best, own]))
+        best = torch.where(picked[1] <= picked[0] * (1 + 1e-6), own, best)
+        codes[:, j] = (best - least).to(codes.dtype)
+        values[:, j] = torch.stack(choices)[best, torch.arange(len(w)), j]
+    return QTensor(codes, q.scale, q.zero, spec, q.outer)
+
+
+@pytest.mark.parametrize("scheme", REFINED)
+def test_refinement(scheme: str) -> None:
+    """One round is that of the slow reference; it lowers the objective, and so do more, until no weight has a better value."""
+    w, hessian = problem(8, 160, tokens=400, seed=20)  # two blocks of columns
+    start = solve(w, hessian, spec_of(scheme), shrink_steps=3).q
+    objective = damped(hessian, DAMPING)
+    once = refined(w, hessian, start, damping=DAMPING, rounds=1)
+    expected = slowly_refined(w, objective, start, once)
+    assert torch.equal(once.codes, expected.codes)
+    assert torch.allclose(once.scale.float(), expected.scale.float(), rtol=2**-7)  # a bit of bfloat16
+    assert (once.zero is None) == (start.zero is None) and (
+        once.zero is None or torch.equal(once.zero, cast(Tensor, start.zero))
+    )
+    often = refined(w, hessian, start, damping=DAMPING, rounds=8)
+    losses = [loss(w, q, objective) for q in (start, once, often)]
+    assert losses[1] < 0.99 * losses[0] and losses[2] <= losses[1]
+    assert torch.equal(refined(w, hessian, start, damping=DAMPING, rounds=0).codes, start.codes)
+
+
+def test_refinement_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of some rows at a time are those of all, and a group of zeros keeps its own."""
+    w, hessian = problem(8, 96, tokens=200, seed=21)
+    w[:, 32:64] = 0
+    start = solve(w, hessian, spec_of("w3a16-g32-asym")).q
+    expected = refined(w, hessian, start, damping=DAMPING, rounds=1)
+    assert not torch.equal(expected.scale, start.scale) and bool(expected.scale.isfinite().all())
+    monkeypatch.setattr(module, "_SYSTEMS", 27)
+    found = refined(w, hessian, start, damping=DAMPING, rounds=1)
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)
+
+
 # ------------------------------------------------------------------------------------------------------------ the method
 class Given(Unit):
     """A unit whose weights and Gram matrices are given."""
@@ -717,6 +782,20 @@ def test_method_by_default(scheme: str, steps: int) -> None:
     without = Given({"a": scheme}, {"a": w}, {"a": hessian})
     gptq(without, shrink_steps=0)
     assert torch.equal(without.assigned["a"].scale, nearest(w, spec_of(scheme)).scale)
+
+
+def test_method_refines() -> None:
+    """What the solver found, refined, is what the unit gets; by default it is not."""
+    w, hessian = problem(8, 64, tokens=200, seed=12)
+    solved = solve(w, hessian, spec_of("w3a16-g32"), shrink_steps=20).q
+    found = []
+    for options in ({}, {"refine": 2}):
+        unit = Given({"a": "w3a16-g32"}, {"a": w}, {"a": hessian})
+        gptq(unit, **options)
+        expected = refined(w, hessian, solved, damping=DAMPING, rounds=options.get("refine", 0))
+        found.append(unit.assigned["a"])
+        assert torch.equal(found[-1].codes, expected.codes) and torch.equal(found[-1].scale, expected.scale)
+    assert not torch.equal(found[0].codes, found[1].codes) and not torch.equal(found[0].scale, found[1].scale)
 
 
 def test_method_warns() -> None:
