@@ -28,11 +28,10 @@ SECTIONS = {
     "parallel": ("MREM in several processes", "parallel.py"),
     "blocks": ("A block of a large model", "blocks.py --device cuda --peer"),
     "depth": ("Memory of training against depth", "blocks.py --section depth --layers 4 16 --hidden 512 ..."),
-    "mixed": ("Mixed precision", "mixed.py --signals kl fisher --length 256 --windows 64"),
+    "mixed": ("Mixed precision", "mixed.py"),
     "mixed-encoder": (
         "Mixed precision of an encoder",
-        "mixed.py --encoder --round --section mixed-encoder --model MINILM --text test.jsonl --signals kl trace eigenvalue "
-        "--length 128 --plan-length 128",
+        "mixed.py --encoder --round --section mixed-encoder --model MINILM --text test.jsonl --length 128 --plan-length 128",
     ),
     "ssm": ("State space models", "ssm.py"),
     "weight-only": ("Weight-only linear on a GPU, before 2026-11-25", "kernels.py --part floats"),
