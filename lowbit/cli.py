@@ -487,7 +487,7 @@ def _print_comparison(result: dict[str, Any]) -> None:
         cells = [
             cell
             for each in row["evaluations"]
-            for cell in (f"{each['perplexity']:.4g}", f"{each['kl']:.2e}", f"{each['top1_agreement']:.1%}")
+            for cell in (f"{each['perplexity']:.4g}", f"{each['kl']:#.3g}", f"{each['top1_agreement']:.1%}")
         ]
         name = row["name"] + (" *" if row["name"] in result["front"] else "")
         ends = (f"{row['seconds']:.0f}", f"{row['peak_rss'] / 1e6:.0f}", *speed(row))

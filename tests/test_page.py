@@ -197,7 +197,7 @@ def test_one_page_holds_all(comparison: dict[str, Any]) -> None:
         "Once upon",
     ):
         assert wanted in text, wanted
-    assert "<td>0.03</td>" in text and "90.0 %" in text
+    assert "<td>0.0300</td>" in text and "90.0 %" in text
 
 
 def test_the_page_of_a_run(report: dict[str, Any]) -> None:
