@@ -5,7 +5,7 @@
 
 For every number of bits there is a uniform scheme, and its bytes are the budget of all mixes: the linears of a model are given
 schemes by each signal of `lowbit plan`, by no signal (every weight counts the same), by random sensitivities, and by the
-measured ones turned upside down. All are quantized by one chain and run over the same windows beside the float model; an
+measured ones in reverse order. All are quantized by one chain and run over the same windows beside the float model; an
 encoder (--encoder) is judged by the cosine of its sentence embeddings to the float model's. What a mix scores moves with the
 calibration rows, so all is done for several seeds of them; the mixes without a signal of use (equal, reversed, random) for the
 first only, and compared there. --out gets mixed.json, the table goes into the section `mixed` of --markdown; --merge makes one
@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -59,23 +60,28 @@ def stored(planned: Plan, scheme: str) -> float:
 def rivals(planned: Plan, bits: float) -> dict[str, list[str]]:
     """Mixes of at most so many bits that measured nothing, or read it the wrong way round: schemes by decision."""
     rows = list(planned.measured["decisions"].values())
-    weights = sum(row["weights"] for row in rows)
-    measured = [row["cost"]["w3a16-g128"] / row["weights"] for row in rows]
-    middle = sorted(measured)[len(measured) // 2]
-    given = {"equal": [1.0] * len(rows), "reversed": [middle / cost for cost in measured]}
+    weights = [row["weights"] for row in rows]
+    given = {"equal": [1.0] * len(rows)}
     for seed in range(RANDOM):
         chance = random.Random(seed)
         given[f"random {seed}"] = [math.exp(chance.uniform(-3, 3)) for _ in rows]
-    sizes = [[size[name] for name in CANDIDATES] for size in planned.sizes.values()]
-    found = {}
-    for name, sensitivity in given.items():
-        # the squared error of rounding falls by 4 with every bit
-        costs = [
-            [s * row["weights"] * 4.0 ** -parse_scheme(c).weight.format.bits * (1 + 1e-3 * i) for i, c in enumerate(CANDIDATES)]
-            for s, row in zip(sensitivity, rows, strict=True)
+    # the squared error of rounding falls by 4 with every bit
+    costs = {
+        name: [
+            [s * w * 4.0 ** -parse_scheme(c).weight.format.bits * (1 + 1e-3 * i) for i, c in enumerate(CANDIDATES)]
+            for s, w in zip(sensitivity, weights, strict=True)
         ]
-        found[name] = [CANDIDATES[j] for j in allocate(costs, sizes, int(bits * weights / 8))]
-    return found
+        for name, sensitivity in given.items()
+    }
+    # the most sensitive decision is taken for the least sensitive, and so on, a weight's costs being those of its mirror
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["cost"]["w3a16-g128"] / weights[i])
+    mirror = dict(zip(order, reversed(order), strict=True))
+    costs["reversed"] = [
+        [rows[mirror[i]]["cost"][c] * weights[i] / weights[mirror[i]] for c in CANDIDATES] for i in range(len(rows))
+    ]
+    sizes = [[size[name] for name in CANDIDATES] for size in planned.sizes.values()]
+    budget = int(bits * sum(weights) / 8)
+    return {name: [CANDIDATES[j] for j in allocate(each, sizes, budget)] for name, each in costs.items()}
 
 
 def recipes(model: Path, bits: float, args: argparse.Namespace, data: DataSpec) -> dict[str, Recipe]:
@@ -102,14 +108,16 @@ def recipes(model: Path, bits: float, args: argparse.Namespace, data: DataSpec) 
     plain = replace(base.recipe, steps=parse_chain(args.chain), data=data)
     found = {"uniform": replace(plain, rules=(Rule(match="", scheme=UNIFORM[bits]),))}
     for signal in args.signals:
+        if not re.search(args.mixes, f"planned by {signal}"):
+            continue
         made = planned(signal, budget)
         found[f"planned by {signal}"] = replace(plain, rules=made.recipe.rules)
         say(f"{bits:g} bits, seed {data.seed}, {signal}: {time.monotonic() - began:.0f} s, solved in {made.seconds:.2f} s")
-    if data.seed == args.seeds[0] and not args.only_planned:
+    if data.seed == args.seeds[0]:
         for name, schemes in rivals(base, budget).items():
             rules = (replace(rule, scheme=scheme) for rule, scheme in zip(plain.rules, schemes, strict=True))
             found[name] = replace(plain, rules=tuple(rules))
-    return found
+    return {name: recipe for name, recipe in found.items() if re.search(args.mixes, name)}
 
 
 # What is asked of plans, by the name of a number of a row; less is better.
@@ -270,7 +278,7 @@ def main() -> int:
     )
     parser.add_argument("--chain", default="gptq", help="what all are quantized by (default gptq)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the calibration rows (default 0 1 2)")
-    parser.add_argument("--only-planned", action="store_true", help="plans and the uniform scheme only")
+    parser.add_argument("--mixes", default="", metavar="REGEX", help="names of those that are made, or merged (default all)")
     parser.add_argument("--rows", type=int, default=64, help="calibration sequences (default 64)")
     parser.add_argument("--length", type=int, default=256, help="tokens of each (default 256)")
     parser.add_argument("--plan-rows", type=int, default=16, help="sequences to measure on (default 16)")
@@ -284,7 +292,8 @@ def main() -> int:
     parser.add_argument("--merge", type=Path, nargs="+", help="results to make one of, instead of measuring")
     args = parser.parse_args()
     if args.merge:
-        return write(joined(args.merge), args)
+        merged = joined(args.merge)
+        return write(merged | {"rows": [row for row in merged["rows"] if re.search(args.mixes, row["how"])]}, args)
     if args.encoder:
         args.windows = [0] * len(args.text)  # of documents there are no windows
     logging.set_verbosity_error()

@@ -31,7 +31,8 @@ SECTIONS = {
     "mixed": ("Mixed precision", "mixed.py"),
     "mixed-encoder": (
         "Mixed precision of an encoder",
-        "mixed.py --encoder --round --section mixed-encoder --model MINILM --text test.jsonl --length 128 --plan-length 128",
+        "mixed.py --encoder --round --section mixed-encoder --model MINILM --text test.jsonl --signals kl trace "
+        "--length 128 --plan-length 128",
     ),
     "ssm": ("State space models", "ssm.py"),
     "weight-only": ("Weight-only linear on a GPU, before 2026-11-25", "kernels.py --part floats"),

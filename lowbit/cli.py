@@ -5,6 +5,7 @@ Every import that costs time happens inside the command that needs it, so that -
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         print(f"lowbit: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of `lowbit inspect OUT | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("lowbit: interrupted; the same command run again goes on from there", file=sys.stderr)
         return 130

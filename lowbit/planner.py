@@ -42,6 +42,7 @@ from lowbit.sensitivity import (
     Signal,
     Solved,
     Whole,
+    causal,
     check_candidates,
     decisions,
     measure,
@@ -154,6 +155,11 @@ def plan(
     arch = rewritten(Arch(source, device=device), base, say)
     if isinstance(arch.source, Rounded) and max_ppl_ratio is not None:
         raise ValueError("embed is what a plan for max_ppl_ratio decides about itself; leave it out of the method")
+    if not causal(arch):
+        if max_ppl_ratio is not None:
+            raise ValueError(f"{type(arch.model).__name__} has no perplexity; plan for --bits or --size")
+        if signal == "fisher":
+            raise ValueError(f"{type(arch.model).__name__} has no loss of text, so no Fisher information; use another --signal")
     calibration = drawn(replace(spec, rows=(_SOLVED + 1) * rows, length=length), source)
     given, judged = calibration.tokens[:-rows], calibration.tokens[-rows:]
     solver = next(step for step in base.steps if METHODS[step.method].kind == "solver")
@@ -187,8 +193,6 @@ def plan(
             if missing and signal == "kl":
                 solved = Solved(arch, given, solver, Path(folder))
             whole = Whole(arch, judged, effort.subsets)
-            if max_ppl_ratio is not None and not whole.causal:
-                raise ValueError(f"{type(arch.model).__name__} has no perplexity; plan for --bits or --size")
         found = known
         if whole is not None and missing:
             found = measure(

@@ -18,15 +18,15 @@ embeddings, with a head tied to them, where the format holds them quantized; the
 Hessians are those of single linears, or per block of all its linears at once.
 
 The last three see weights only, rounded to nearest: a solver such as gptq lets |W - Q|^2 grow so that the loss does not. Their
-loss is that of the text (nats a token); of models that do not predict a next token, the
-distance of the output from the float model's (see `Arch.divergence`). Deviation from Q-BERT: Omega alone ranks linears, but
-says nothing about how large an error a scheme makes, so it is multiplied with that error. Where the trace is negative, because
-the model is at no minimum of this text's loss, its magnitude counts, as with Omega.
+loss is that of the text (nats a token); of models that do not predict a next token, the distance of the output from the float
+model's (see `Arch.distance`), whose gradient is 0, so that they have no `fisher`. Deviation from Q-BERT: Omega alone ranks
+linears, but says nothing about how large an error a scheme makes, so it is multiplied with that error. Where the trace is
+negative, because the model is at no minimum of this text's loss, its magnitude counts, as with Omega.
 
 Memory: the whole float model (float32 but for `kl`), hidden states of the text at one block, for `kl` all candidates of one
-block, and for `eigenvalue` and
-`trace` the second-order graph from one block to the end of the model, for one subset of the text: it cannot be smaller, since
-the loss is the model's. Attention runs unfused, because fused kernels have no second derivative.
+block, and for `eigenvalue` and `trace` the second-order graph from one block to the end of the model, for one subset of the
+text: it cannot be smaller, since the loss is the model's. Attention runs unfused, because fused kernels have no second
+derivative.
 """
 
 from collections.abc import Callable, Sequence
@@ -116,6 +116,11 @@ def _name(linears: Sequence[Linear]) -> str:
     return "+".join([first, *(linear.name.rpartition(".")[2] for linear in linears[1:])])
 
 
+def causal(arch: Arch) -> bool:
+    """Whether the model predicts a next token."""
+    return type(arch.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
 class Solved:
     """What a solver makes of a block under every candidate, from the float model's inputs.
 
@@ -160,7 +165,6 @@ class Whole:
     def __init__(self, arch: Arch, tokens: Tensor, subsets: int) -> None:
         """tokens: [rows, length] int64."""
         self.arch, self.tokens = arch, tokens
-        self.causal = type(arch.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
         self.parts = [(int(rows[0]), int(rows[-1]) + 1) for rows in torch.arange(len(tokens)).chunk(subsets)]
         arch.load_outside()
         for block in arch.blocks:
@@ -256,7 +260,7 @@ class Whole:
         """The loss of subset `k` as a function of parameters from block `at` on, by name, differentiable twice."""
         tokens = self.tokens[slice(*self.parts[k])]
         output = self._output(tokens, self._through(k, {}, parameters), {}, parameters)
-        if self.causal:
+        if causal(self.arch):
             return self._nll(tokens, output)
         total, count = self.arch.distance(output, self.arch.finish(tokens, self.ends[k]))
         return total / count

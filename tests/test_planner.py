@@ -244,6 +244,15 @@ def test_goals_that_cannot_be(llama: Path) -> None:
         plan(str(llama), bits=3.0, signal="guess", **NATIVE)  # type: ignore[arg-type]
 
 
+def test_what_an_encoder_has_not(tmp_path: Path) -> None:
+    """No perplexity, and no loss with a gradient: said before anything is measured."""
+    tiny.save("bert", tmp_path)
+    with pytest.raises(ValueError, match="has no perplexity"):
+        plan(str(tmp_path), max_ppl_ratio=1.05, **NATIVE)
+    with pytest.raises(ValueError, match="has no loss of text"):
+        plan(str(tmp_path), bits=3.0, signal="fisher", **NATIVE)
+
+
 def test_too_little_memory(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring holds the whole model: said before it is loaded."""
     monkeypatch.setattr("lowbit.planner.available_memory", lambda: 100_000)
