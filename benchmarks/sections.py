@@ -30,10 +30,10 @@ SECTIONS = {
     "parallel-gpus": ("MREM in several processes, a GPU each", "parallel.py --device cuda --section parallel-gpus"),
     "blocks": ("A block of a large model", "blocks.py --device cuda --peer"),
     "depth": ("Memory of training against depth", "blocks.py --section depth --layers 4 16 --hidden 512 ..."),
-    "mixed": ("Mixed precision", "mixed.py --signals kl fisher --length 256 --windows 64"),
+    "mixed": ("Mixed precision", "mixed.py"),
     "mixed-encoder": (
         "Mixed precision of an encoder",
-        "mixed.py --encoder --round --section mixed-encoder --model MINILM --text test.jsonl --signals kl trace eigenvalue "
+        "mixed.py --encoder --round --section mixed-encoder --model MINILM --text test.jsonl --signals kl trace "
         "--length 128 --plan-length 128",
     ),
     "ssm": ("State space models", "ssm.py"),

@@ -5,6 +5,7 @@ Every import that costs time happens inside the command that needs it, so that -
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         print(f"lowbit: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of `lowbit inspect OUT | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("lowbit: interrupted; the same command run again goes on from there", file=sys.stderr)
         return 130
@@ -103,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     goal.add_argument("--max-ppl-ratio", type=float, metavar="R", help="perplexity over the original's, at most: 1.02")
     sub.add_argument("--schemes", nargs="+", metavar="SCHEME", help="candidates; float leaves a linear as it is")
     sub.add_argument("--signal", default="kl", help="kl (default, measured), eigenvalue (Q-BERT), trace (HAWQ-V2), fisher")
+    sub.add_argument("--per", default="linear", help="what gets one scheme: linear (default) or block, as in Q-BERT")
     sub.add_argument("--data", required=True, metavar="SOURCE", help="calibration data of measurement and recipe")
     sub.add_argument("--rows", type=int, default=16, metavar="N", help="sequences to measure on (default 16)")
     sub.add_argument("--length", type=int, default=256, metavar="N", help="tokens of each (default 256)")
@@ -121,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="DIR", help="folder of the checkpoints, comparison.json and .html")
     sub.add_argument("--recipes", nargs="+", default=[], metavar="FILE.toml", help="to run, or to reuse where they are done")
     sub.add_argument(
-        "--search", type=float, metavar="SECONDS", help="also rtn, gptq and awq+gptq at every scheme of plan, for so long"
+        "--search", type=float, metavar="SECONDS", help="then rtn, gptq and awq+gptq at every scheme of plan, for so long"
     )
     sub.add_argument("--text", nargs="+", required=True, metavar="SOURCE", help="what to judge on")
     sub.add_argument("--data", metavar="SOURCE", help="calibration data, in place of that of the recipes")
@@ -253,6 +258,7 @@ def _plan(arguments: argparse.Namespace) -> None:
             max_ppl_ratio=arguments.max_ppl_ratio,
             schemes=arguments.schemes,
             signal=arguments.signal,
+            per=arguments.per,
             data=arguments.data,
             rows=arguments.rows,
             length=arguments.length,
@@ -269,8 +275,9 @@ def _plan(arguments: argparse.Namespace) -> None:
         )
     with replacing(out) as temporary:
         temporary.write_text(made.recipe.to_toml(), encoding="utf-8")
+    wide = [max(map(len, column)) for column in (made.schemes, made.schemes.values())]
     for name, scheme in made.schemes.items():
-        print(f"  {name}  {scheme}  {made.costs[name]:.3e}")
+        print(f"  {name:{wide[0]}}  {scheme:{wide[1]}}  {made.costs[name]:.3e}")
     ratio = "" if made.ppl_ratio is None else f"; {made.ppl_ratio:.4f} times the perplexity on calibration text"
     print(
         f"{out}: {made.bits:.3f} bits a weight, {made.output_bytes / 1e6:.2f} MB of weight files{ratio}. "
@@ -291,12 +298,12 @@ def _compare(arguments: argparse.Namespace) -> None:
         if name in recipes:
             raise ValueError(f"two recipes are named {name}; rename a file")
         recipes[name] = _with_data(read_recipe(path), arguments.data, given)
+    searched = {}
     if arguments.search is not None:
         if not arguments.data:
             raise ValueError("--search needs calibration data: --data FILE")
-        data = DataSpec(source=arguments.data, **given)
-        recipes |= search_space(data, arguments.format, arguments.engine)
-    if not recipes:
+        searched = search_space(DataSpec(source=arguments.data, **given), arguments.format, arguments.engine)
+    if not recipes and not searched:
         raise ValueError("say what to compare with --recipes FILE.toml ..., or --search SECONDS")
     measured = read_json(Path(arguments.sensitivities), "measured sensitivities") if arguments.sensitivities else None
     _quiet_libraries()
@@ -309,6 +316,7 @@ def _compare(arguments: argparse.Namespace) -> None:
             window=arguments.window,
             windows=arguments.limit,
             sensitivities=measured,
+            searched=searched,
             limit_seconds=arguments.search,
             revision=arguments.revision,
             device=arguments.device,
@@ -316,7 +324,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         )
     _print_comparison(result)
     for name in result["left_out"]:
-        print(f"warning: {name}: not run, the time was up", file=sys.stderr)
+        print(f"warning: {name}: not finished, the time was up; the same command goes on from there", file=sys.stderr)
     failed = [row for row in result["rows"] if "failed" in row]
     print(f"{arguments.out}/comparison.html shows more.")
     if failed:
@@ -489,23 +497,26 @@ def _with_data(recipe: Any, source: str | None, given: dict[str, Any]) -> Any:
 
 
 def _print_comparison(result: dict[str, Any]) -> None:
+    def speed(row: dict[str, Any]) -> tuple[str, str]:
+        return f"{row['load_seconds']:.1f}", f"{row['decode_tokens_per_second']:.1f}"
+
     judged = [column for text in result["texts"] for column in (f"ppl, {text['source']}", "KL", "same top")]
     floats = [f"{each['perplexity']:.4g}" for each in result["float"]["evaluations"]]
     first = [cell for value in floats for cell in (value, "", "")]
-    rows = [["original", f"{result['float']['bytes'] / 1e6:.1f}", "", *first, "", ""]]
+    rows = [["original", f"{result['float']['bytes'] / 1e6:.1f}", "", *first, "", "", *speed(result["float"])]]
     for row in result["rows"]:
         if "failed" in row:
             continue
         cells = [
             cell
             for each in row["evaluations"]
-            for cell in (f"{each['perplexity']:.4g}", f"{each['kl']:.2e}", f"{each['top1_agreement']:.1%}")
+            for cell in (f"{each['perplexity']:.4g}", f"{each['kl']:#.3g}", f"{each['top1_agreement']:.1%}")
         ]
         name = row["name"] + (" *" if row["name"] in result["front"] else "")
-        ends = (f"{row['seconds']:.0f}", f"{row['peak_rss'] / 1e6:.0f}")
+        ends = (f"{row['seconds']:.0f}", f"{row['peak_rss'] / 1e6:.0f}", *speed(row))
         rows.append([name, f"{row['bytes'] / 1e6:.1f}", f"{row['bits']:.2f}", *cells, *ends])
-    _print_table(("recipe", "MB", "bits", *judged, "seconds", "peak MB"), rows)
-    print("* no other is both smaller and closer to the original")
+    _print_table(("recipe", "MB", "bits", *judged, "seconds", "peak MB", "load s", "tokens/s"), rows)
+    print("* no other is both smaller and closer to the original; tokens/s: decoding of the dequantized model, in transformers")
 
 
 def _print_table(head: Sequence[str], rows: list[list[str]]) -> None:

@@ -4,17 +4,21 @@ OUT holds what was done, named by its content (recipe, model, calibration data, 
 again, interrupted, or extended by another recipe does nothing twice:
 
     KEY.toml          a recipe
-    KEY/              its checkpoint, written by a process of its own, so that its peak memory is its own
+    KEY/              its checkpoint, written by a process of its own, so that its peak memory is its own; KEY.partial/ is one
+                      that is not finished, which the next comparison goes on with
     KEY-JUDGED.json   what was measured on it, JUDGED naming the texts and windows
     comparison.json   all of it; comparison.html shows it (see `page`)
+    lock              held by the comparison at work here and by the process it started, which may outlive it
 """
 
+import fcntl
 import hashlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +54,7 @@ def compare(
     window: int = 1024,
     windows: int | None = None,
     sensitivities: dict[str, Any] | None = None,
+    searched: dict[str, Recipe] | None = None,
     limit_seconds: float | None = None,
     revision: str | None = None,
     device: str = "cpu",
@@ -57,13 +62,16 @@ def compare(
 ) -> dict[str, Any]:
     """Run or reuse every recipe, judge all, and write comparison.json and comparison.html into `out`.
 
+    While another comparison, or a recipe that one left running, is at work in `out`, this one waits.
+
     Args:
         model: a folder or hub id of a causal language model.
         recipes: by the name they have in the table.
         texts: files to judge on, not those of calibration.
         window, windows: see `evaluate.evaluate_model`; windows without overlap, without bos.
         sensitivities: what `planner.plan` measured, for the page.
-        limit_seconds: start no recipe after so long; those left out are named in the result.
+        searched: more recipes, such as those of `search_space`, that are run in their order for `limit_seconds` after the
+            others; what is not done by then is named in the result, and gone on with by the next call.
 
     Returns:
         what comparison.json holds: "float" and "rows", one for each recipe; a row whose recipe failed has "failed".
@@ -71,7 +79,8 @@ def compare(
     Raises:
         ValueError: nothing to compare, or bad input.
     """
-    if not recipes:
+    searched = searched or {}
+    if not recipes and not searched:
         raise ValueError("nothing to compare: give recipes")
     if not texts:
         raise ValueError("nothing to judge by: give texts")
@@ -84,17 +93,44 @@ def compare(
     judge = _Judge(source, tokens, tokenizer, window, windows, device)
     if not judge.causal:
         raise ValueError(f"{model} predicts no next token; compare judges causal language models")
-    began = time.monotonic()
     rows: list[dict[str, Any]] = []
     left: list[str] = []
-    for number, (name, recipe) in enumerate(recipes.items()):
-        say(name, number, len(recipes))
-        key = _key(source, recipe)
-        if limit_seconds is not None and time.monotonic() - began > limit_seconds and not (out / key).is_dir():
-            left.append(name)
-            continue
-        rows.append({"name": name} | _row(out, key, source, recipe, judge, device))
-    say("comparing", len(recipes), len(recipes))
+    with _alone(out, say) as lock:
+        end = None
+        for number, (name, recipe) in enumerate([*recipes.items(), *searched.items()]):
+            say("comparing", number, len(recipes) + len(searched))
+            if number == len(recipes) and limit_seconds is not None:
+                end = time.monotonic() + limit_seconds
+            try:
+                rows.append({"name": name} | _row(out, _key(source, recipe), source, recipe, judge, device, end, lock))
+            except subprocess.TimeoutExpired:
+                left.append(name)
+        say("comparing", len(recipes) + len(searched), len(recipes) + len(searched))
+        return _written(out, model, source, judge, rows, left, sensitivities)
+
+
+@contextmanager
+def _alone(out: Path, say: Progress) -> Iterator[int]:
+    """The descriptor of a lock of this folder, for this process and those that inherit it."""
+    with (out / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say("waiting for another process in the folder", 0, 1)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
+
+
+def _written(
+    out: Path,
+    model: str,
+    source: Source,
+    judge: "_Judge",
+    rows: list[dict[str, Any]],
+    left: list[str],
+    sensitivities: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Write what was measured, with the float model beside it, as JSON and as a page."""
     reference = out / f"float-{judge.key}.json"
     if not reference.exists():
         write_json(reference, judge.measured(None))
@@ -104,7 +140,7 @@ def compare(
         "model": Path(model).name if Path(model).is_dir() else model,
         "fingerprint": source.fingerprint(),
         "texts": judge.describe(),
-        "device": device,
+        "device": judge.device,
         "threads": torch.get_num_threads(),
         "float": json.loads(reference.read_text(encoding="utf-8")) | {"bytes": source.nbytes()},
         "rows": rows,
@@ -155,11 +191,13 @@ def _key(source: Source, recipe: Recipe) -> str:
     return _digest([plain, source.fingerprint(), __version__])
 
 
-def _row(out: Path, key: str, source: Source, recipe: Recipe, judge: "_Judge", device: str) -> dict[str, Any]:
-    """What was measured on a recipe's checkpoint, which is made where it is missing."""
+def _row(
+    out: Path, key: str, source: Source, recipe: Recipe, judge: "_Judge", device: str, end: float | None, lock: int
+) -> dict[str, Any]:
+    """What was measured on a recipe's checkpoint, which is made where it is missing, until `end`."""
     folder, judged = out / key, out / f"{key}-{judge.key}.json"
     if not folder.is_dir():
-        failure = _quantized(out, key, source, recipe, device)
+        failure = _quantized(out, key, source, recipe, device, end, lock)
         if failure is not None:
             return {"key": key, "recipe": recipe.to_dict(), "failed": failure}
     if not judged.exists():
@@ -182,8 +220,12 @@ def _row(out: Path, key: str, source: Source, recipe: Recipe, judge: "_Judge", d
     }
 
 
-def _quantized(out: Path, key: str, source: Source, recipe: Recipe, device: str) -> str | None:
-    """Run a recipe in a process of its own; what it complained about, if it failed."""
+def _quantized(out: Path, key: str, source: Source, recipe: Recipe, device: str, end: float | None, lock: int) -> str | None:
+    """Run a recipe in a process of its own, which holds the lock too; what it complained about, if it failed.
+
+    Raises:
+        subprocess.TimeoutExpired: it was not finished by `end`.
+    """
     written = recipe
     if recipe.data is not None and Path(recipe.data.source).is_file():
         written = replace(recipe, data=replace(recipe.data, source=str(Path(recipe.data.source).resolve())))
@@ -191,7 +233,11 @@ def _quantized(out: Path, key: str, source: Source, recipe: Recipe, device: str)
     with replacing(path) as temporary:
         temporary.write_text(written.to_toml(), encoding="utf-8")
     command = [sys.executable, "-m", "lowbit", "quantize", str(source.folder), "--recipe", str(path)]
-    done = subprocess.run([*command, "--out", str(out / key), "--device", device], capture_output=True, text=True)
+    command += ["--out", str(out / key), "--device", device]
+    seconds = None if end is None else end - time.monotonic()
+    if seconds is not None and seconds <= 0:
+        raise subprocess.TimeoutExpired(command, seconds)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, pass_fds=(lock,))
     if done.returncode == 0:
         return None
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -215,7 +261,7 @@ class _Judge:
         self.key = _digest([list(digests.values()), window, windows, device, __version__])
         names = source.config.get("architectures") or [""]
         self.causal = names[0].endswith(("ForCausalLM", "LMHeadModel"))
-        self._reference: Any = None
+        self._reference: tuple[Any, float] | None = None
 
     def describe(self) -> list[dict[str, Any]]:
         """The texts, as the report names them."""
@@ -224,17 +270,20 @@ class _Judge:
             for text, found in self.tokens.items()
         ]
 
-    def reference(self) -> Any:
-        """The float model, loaded when first asked for."""
+    def reference(self) -> tuple[Any, float]:
+        """The float model, loaded when first asked for, and how many seconds that took."""
         if self._reference is None:
-            self._reference = load(str(self.source.folder), dtype=torch.float32, device=self.device)
+            self._reference = self._loaded(self.source.folder)
         return self._reference
+
+    def _loaded(self, folder: Path) -> tuple[Any, float]:
+        began = time.monotonic()
+        model = load(str(folder), dtype=torch.float32, device=self.device)
+        return model, time.monotonic() - began
 
     def measured(self, folder: Path | None) -> dict[str, Any]:
         """Everything measured on the checkpoint in `folder`, or on the float model."""
-        began = time.monotonic()
-        model: Any = load(str(folder), dtype=torch.float32, device=self.device) if folder is not None else self.reference()
-        seconds = time.monotonic() - began
+        model, seconds = self._loaded(folder) if folder is not None else self.reference()
         first = next(iter(self.tokens.values()))
         found: dict[str, Any] = {
             "evaluations": [
@@ -243,7 +292,7 @@ class _Judge:
                     tokens,
                     window=self.window,
                     max_windows=self.windows,
-                    reference=self.reference() if folder is not None else None,
+                    reference=self.reference()[0] if folder is not None else None,
                     source=Path(text).name,
                 ).to_dict()
                 for text, tokens in self.tokens.items()

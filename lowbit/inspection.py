@@ -4,15 +4,19 @@ Read are headers and configurations, no weights: lowbit's own format, compressed
 and AutoAWQ lay them out, and GGUF through the gguf package.
 """
 
+import itertools
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from lowbit.export import NATIVE, QuantizedSource, open_checkpoint
+from lowbit.qtensor import CHANNEL, TENSOR, Scheme, parse_scheme
 from lowbit.report import read_report
 from lowbit.source import Source, read_json
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")  # of GPTQ and AWQ
+_FLOATS = ("fp8", "fp4", "nvfp4", "mxfp4", "mxfp6", "mxfp8")  # families of schemes that compressed-tensors holds
 _GGUF_FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -44,7 +48,7 @@ def summary_of(model: str) -> dict[str, Any]:
         return _about(source, "float", {})
     linears = {
         name: {
-            "scheme": scheme.name,
+            "scheme": scheme.name if source.native else scheme_name(scheme),
             "shape": list(source.modules[name].shape),
             "bits": round(source.bits_per_weight(name), 3),
         }
@@ -55,6 +59,25 @@ def summary_of(model: str) -> dict[str, Any]:
     if report is not None:
         summary["gate"], summary["evaluations"] = report["gate"], report["evaluations"]
     return summary
+
+
+@cache
+def scheme_name(scheme: Scheme) -> str:
+    """The name that `parse_scheme` reads as this scheme, if it has one of the usual form; else its own."""
+    weight, inputs = scheme.weight, scheme.input
+    group = "block" if weight.rows > 1 else {CHANNEL: "channel", TENSOR: "tensor"}.get(weight.group, f"g{weight.group}")
+    integers = f"w{weight.format.bits}a{inputs.format.bits if inputs else 16}-{group}"
+    families = [family + suffix for family in _FLOATS for suffix in ("", "a16", "a8")]
+    firsts = [integers, *families, *(f"{family}-{group}" for family in families)]
+    for first, *options in itertools.product(firsts, ("", "-asym"), ("", "-astatic")):
+        name = first + "".join(options)
+        try:
+            meant = parse_scheme(name)
+        except ValueError:
+            continue
+        if (meant.weight, meant.input) == (weight, inputs):
+            return name
+    return scheme.name
 
 
 def _about(source: Source, form: str, linears: dict[str, Any], stored: dict[str, Any] | None = None) -> dict[str, Any]:

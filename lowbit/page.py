@@ -11,10 +11,14 @@ from typing import Any
 
 _INK = "#010203"  # what is drawn in this becomes the colour of the page's text
 _SALTS = itertools.count()  # for ids that no other plot of the page has
+_WIDTH = 4.8  # inches of every plot: as wide as a phone, so that its text is read there too
 _SERIES = ("#3b82c4", "#e0803a", "#3f9d63", "#c3516f", "#8a6fc1", "#8c8c3a", "#3aa0a0", "#b0703f")
 _ERRORS = "Relative errors, of outputs where calibration data was seen, else of weights."
 _OUTLIERS = "The largest input channel of a layer over its median channel"
 _LOSSES = "Mean squared error, or what the step states, of each block or module of blocks."
+_EMBEDDINGS, _HEAD = "embeddings", "head"  # where a block's number stands for others
+Grid = dict[str, dict[int | str, float]]  # rows of a heat map: values by block
+_ERROR, _BITS = "error of each linear (log10)", "bits of each weight"  # titles of heat maps
 
 
 def comparison_page(comparison: dict[str, Any]) -> str:
@@ -27,7 +31,7 @@ def comparison_page(comparison: dict[str, Any]) -> str:
         front=comparison["front"],
         warnings=[
             *(f"{row['name']} failed: {row['failed']}" for row in comparison["rows"] if "failed" in row),
-            *(f"{name} was not run: the time was up" for name in comparison["left_out"]),
+            *(f"{name} is not finished: the time was up" for name in comparison["left_out"]),
             *(f"{row['name']}: {warning}" for row in rows for warning in _warnings(row["linears"], row["notes"], row)),
         ],
         plots=_plots_of_comparison(comparison, rows),
@@ -73,12 +77,12 @@ def _plot(title: str, text: str, svg: str) -> dict[str, str]:
 
 def _plots_of_run(report: dict[str, Any], notes: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Title, caption and SVG of every plot that there is something to show in."""
-    found = [_plot("Layer by layer", _ERRORS, _layers(report["linears"]))]
+    found = [_plot("Layer by layer", _ERRORS, _layers([report["linears"]])[0])]
     if report["outliers"]:
         text = f"{_OUTLIERS}, on {report['gate']['rows']} rows of calibration data: in the original, and in the result."
         before, after = report["outliers"]["before"], report["outliers"]["after"]
         found.append(_plot("Outliers of activations", text, _outliers(before, {"quantized": after})))
-    found += _losses(notes)
+    found += _losses([(note["step"], note) for note in notes])
     if report["histograms"]:
         text = "Of each kind, the linear with the largest error; marks: the grid of its first group."
         found.append(_plot("Weights before and after", text, _histograms(report["histograms"])))
@@ -88,17 +92,20 @@ def _plots_of_run(report: dict[str, Any], notes: list[dict[str, Any]]) -> list[d
 def _plots_of_comparison(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     found = []
     if rows:
-        found.append(_plot("Quality against size", "Lower and further left is better.", _pareto(comparison, rows)))
-    found += [_plot(f"{row['name']}: layer by layer", _ERRORS, _layers(row["linears"])) for row in rows]
+        text = "Lower and further left is better; the line joins what no other recipe beats in both."
+        found.append(_plot("Quality against size", text, _pareto(comparison, rows)))
     if comparison["sensitivities"]:
         signal = comparison["sensitivities"]["signal"]
         text = f"What each scheme costs at each decision of a plan, measured by {signal} (log10)."
         found.append(_plot("Sensitivity", text, _heat(_sensitivities(comparison["sensitivities"]))))
+    layers = _layers([row["linears"] for row in rows])
+    text = f"{_ERRORS} Colours mean the same in all recipes."
+    found += [_plot(f"{row['name']}: layer by layer", text, svg) for row, svg in zip(rows, layers, strict=True)]
     if rows and comparison["float"]["outliers"]:
         text = f"{_OUTLIERS}: in the original, and after the recipe's transforms."
         after = {row["name"]: row["outliers"] for row in rows}
         found.append(_plot("Outliers of activations", text, _outliers(comparison["float"]["outliers"], after)))
-    found += _losses([note for row in rows for note in row["notes"]])
+    found += _losses([(row["name"], note) for row in rows for note in row["notes"]])
     for row in rows:
         worst = row["histograms"][:1]
         if worst:
@@ -107,20 +114,30 @@ def _plots_of_comparison(comparison: dict[str, Any], rows: list[dict[str, Any]])
     return found
 
 
-def _losses(notes: list[dict[str, Any]]) -> list[dict[str, str]]:
-    curves = [(note["steps"], note["curve"]) for note in notes if note.get("curve") and "steps" in note]
+def _losses(notes: list[tuple[str, dict[str, Any]]]) -> list[dict[str, str]]:
+    """Of notes of steps, by what their curves are labelled with."""
+    curves = [(name, note["steps"], note["curve"]) for name, note in notes if note.get("curve") and "steps" in note]
     return [_plot("Losses of learned steps", _LOSSES, _curves(curves))] if curves else []
 
 
-def _layers(linears: list[dict[str, Any]]) -> str:
-    errors = {row["name"]: row["error"] for row in linears}
-    bits = {row["name"]: row["bits_per_weight"] for row in linears}
-    return _heat({"error of each linear (log10)": by_layer(errors), "bits of each weight": by_layer(bits)})
+def _layers(recipes: list[list[dict[str, Any]]]) -> list[str]:
+    """Errors and bits of the linears of each recipe, in the same colours."""
+    limits = {}
+    for title, key in ((_ERROR, "error"), (_BITS, "bits_per_weight")):
+        values = [row[key] for linears in recipes for row in linears if row[key] > 0]
+        if values:
+            limits[title] = (min(values), max(values))
+    found = []
+    for linears in recipes:
+        errors = {row["name"]: row["error"] for row in linears}
+        bits = {row["name"]: row["bits_per_weight"] for row in linears}
+        found.append(_heat({_ERROR: by_layer(errors), _BITS: by_layer(bits)}, limits))
+    return found
 
 
-def by_layer(values: dict[str, float]) -> dict[str, dict[int, float]]:
+def by_layer(values: dict[str, float]) -> Grid:
     """Values by what kind of linear they are of, and by the number of their block: means where there are several (experts)."""
-    found: dict[str, dict[int, list[float]]] = {}
+    found: dict[str, dict[int | str, list[float]]] = {}
     for name, value in values.items():
         numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
         if numbers:
@@ -129,26 +146,32 @@ def by_layer(values: dict[str, float]) -> dict[str, dict[int, float]]:
     return {kind: {block: sum(each) / len(each) for block, each in blocks.items()} for kind, blocks in found.items()}
 
 
-def _sensitivities(measured: dict[str, Any]) -> dict[str, dict[str, dict[int, float]]]:
-    found: dict[str, dict[str, dict[int, float]]] = {}
+def _sensitivities(measured: dict[str, Any]) -> dict[str, Grid]:
+    """By scheme, the costs of all decisions; those outside the blocks have a name in place of a block's number."""
+    found: dict[str, Grid] = {}
     for scheme in measured["schemes"]:
-        grid: dict[str, dict[int, float]] = {}
+        grid: Grid = {}
         for row in measured["decisions"].values():
-            if scheme in row["cost"]:
-                kind = "+".join(dict.fromkeys(name.rpartition(".")[2] for name in row["linears"][:3]))
-                grid.setdefault(kind, {})[row["block"]] = row["cost"][scheme]
+            if scheme not in row["cost"]:
+                continue
+            leaves = dict.fromkeys(name.rpartition(".")[2] for name in row["linears"])
+            kind = "block" if measured["per"] == "block" and len(leaves) > 1 else "+".join([*leaves][:3])
+            inside = re.search(r"\.\d+\.", row["linears"][0])
+            grid.setdefault(kind, {})[row["block"] if inside else _EMBEDDINGS if row["block"] < 0 else _HEAD] = row["cost"][
+                scheme
+            ]
         found[f"{scheme} (log10)"] = grid
     return found
 
 
-def _figure(width: float, height: float, count: int = 1) -> tuple[Any, list[Any]]:
+def _figure(height: float, count: int = 1) -> tuple[Any, list[Any]]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     style = ink | {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with rc_context(style):  # type: ignore[arg-type]
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = [figure.add_subplot(count, 1, i + 1) for i in range(count)]
     return figure, axes
 
@@ -168,36 +191,45 @@ def _svg(figure: Any) -> str:
 
 
 def _pareto(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    figure, (axis,) = _figure(6.4, 3.6)
-    for i, row in enumerate(rows):
-        point = (row["bytes"] / 1e6, row["evaluations"][0]["kl"])
+    figure, (axis,) = _figure(3.6)
+    points = [(row["bytes"] / 1e6, row["evaluations"][0]["kl"]) for row in rows]
+    sizes = [size for size, _ in points]
+    for i, (row, point) in enumerate(zip(rows, points, strict=True)):
+        right = point[0] > (min(sizes) + max(sizes)) / 2  # a label there ends at its point
         axis.plot(*point, "o", color=_SERIES[i % len(_SERIES)])
-        axis.annotate(row["name"], point, xytext=(5, 4), textcoords="offset points", color=_INK, fontsize=8)
-    best = [next(row for row in rows if row["name"] == name) for name in comparison["front"]]
-    line = [row["bytes"] / 1e6 for row in best], [row["evaluations"][0]["kl"] for row in best]
-    axis.plot(*line, color=_INK, linewidth=0.8, zorder=0)
-    if all(row["evaluations"][0]["kl"] > 0 for row in rows):
-        axis.set_yscale("log")
+        given = {"xytext": (-6 if right else 6, 4), "ha": "right" if right else "left"}
+        axis.annotate(row["name"], point, textcoords="offset points", color=_INK, fontsize=8, **given)
+    best = [points[[row["name"] for row in rows].index(name)] for name in comparison["front"]]
+    axis.plot(*zip(*best, strict=True), color=_INK, linewidth=0.8, zorder=0)
+    if all(kl > 0 for _, kl in points):
+        _logarithmic(axis)
     axis.set_xlabel("weight files, MB")
     axis.set_ylabel(f"KL to the original, {rows[0]['evaluations'][0]['source']}")
-    axis.margins(x=0.18, y=0.12)
+    axis.margins(x=0.08, y=0.12)
     return _svg(figure)
 
 
-def _heat(grids: dict[str, dict[str, dict[int, float]]]) -> str:
+def _heat(grids: dict[str, Grid], limits: dict[str, tuple[float, float]] | None = None) -> str:
+    """Heat maps one below the other, by title; `limits` are values of the ends of their colours, else their own."""
     from math import log10, nan
 
     height = sum(0.6 + 0.22 * max(len(grid), 1) for grid in grids.values())
-    figure, axes = _figure(6.4, height, len(grids))
+    figure, axes = _figure(height, len(grids))
     for axis, (title, grid) in zip(axes, grids.items(), strict=True):
-        blocks = sorted({block for row in grid.values() for block in row})
+        blocks = sorted({block for row in grid.values() for block in row}, key=_place)
         cells = [[row.get(block, nan) for block in blocks] for row in grid.values()]
+        low, high = (limits or {}).get(title, (None, None))
         if "log10" in title:
             cells = [[log10(value) if value > 0 else nan for value in row] for row in cells]
-        image = axis.imshow(cells, aspect="auto", cmap="viridis", interpolation="nearest")
+            low, high = (value and log10(value) for value in (low, high))
+        image = axis.imshow(cells, aspect="auto", cmap="viridis", interpolation="nearest", vmin=low, vmax=high)
         axis.set_yticks(range(len(grid)), list(grid))
-        shown = range(0, len(blocks), max(1, len(blocks) // 16))
-        axis.set_xticks(list(shown), [str(blocks[i]) for i in shown])
+        numbers = [i for i, block in enumerate(blocks) if isinstance(block, int)]
+        shown = [i for i, block in enumerate(blocks) if isinstance(block, str)] + numbers[:: max(1, len(numbers) // 8)]
+        axis.set_xticks(shown, [str(blocks[i]) for i in shown])
+        for label in axis.get_xticklabels():  # names are longer than their columns: they reach outwards, where there is room
+            if label.get_text() in (_EMBEDDINGS, _HEAD):
+                label.set(ha="right" if label.get_text() == _EMBEDDINGS else "left", in_layout=False)
         axis.set_title(title, fontsize=9, loc="left", color=_INK)
         bar = figure.colorbar(image, ax=axis, fraction=0.03, pad=0.02)
         bar.ax.tick_params(colors=_INK)
@@ -205,11 +237,16 @@ def _heat(grids: dict[str, dict[str, dict[int, float]]]) -> str:
     return _svg(figure)
 
 
+def _place(block: int | str) -> float:
+    """Where a column of a heat map stands."""
+    return block if isinstance(block, int) else {_EMBEDDINGS: -1.0}.get(block, float("inf"))
+
+
 def _outliers(before: dict[str, float], after: dict[str, dict[str, float]]) -> str:
     """One diagram for each of the kinds of linears with the largest outliers; `after` by what they were changed by."""
     kinds = by_layer(before)
     shown = sorted(kinds, key=lambda kind: -max(kinds[kind].values()))[:4]
-    figure, axes = _figure(6.4, 1.6 * len(shown), len(shown))
+    figure, axes = _figure(1.6 * len(shown), len(shown))
     for axis, kind in zip(axes, shown, strict=True):
         lines = {"original": kinds[kind]} | {name: by_layer(values).get(kind, {}) for name, values in after.items()}
         colours = itertools.chain((_INK,), itertools.cycle(_SERIES))
@@ -217,26 +254,44 @@ def _outliers(before: dict[str, float], after: dict[str, dict[str, float]]) -> s
             at = sorted(values)
             axis.plot(at, [values[block] for block in at], color=colour, linewidth=1.1, label=name, marker=".", markersize=3)
         axis.set_title(kind, fontsize=9, loc="left", color=_INK)
-        axis.set_yscale("log")
+        _logarithmic(axis)
     axes[-1].set_xlabel("block")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8, labelcolor=_INK)
+    _legend(figure, axes[0])
     return _svg(figure)
 
 
-def _curves(curves: list[tuple[int, list[float]]]) -> str:
-    figure, (axis,) = _figure(6.4, 3.2)
-    for i, (steps, losses) in enumerate(curves):
+def _curves(curves: list[tuple[str, int, list[float]]]) -> str:
+    figure, (axis,) = _figure(3.2)
+    names = [*dict.fromkeys(name for name, _, _ in curves)]
+    for name, steps, losses in curves:
         at = [steps * (k + 1) / len(losses) for k in range(len(losses))]
-        axis.plot(at, losses, linewidth=0.8, color=_SERIES[i % len(_SERIES)])
-    axis.set_yscale("log")
+        axis.plot(at, losses, linewidth=0.8, color=_SERIES[names.index(name) % len(_SERIES)], label=name)
+    _logarithmic(axis)
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
+    _legend(figure, axis)
     return _svg(figure)
+
+
+def _logarithmic(axis: Any) -> None:
+    """A scale of y with few, plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    """What the lines of a plot are, each name once, below it."""
+    named = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    place = {"loc": "outside lower center", "ncols": 2, "frameon": False}
+    figure.legend([*named.values()], [*named], fontsize=8, labelcolor=_INK, **place)
 
 
 def _histograms(given: list[dict[str, Any]]) -> str:
-    figure, axes = _figure(6.4, 0.5 + 1.7 * len(given), len(given))
+    figure, axes = _figure(0.5 + 1.7 * len(given), len(given))
     for axis, each in zip(axes, given, strict=True):
         width = (each["high"] - each["low"]) / len(each["float"])
         edges = [each["low"] + i * width for i in range(len(each["float"]) + 1)]
@@ -245,6 +300,7 @@ def _histograms(given: list[dict[str, Any]]) -> str:
         for value in each["grid"]:
             axis.plot([value, value], [0, 0.06], color=_INK, linewidth=1, transform=axis.get_xaxis_transform())
         axis.set_yscale("symlog", linthresh=10)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(each["linear"], fontsize=9, loc="left", color=_INK)
     axes[0].legend(frameon=False, fontsize=8, labelcolor=_INK)
     axes[-1].set_xlabel("weight")

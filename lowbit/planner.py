@@ -32,7 +32,22 @@ from lowbit.methods.embed import Rounded
 from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
 from lowbit.run import Progress, available_memory, differences, drawn, rewritten
-from lowbit.sensitivity import SIGNALS, Decision, Effort, Inputs, Signal, Solved, Whole, check_candidates, decisions, measure
+from lowbit.sensitivity import (
+    PER,
+    SIGNALS,
+    Decision,
+    Effort,
+    Inputs,
+    Per,
+    Signal,
+    Solved,
+    Whole,
+    causal,
+    check_candidates,
+    decisions,
+    measure,
+    per_block,
+)
 from lowbit.source import Source, open_source, read_json
 from lowbit.unit import Stream, Unit
 
@@ -80,6 +95,7 @@ def plan(
     max_ppl_ratio: float | None = None,
     schemes: Iterable[str] | None = None,
     signal: Signal = "kl",
+    per: Per = "linear",
     effort: Effort | None = None,
     data: DataSpec | str | None = None,
     rows: int = 16,
@@ -105,6 +121,7 @@ def plan(
             rows that are measured on, after the recipe's transforms and its solver. Give one of these three.
         schemes: the candidates; "float" leaves a linear as it is. By default what the engine loads of `SCHEMES`.
         signal: what a scheme's cost is measured by, see `sensitivity`.
+        per: what gets one scheme: a "linear", with those that engines keep in one matrix with it, or a whole "block".
         data: calibration data of the recipe. Of it, `rows` of `length` tokens are what is measured on, and four times as many
             others what the solver sees for it.
         method: what the recipe does, such as "gptq" or "awq+gptq", with `options` as in `recipe.short_recipe`. A model that is
@@ -122,6 +139,8 @@ def plan(
         raise ValueError(f"max_ppl_ratio = {max_ppl_ratio}: give more than 1, such as 1.02")
     if signal not in SIGNALS:
         raise ValueError(f"unknown signal {signal!r}; allowed are {', '.join(SIGNALS)}")
+    if per not in PER:
+        raise ValueError(f"per {per!r}; allowed are {', '.join(PER)}")
     say = progress or (lambda stage, done, total: None)
     offered = candidates(schemes, format, engine)
     check_candidates(offered, signal)
@@ -136,6 +155,11 @@ def plan(
     arch = rewritten(Arch(source, device=device), base, say)
     if isinstance(arch.source, Rounded) and max_ppl_ratio is not None:
         raise ValueError("embed is what a plan for max_ppl_ratio decides about itself; leave it out of the method")
+    if not causal(arch):
+        if max_ppl_ratio is not None:
+            raise ValueError(f"{type(arch.model).__name__} has no perplexity; plan for --bits or --size")
+        if signal == "fisher":
+            raise ValueError(f"{type(arch.model).__name__} has no loss of text, so no Fisher information; use another --signal")
     calibration = drawn(replace(spec, rows=(_SOLVED + 1) * rows, length=length), source)
     given, judged = calibration.tokens[:-rows], calibration.tokens[-rows:]
     solver = next(step for step in base.steps if METHODS[step.method].kind == "solver")
@@ -146,6 +170,7 @@ def plan(
         "model": source.fingerprint(),
         "data": calibration.describe(),
         "signal": signal,
+        "per": per,
         "solver": vars(solver) if signal == "kl" else None,
         "rewritten": [vars(step) for step in base.steps if METHODS[step.method].kind in ("model", "outside")],
         "effort": vars(effort),
@@ -153,7 +178,7 @@ def plan(
     }
     path = Path(sensitivities) if sensitivities is not None else None
     known = _known(path, job, overwrite)
-    every = _decisions(arch, format, ignore)
+    every = _decisions(arch, format, ignore, per)
     missing = any(decision.name not in known for decision in every)
 
     def keep(measured: dict[str, Any]) -> None:
@@ -168,8 +193,6 @@ def plan(
             if missing and signal == "kl":
                 solved = Solved(arch, given, solver, Path(folder))
             whole = Whole(arch, judged, effort.subsets)
-            if max_ppl_ratio is not None and not whole.causal:
-                raise ValueError(f"{type(arch.model).__name__} has no perplexity; plan for --bits or --size")
         found = known
         if whole is not None and missing:
             found = measure(
@@ -178,6 +201,7 @@ def plan(
                 offered,
                 signal,
                 effort,
+                per=per,
                 solved=solved,
                 known=known,
                 keep=keep,
@@ -228,7 +252,7 @@ def candidates(names: Iterable[str] | None, format: str, engine: str) -> dict[st
     return found
 
 
-def _decisions(arch: Arch, format: str, ignore: Iterable[str]) -> list[Decision]:
+def _decisions(arch: Arch, format: str, ignore: Iterable[str], per: Per) -> list[Decision]:
     """What there is to decide about in this format.
 
     Raises:
@@ -240,7 +264,7 @@ def _decisions(arch: Arch, format: str, ignore: Iterable[str]) -> list[Decision]
         if len(kept) == len(every):
             raise ValueError(f"nothing to decide about has a name like {pattern!r}; leave it out")
         every = kept
-    return every
+    return per_block(arch, every) if per == "block" else every
 
 
 def _check_memory(arch: Arch) -> None:
@@ -306,11 +330,12 @@ class Choices:
         costs = [[self.rows[d.name]["cost"][name] for name in names] for d, names in zip(self.every, self.names, strict=True)]
         try:
             found = allocate(costs, sizes, budget)
-        except ValueError as error:
+        except ValueError:
             least = sum(min(row) for row in sizes)
             raise ValueError(
-                f"{error}: the smallest mix of these candidates has {8 * least / self.weights:.3f} bits a weight, "
-                f"{(least + self.fixed) / 1e6:.2f} MB in all; allow more, or offer smaller schemes (--schemes, --format lowbit)"
+                f"the smallest mix of these candidates has {8 * least / self.weights:.3f} bits a weight, "
+                f"{(least + self.fixed) / 1e6:.2f} MB in all; allow more, or offer smaller schemes (--schemes, and "
+                "--engine transformers or --format lowbit, which have more)"
             ) from None
         return [names[j] for names, j in zip(self.names, found, strict=True)]
 

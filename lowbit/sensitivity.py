@@ -12,19 +12,21 @@ Four signals, all measured on calibration text with the float model:
     fisher       sum of F (W - Q)^2 / 2, F the mean of the squared gradient of a token's loss: an estimate of that KL
 
 A decision is one or more linears that get one scheme, because engines keep them in one matrix: linears with one input, and
-all experts of a block. A head of its own is one too, and so are token embeddings, with a head tied to them, where the format
-holds them quantized; they are rounded to nearest, as `embed` does.
+all experts of a block; or, per block, all linears of one, as Q-BERT decides. A head of its own is one too, and so are token
+embeddings, with a head tied to them, where the format holds them quantized; they are rounded to nearest, as `embed` does.
+
+Hessians are those of single linears, or per block of all its linears at once.
 
 The last three see weights only, rounded to nearest: a solver such as gptq lets |W - Q|^2 grow so that the loss does not. Their
-loss is that of the text (nats a token); of models that do not predict a next token, the
-distance of the output from the float model's (see `Arch.divergence`). Deviation from Q-BERT: Omega alone ranks linears, but
-says nothing about how large an error a scheme makes, so it is multiplied with that error. Where the trace is negative, because
-the model is at no minimum of this text's loss, its magnitude counts, as with Omega.
+loss is that of the text (nats a token); of models that do not predict a next token, the distance of the output from the float
+model's (see `Arch.distance`), whose gradient is 0, so that they have no `fisher`. Deviation from Q-BERT: Omega alone ranks
+linears, but says nothing about how large an error a scheme makes, so it is multiplied with that error. Where the trace is
+negative, because the model is at no minimum of this text's loss, its magnitude counts, as with Omega.
 
 Memory: the whole float model (float32 but for `kl`), hidden states of the text at one block, for `kl` all candidates of one
-block, and for `eigenvalue` and
-`trace` the second-order graph from one block to the end of the model, for one subset of the text: it cannot be smaller, since
-the loss is the model's. Attention runs unfused, because fused kernels have no second derivative.
+block, and for `eigenvalue` and `trace` the second-order graph from one block to the end of the model, for one subset of the
+text: it cannot be smaller, since the loss is the model's. Attention runs unfused, because fused kernels have no second
+derivative.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,6 +46,8 @@ from lowbit.unit import Input, Quantizer, Stream, Unit, fast_products, quantized
 
 Signal = Literal["kl", "eigenvalue", "trace", "fisher"]
 SIGNALS = get_args(Signal)
+Per = Literal["linear", "block"]
+PER = get_args(Per)
 Inputs = dict[Site, Quantizer]
 
 
@@ -58,7 +62,7 @@ class Decision:
     @property
     def weights(self) -> int:
         """How many weights they have."""
-        return sum(linear.out_features * linear.in_features for linear in self.linears)
+        return sum(map(_weights, self.linears))
 
     def fits(self, scheme: Scheme) -> bool:
         """Whether the scheme's groups divide the rows of all, and there are inputs to quantize if it quantizes them."""
@@ -87,6 +91,18 @@ def decisions(arch: Arch, *, embeddings: bool = False) -> list[Decision]:
     return found
 
 
+def per_block(arch: Arch, every: Sequence[Decision]) -> list[Decision]:
+    """One decision about all linears of a block, in place of those about some."""
+    found: dict[str, list[Decision]] = {}
+    for decision in every:
+        inside = 0 <= decision.block < len(arch.blocks)
+        found.setdefault(arch.blocks[decision.block].name if inside else decision.name, []).append(decision)
+    return [
+        Decision(name=name, block=parts[0].block, linears=tuple(linear for part in parts for linear in part.linears))
+        for name, parts in found.items()
+    ]
+
+
 def _stages(arch: Arch) -> list[Block]:
     """The blocks, with the token embeddings before and the head behind them, where these are matrices of their own."""
     return [block for block in (arch.table, *arch.blocks, arch.head) if block is not None]
@@ -98,6 +114,11 @@ def _name(linears: Sequence[Linear]) -> str:
     if linears[0].index is not None:
         return f"{first} and {len(linears) - 1} more experts' matrices"
     return "+".join([first, *(linear.name.rpartition(".")[2] for linear in linears[1:])])
+
+
+def causal(arch: Arch) -> bool:
+    """Whether the model predicts a next token."""
+    return type(arch.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 class Solved:
@@ -144,7 +165,6 @@ class Whole:
     def __init__(self, arch: Arch, tokens: Tensor, subsets: int) -> None:
         """tokens: [rows, length] int64."""
         self.arch, self.tokens = arch, tokens
-        self.causal = type(arch.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
         self.parts = [(int(rows[0]), int(rows[-1]) + 1) for rows in torch.arange(len(tokens)).chunk(subsets)]
         arch.load_outside()
         for block in arch.blocks:
@@ -240,7 +260,7 @@ class Whole:
         """The loss of subset `k` as a function of parameters from block `at` on, by name, differentiable twice."""
         tokens = self.tokens[slice(*self.parts[k])]
         output = self._output(tokens, self._through(k, {}, parameters), {}, parameters)
-        if self.causal:
+        if causal(self.arch):
             return self._nll(tokens, output)
         total, count = self.arch.distance(output, self.arch.finish(tokens, self.ends[k]))
         return total / count
@@ -272,9 +292,14 @@ def top_eigenvalue(
     return value
 
 
-def trace(product: Callable[[Tensor], Tensor], probes: Sequence[Tensor]) -> float:
-    """The trace of a symmetric operator, by Hutchinson's estimator: the mean of v^T H v over `probes` of +1 and -1."""
-    return sum(float((v * product(v)).sum(dtype=torch.float64)) for v in probes) / len(probes)
+def traces(product: Callable[[Tensor], Tensor], probes: Sequence[Tensor], sizes: Sequence[int]) -> list[float]:
+    """The traces of a symmetric operator's diagonal blocks, of these sizes, by Hutchinson's estimator: the mean over `probes`
+    of +1 and -1 of v^T H v, summed over the rows of each block. One product serves all: what is off the blocks has mean 0."""
+    totals = [0.0] * len(sizes)
+    for v in probes:
+        parts = (v * product(v)).split(list(sizes))
+        totals = [total + float(part.sum(dtype=torch.float64)) for total, part in zip(totals, parts, strict=True)]
+    return [total / len(probes) for total in totals]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,25 +328,29 @@ class _Curvature:
             found = torch.autograd.grad(loss, list(self.leaves.values()), create_graph=graph)
         return dict(zip(self.leaves, found, strict=True))
 
-    def _product(self, gradients: dict[str, Tensor], linear: Linear) -> Callable[[Tensor], Tensor]:
-        """v [out, in] -> H v, H of one linear."""
-        gradient, leaf = gradients[linear.param], self.leaves[linear.param]
+    def _product(self, gradients: dict[str, Tensor], linears: Sequence[Linear]) -> Callable[[Tensor], Tensor]:
+        """v [weights] -> H v, H of all weights of the linears, which follow one another in v."""
+        names = [*dict.fromkeys(linear.param for linear in linears)]
+        leaves = [self.leaves[name] for name in names]
+        sizes = [_weights(linear) for linear in linears]
 
         def product(v: Tensor) -> Tensor:
-            whole = torch.zeros_like(leaf)
-            linear.view(whole).copy_(v)
+            given = {name: torch.zeros_like(leaf) for name, leaf in zip(names, leaves, strict=True)}
+            for linear, part in zip(linears, v.split(sizes), strict=True):
+                view = linear.view(given[linear.param])
+                view.copy_(part.view_as(view))
             with sdpa_kernel(SDPBackend.MATH):
-                found = torch.autograd.grad(gradient, leaf, whole, retain_graph=True)[0]
-            return linear.view(found)
+                firsts = [gradients[name] for name in names]
+                found = dict(zip(names, torch.autograd.grad(firsts, leaves, [*given.values()], retain_graph=True), strict=True))
+            return torch.cat([linear.view(found[linear.param]).flatten() for linear in linears])
 
         return product
 
-    def _shape(self, linear: Linear) -> tuple[int, int]:
-        return linear.out_features, linear.in_features
-
-    def measure(self, signal: Signal, effort: Effort) -> dict[str, dict[str, Any]]:
-        """The signal's values for every linear: what is written down, and as "weigh" what weighs errors [out, in]."""
-        values: dict[str, list[float]] = {linear.name: [] for linear in self.linears}
+    def measure(self, signal: Signal, effort: Effort, together: Sequence[Sequence[Linear]]) -> dict[str, dict[str, Any]]:
+        """The signal's values of linears with one Hessian, by linear: what is written down, and as "weigh" what weighs errors
+        [out, in]."""
+        sizes = [sum(map(_weights, linears)) for linears in together]
+        values: list[list[float]] = [[] for _ in together]
         squares: dict[str, Tensor] = {}
         device = self.whole.arch.device
         for k, (start, stop) in enumerate(self.whole.parts):
@@ -332,30 +361,44 @@ class _Curvature:
                     squares[name] = squares.get(name, 0) + gradient.square() * targets / len(self.whole.parts)
                 continue
             gradients = self._gradients(k, graph=True)
-            for linear in self.linears:
-                product = self._product(gradients, linear)
-                if signal == "eigenvalue":
-                    v = torch.randn(self._shape(linear), generator=self.generator).to(device)
-                    found = top_eigenvalue(product, v, iterations=effort.iterations, tolerance=effort.tolerance)
-                else:
-                    probes = [
-                        (torch.randint(2, self._shape(linear), generator=self.generator) * 2.0 - 1.0).to(device)
-                        for _ in range(effort.probes)
-                    ]
-                    found = trace(product, probes)
-                values[linear.name].append(found)
-        return {linear.name: self._summary(signal, linear, values[linear.name], squares) for linear in self.linears}
+            if signal == "trace":
+                product = self._product(gradients, [linear for linears in together for linear in linears])
+                draws = [torch.randint(2, (sum(sizes),), generator=self.generator) for _ in range(effort.probes)]
+                found = traces(product, [(draw * 2.0 - 1.0).to(device) for draw in draws], sizes)
+            else:
+                found = [
+                    top_eigenvalue(
+                        self._product(gradients, linears),
+                        torch.randn(size, generator=self.generator).to(device),
+                        iterations=effort.iterations,
+                        tolerance=effort.tolerance,
+                    )
+                    for linears, size in zip(together, sizes, strict=True)
+                ]
+            for measured, value in zip(values, found, strict=True):
+                measured.append(value)
+        return {
+            linear.name: self._summary(signal, linear, measured, squares, size)
+            for linears, measured, size in zip(together, values, sizes, strict=True)
+            for linear in linears
+        }
 
-    def _summary(self, signal: Signal, linear: Linear, values: list[float], squares: dict[str, Tensor]) -> dict[str, Any]:
+    def _summary(
+        self, signal: Signal, linear: Linear, values: list[float], squares: dict[str, Tensor], size: int
+    ) -> dict[str, Any]:
+        """Of a linear that is measured together with others, of `size` weights in all."""
         if signal == "fisher":
             diagonal = linear.view(squares[linear.param])
             return {"fisher": float(diagonal.mean()), "weigh": diagonal / 2}
         mean = sum(values) / len(values)
         if signal == "trace":
-            average = mean / (linear.out_features * linear.in_features)
-            return {"trace": mean, "subsets": values, "weigh": abs(average)}
+            return {"trace": mean, "subsets": values, "weigh": abs(mean / size)}
         std = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
         return {"mean": mean, "std": std, "omega": abs(mean) + std, "subsets": values, "weigh": abs(mean) + std}
+
+
+def _weights(linear: Linear) -> int:
+    return linear.out_features * linear.in_features
 
 
 # ----------------------------------------------------------------------------------------------------------- the costs
@@ -395,6 +438,7 @@ def measure(
     signal: Signal,
     effort: Effort,
     *,
+    per: Per = "linear",
     solved: Solved | None = None,
     known: dict[str, dict[str, Any]],
     keep: Callable[[dict[str, dict[str, Any]]], None],
@@ -403,6 +447,7 @@ def measure(
     """The cost of every decision under every scheme that fits it.
 
     Args:
+        per: what Hessians are of: each linear, or all linears of a decision, which is a block.
         solved: for `kl`, what is put into the model; None rounds to nearest.
         known: rows measured before, by decision; they are not measured again.
         keep: called with all rows whenever those of a block are finished.
@@ -421,7 +466,8 @@ def measure(
             values: dict[str, dict[str, Any]] = {}
             if signal != "kl":
                 linears = [linear for decision in new for linear in decision.linears]
-                values = _Curvature(whole, block, linears).measure(signal, effort)
+                together = [decision.linears for decision in new] if per == "block" else [[linear] for linear in linears]
+                values = _Curvature(whole, block, linears).measure(signal, effort, together)
             made = solved.weights(block, new, schemes) if solved is not None and block.index >= 0 else {}
             for decision in new:
                 rows[decision.name] = _row(whole, decision, schemes, values, made)

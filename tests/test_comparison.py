@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,7 @@ def test_run_reuse_and_go_on(llama: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert eight["evaluations"][0]["kl"] < two["evaluations"][0]["kl"] and eight["bytes"] > two["bytes"]
     assert first["front"] == ["two", "eight"]
     assert first["float"]["evaluations"][0]["perplexity"] == pytest.approx(eight["evaluations"][0]["reference_perplexity"])
+    assert first["float"]["load_seconds"] > 0 and first["float"]["decode_tokens_per_second"] > 0
     assert eight["samples"][0]["prompt"] and set(eight["outliers"]) == set(first["float"]["outliers"])
     assert two["histograms"] and all(sum(each["float"]) == sum(each["quantized"]) for each in two["histograms"])
     page = (tmp_path / "out" / "comparison.html").read_text()
@@ -114,9 +117,27 @@ def test_run_reuse_and_go_on(llama: Path, tmp_path: Path, monkeypatch: pytest.Mo
     )
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["front"] == ["two", "eight"]
 
-    late = {"three": short_recipe(scheme="w3a16-g32", format="lowbit")}
-    left = compare(str(llama), {"eight": recipes["eight"]} | late, tmp_path / "out", limit_seconds=-1, **given)
-    assert left["left_out"] == ["three"] and [row["name"] for row in left["rows"]] == ["eight"]
+    late = {"two": recipes["two"], "three": short_recipe(scheme="w3a16-g32", format="lowbit")}
+    for seconds in (0, 0.5):  # not begun; begun, and stopped
+        left = compare(str(llama), {"eight": recipes["eight"]}, tmp_path / "out", searched=late, limit_seconds=seconds, **given)
+        assert left["left_out"] == ["three"] and [row["name"] for row in left["rows"]] == ["eight", "two"]
+
+
+def test_a_comparison_waits_for_what_another_left_running(tmp_path: Path) -> None:
+    """A recipe that outlives its comparison, which was killed, has the folder to itself until it is done."""
+    said: list[str] = []
+
+    def say(stage: str, done: int, total: int) -> None:
+        said.append(stage)
+
+    with comparison._alone(tmp_path, say) as lock:
+        left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
+    assert said == []
+    assert left.stdin is not None
+    threading.Timer(0.2, left.stdin.close).start()
+    with comparison._alone(tmp_path, say):
+        assert left.wait(5) == 1
+    assert said == ["waiting for another process in the folder"]
 
 
 @pytest.mark.slow

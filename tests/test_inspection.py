@@ -1,6 +1,7 @@
 """Checkpoints of other tools: shapes, bits and sizes from their headers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from lowbit.cli import main
-from lowbit.inspection import summary_of
+from lowbit.inspection import scheme_name, summary_of
+from lowbit.qtensor import Scheme, parse_scheme
 from lowbit.run import quantize
 
 
@@ -92,9 +94,27 @@ def test_own_and_float(tmp_path: Path) -> None:
         report = quantize(str(tmp_path / "llama"), tmp_path / form, scheme="w4a16-g32", format=form)
         found = summary_of(str(tmp_path / form))
         assert found["format"] == form and found["gate"] == report["gate"]
+        assert {row["scheme"] for row in found["linears"].values()} == {"w4a16-g32"}
         assert {name: row["bits"] for name, row in found["linears"].items()} == {
             row["name"]: pytest.approx(row["bits_per_weight"], abs=0.1) for row in report["linears"]
         }
+
+
+NAMES = ("w4a16-g64-asym", "w8a8-channel", "w8a8-channel-astatic", "w4a8-g128")
+NAMES += ("fp8", "fp8a16", "fp8-block", "fp8-astatic", "mxfp4a16", "mxfp8", "nvfp4")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_schemes(name: str) -> None:
+    """A scheme read from a description that has no name for it gets the one that recipes use."""
+    assert scheme_name(replace(parse_scheme(name), name="int4/float")) == name
+
+
+def test_a_scheme_without_a_name() -> None:
+    """Keeps its own."""
+    odd = parse_scheme("w4a16-g64")
+    odd = Scheme(name="int4/float", weight=replace(odd.weight, group=96, rows=2), input=None)
+    assert scheme_name(odd) == "int4/float"
 
 
 def test_what_is_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,10 +87,15 @@ def comparison() -> dict[str, Any]:
         "left_out": ["late"],
         "sensitivities": {
             "signal": "kl",
+            "per": "linear",
             "schemes": ["w2a16-g64", "w4a16-g128"],
             "decisions": {
-                name: {"block": int(name.split(".")[2]), "linears": [name], "cost": {"w2a16-g64": 0.1, "w4a16-g128": 0.01}}
-                for name in NAMES
+                name: {"block": block, "linears": [name], "cost": {"w2a16-g64": 0.1, "w4a16-g128": 0.01}}
+                for name, block in [
+                    ("model.embed_tokens", -1),
+                    *((n, int(n.split(".")[2])) for n in NAMES),
+                    ("lm_head", BLOCKS),
+                ]
             },
         },
     }
@@ -192,7 +197,7 @@ def test_one_page_holds_all(comparison: dict[str, Any]) -> None:
         "Once upon",
     ):
         assert wanted in text, wanted
-    assert "1.00e-02" in text and "90.0 %" in text
+    assert "<td>0.0300</td>" in text and "90.0 %" in text
 
 
 def test_the_page_of_a_run(report: dict[str, Any]) -> None:
@@ -205,7 +210,7 @@ def test_the_page_of_a_run(report: dict[str, Any]) -> None:
     for wanted in (
         "4000.0 &rarr; 1000.0",
         "4.12",
-        "1.23e-02",
+        "<td>0.0123</td>",
         "lm_head",
         "2.5000e-01",
         "Layer by layer",
@@ -226,7 +231,7 @@ def test_what_to_mind_is_on_top(comparison: dict[str, Any]) -> None:
     top = comparison_page(comparison).partition("<h2>Result")[0]
     for wanted in (
         "group 128 does not divide 96",
-        "late was not run",
+        "late is not finished",
         "damping was raised",
         "1 trainings made held-out rows worse",
     ):

@@ -107,6 +107,21 @@ def test_what_is_ignored_stays_float(llama_untied: Path) -> None:
         plan(str(llama_untied), bits=3.0, ignore=["wte"], **NATIVE)
 
 
+@pytest.mark.parametrize("signal", ["kl", "eigenvalue"])
+def test_whole_blocks(signal: Any, llama: Path, tmp_path: Path) -> None:
+    """One scheme for all linears of a block, Q-BERT's way, but for those that are ignored; the budget holds all the same."""
+    given: dict[str, Any] = NATIVE | {"method": "rtn", "per": "block", "signal": signal, "ignore": ["embed", "down_proj"]}
+    made = plan(str(llama), bits=3.3, **given)
+    assert [*made.schemes] == [f"model.layers.{i}" for i in range(3)] and made.bits <= 3.3
+    quantize(str(llama), tmp_path / "out", recipe=made.recipe)
+    stored = {name: scheme.name for name, scheme in QuantizedSource(tmp_path / "out").schemes().items()}
+    assert len(stored) == 18 and not any("down_proj" in name for name in stored)
+    for block, scheme in made.schemes.items():
+        assert {found for name, found in stored.items() if name.startswith(block + ".")} == {scheme}
+    with pytest.raises(ValueError, match="per 'layer'; allowed are linear, block"):
+        plan(str(llama), bits=3.3, **given | {"per": "layer"})
+
+
 def test_bits_hold_and_count_what_is_stored(llama: Path, tmp_path: Path) -> None:
     """The average is that of the tensors in the files, float linears included."""
     made = plan(str(llama), bits=3.3, **NATIVE)
@@ -227,6 +242,15 @@ def test_goals_that_cannot_be(llama: Path) -> None:
             plan(str(llama), **goals, **NATIVE)
     with pytest.raises(ValueError, match="unknown signal"):
         plan(str(llama), bits=3.0, signal="guess", **NATIVE)  # type: ignore[arg-type]
+
+
+def test_what_an_encoder_has_not(tmp_path: Path) -> None:
+    """No perplexity, and no loss with a gradient: said before anything is measured."""
+    tiny.save("bert", tmp_path)
+    with pytest.raises(ValueError, match="has no perplexity"):
+        plan(str(tmp_path), max_ppl_ratio=1.05, **NATIVE)
+    with pytest.raises(ValueError, match="has no loss of text"):
+        plan(str(tmp_path), bits=3.0, signal="fisher", **NATIVE)
 
 
 def test_too_little_memory(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

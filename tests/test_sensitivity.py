@@ -23,7 +23,7 @@ from lowbit.sensitivity import (
     decisions,
     measure,
     top_eigenvalue,
-    trace,
+    traces,
 )
 from lowbit.source import open_source
 
@@ -91,11 +91,12 @@ def test_top_eigenvalue_of_nothing() -> None:
     assert top_eigenvalue(lambda v: v * 0, torch.ones(3)) == 0
 
 
-def test_trace() -> None:
-    """All probes of +1 and -1 together give the trace exactly."""
+def test_traces() -> None:
+    """All probes of +1 and -1 together give the traces of blocks exactly."""
     a = symmetric(4)
     probes = [torch.tensor(signs, dtype=torch.float64) for signs in torch.cartesian_prod(*[torch.tensor([-1, 1])] * 4).tolist()]
-    assert trace(lambda v: a @ v, probes) == pytest.approx(float(a.trace()))
+    assert traces(lambda v: a @ v, probes, [4]) == [pytest.approx(float(a.trace()))]
+    assert traces(lambda v: a @ v, probes, [1, 3]) == [pytest.approx(float(a[0, 0])), pytest.approx(float(a[1:, 1:].trace()))]
 
 
 def curvature(whole: Whole) -> _Curvature:
@@ -103,27 +104,27 @@ def curvature(whole: Whole) -> _Curvature:
     return _Curvature(whole, block, block.linears)
 
 
-def dense(whole: Whole, linear: Any, k: int) -> Tensor:
-    """The Hessian of a linear, by automatic differentiation of the whole model, row by row."""
+def dense(whole: Whole, linears: list[Any], k: int) -> Tensor:
+    """The Hessian of linears, by automatic differentiation of the whole model, row by row."""
     made = curvature(whole)
-    product = made._product(made._gradients(k, graph=True), linear)
-    size = linear.out_features * linear.in_features
-    rows = [product(unit.view(linear.out_features, linear.in_features)).flatten() for unit in torch.eye(size)]
-    return torch.stack(rows).double()
+    product = made._product(made._gradients(k, graph=True), linears)
+    size = sum(linear.out_features * linear.in_features for linear in linears)
+    return torch.stack([product(unit) for unit in torch.eye(size)]).double()
 
 
 def test_eigenvalue_and_trace_of_a_real_layer(small: Path) -> None:
-    """Of every kind of linear, within 1e-3 of the dense Hessian's."""
+    """Of every kind of linear, and of several at once as in a plan for whole blocks, within 1e-3 of the dense Hessian's."""
     whole = whole_of(small, subsets=1)
-    for linear in [x for x in whole.arch.blocks[0].linears if x.name.endswith(("k_proj", "o_proj"))]:
-        hessian = dense(whole, linear, 0)
+    linears = {name: x for x in whole.arch.blocks[0].linears if (name := x.name.rpartition(".")[2]) in ("k_proj", "o_proj")}
+    for together in [[linears["k_proj"]], [linears["o_proj"]], [*linears.values()]]:
+        hessian = dense(whole, together, 0)
         assert torch.allclose(hessian, hessian.T, atol=1e-5 * float(hessian.abs().max()))
         every = torch.linalg.eigvalsh((hessian + hessian.T) / 2)
         effort = Effort(subsets=1, iterations=500, probes=100, tolerance=1e-6)
-        found = curvature(whole).measure("eigenvalue", effort)[linear.name]
+        found = curvature(whole).measure("eigenvalue", effort, [together])[together[-1].name]
         assert found["mean"] == pytest.approx(float(every[every.abs().argmax()]), rel=1e-3)
         assert found["std"] == 0 and found["omega"] == abs(found["mean"])
-        estimated = curvature(whole).measure("trace", effort)[linear.name]["trace"]
+        estimated = curvature(whole).measure("trace", effort, [together])[together[-1].name]["trace"]
         deviation = (2 * float(hessian.square().sum()) / 100) ** 0.5  # of Hutchinson's estimator
         assert estimated == pytest.approx(float(hessian.trace()), abs=4 * deviation)
 
@@ -137,7 +138,7 @@ def test_products_are_second_derivatives(small: Path) -> None:
 
 def check_products(made: _Curvature, linear: Any) -> None:
     v = torch.randn(linear.out_features, linear.in_features)
-    found = made._product(made._gradients(0, graph=True), linear)(v)
+    found = made._product(made._gradients(0, graph=True), [linear])(v.flatten()).view_as(v)
     step, gradients = 2e-3, []
     for sign in (1, -1):
         made.parameters[linear.param] += sign * step * v
@@ -152,9 +153,9 @@ def test_spread_counts(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = whole_of(small)
     made = curvature(whole)
     a, b = whole.arch.blocks[0].linears[:2]
-    steady, varying = made._summary("eigenvalue", a, [2.0, 2.0], {}), made._summary("eigenvalue", b, [0.0, 4.0], {})
+    steady, varying = made._summary("eigenvalue", a, [2.0, 2.0], {}, 8), made._summary("eigenvalue", b, [0.0, 4.0], {}, 8)
     assert steady["mean"] == varying["mean"] == 2 and steady["omega"] == 2 and varying["omega"] == 4
-    assert made._summary("eigenvalue", a, [-3.0, -3.0], {})["omega"] == 3
+    assert made._summary("eigenvalue", a, [-3.0, -3.0], {}, 8)["omega"] == 3
 
 
 def test_fisher_estimates_the_divergence(small: Path) -> None:
