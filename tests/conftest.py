@@ -49,6 +49,7 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _quick_collections() -> None:
     """Spare what the libraries and pytest hold from the collections after every block, which would take most of the time."""
+    gc.collect()  # what the test before left, while it can be told from these
     gc.freeze()
 
 
