@@ -37,14 +37,14 @@ from lowbit.evaluate import plan_windows
 from lowbit.export import load
 from lowbit.report import table
 
-A = "gptq:asymmetry=0.25"
+A = "gptq:asymmetry=0.25,refine=2"
 SIGN = ["gptq+signround:steps=50", "rtn:importance=true+signround:steps=50"]
 LORC = "lorc:whiten=true"
 # setting -> (on the twin with outliers, llm-compressor's options and methods, AutoRound's options and iterations, our chains)
 TABLE: dict[str, tuple[bool, list[str], list[str], list[str], list[int], list[str]]] = {
     "w4a16-g128": (
         *(False, ["--scheme", "W4A16"], ["rtn", "gptq", "awq"], ["--bits", "4", "--group-size", "128"], [0, 50]),
-        ["rtn", "gptq", f"awq+{A}", *SIGN, f"awq+{A}+{LORC}"],
+        ["rtn", "gptq", f"awq+{A}", *SIGN, f"awq+{A}+{LORC}", f"{SIGN[1]}+{LORC}"],
     ),
     "w4a16-g128-asym": (
         *(False, ["--scheme", "W4A16_ASYM"], ["rtn", "gptq", "awq"], ["--bits", "4", "--group-size", "128", "--asym"], [0, 50]),

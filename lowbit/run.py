@@ -1132,7 +1132,13 @@ def _saying_what_is_kept(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _quick_collections() -> Iterator[None]:
-    """Spare the many objects that the libraries made at import from the collection after every block (see `Arch.free`)."""
+    """Spare the many objects that the libraries made at import from the collection after every block (see `Arch.free`).
+
+    A caller who has frozen objects himself keeps them so.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield

@@ -46,18 +46,21 @@ def _seed() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _quick_collections() -> None:
-    """Spare what the libraries and pytest hold from the collections after every block, which would take most of the time."""
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _collections() -> Iterator[None]:
-    """Let go of what was frozen, at the end of every file."""
+    """Spare what the libraries and pytest hold from the collections after every block, which would take most of the time; let
+    go of what was frozen at the end of every file."""
+    gc.freeze()
     yield
     gc.unfreeze()
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _frozen_too(_collections: None) -> None:
+    """Spare what the fixtures of the file hold as well."""
+    gc.collect()  # what the test before left, while it can be told from these
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -631,7 +631,7 @@ def test_scales_that_cannot_be_chosen_on_entry(scheme: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ refinement
 REFINED = (
     *("w2a16-g32", "w3a16-g32-asym", "w4a16-channel", "w4a16-tensor", "w4a16-g32-r4"),
-    *("fp4a16-g32", "nvfp4a16", "kmeans2-g32"),
+    *("fp4a16-g32", "nvfp4a16", "kmeans2-g32", "bcq2-g32"),
 )
 
 

@@ -41,7 +41,7 @@ def test_from_gptq(setting: Setting) -> None:
     rounded, solved = (setting.units("w3a16-g32-asym", solver=solver) for solver in (None, gptq))
     losses = []
     for units in (rounded, solved):
-        signround(units, steps=40, batch=24, rate=0.005)
+        signround(units, steps=20, batch=24, rate=0.01)
         losses.append(units[0].notes[-1])
     assert losses[1]["loss_before"] < 0.5 * losses[0]["loss_before"]
     assert losses[1]["curve"][0] < 0.5 * losses[0]["curve"][0] and losses[1]["curve"][-1] < 0.9 * losses[1]["curve"][0]
