@@ -137,7 +137,7 @@ def losses(rows: list[dict[str, Any]], bits: float, how: str, what: str) -> dict
 def bars(rows: list[dict[str, Any]], signal: str) -> list[dict[str, Any]]:
     """What is asked of the plan by one signal, compared on the seeds that both have; by each number that judges."""
     found = []
-    for bits in dict.fromkeys(row["bits_asked"] for row in rows):
+    for bits in sorted({row["bits_asked"] for row in rows}, reverse=True):
         for what in [name for name in JUDGED if name in rows[0]["scores"][0]]:
             for one, other in (
                 (f"planned by {signal}", "uniform"),

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         commands[arguments.command](arguments)
+        sys.stdout.flush()
     except (ValueError, ImportError) as error:
         print(f"lowbit: {error}", file=sys.stderr)
         return 2

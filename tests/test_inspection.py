@@ -1,6 +1,8 @@
 """Checkpoints of other tools: shapes, bits and sizes from their headers."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,3 +129,15 @@ def test_what_is_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(ValueError, match="holds no qweight"):
         summary_of(folder)
     assert main(["inspect", folder]) == 2 and "holds no qweight" in capsys.readouterr().err
+
+
+def test_whoever_reads_may_have_seen_enough(tmp_path: Path) -> None:
+    """As in `lowbit inspect OUT | head`: no traceback."""
+    tensors = {"l.qweight": torch.zeros(16, 96, dtype=torch.int32)}
+    folder = foreign(tmp_path / "m", {"quant_method": "gptq", "bits": 4, "group_size": 128}, tensors)
+    command = [sys.executable, "-m", "lowbit", "inspect", folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
