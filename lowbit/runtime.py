@@ -119,7 +119,7 @@ class PackedLinear(nn.Module):
 
     @property
     def takes_produced(self) -> bool:
-        """Whether the product is all that reads its input, so that a kernel may make that for it."""
+        """Whether its input may come from a kernel alone, as nothing else reads it here."""
         return self.low is None and not self.simulated
 
     @property
