@@ -65,7 +65,8 @@ class _Attention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and isinstance(mask, Tensor) and mask.dtype == torch.bool:
             q, k, v = args
             plain = not kwargs.get("enable_gqa") and not kwargs.get("dropout_p") and k.shape == v.shape
-            if plain and q.shape[2] == 1 == mask.shape[1] and q.shape[1] == k.shape[1] and mask.shape[0] in (1, len(q)):
+            one = q.shape[2] == 1 and q.shape[1] == k.shape[1]
+            if plain and one and mask.dim() == 4 and mask.shape[1] == 1 and len(mask) in (1, len(q)):
                 return entry.attend(q, k, v, mask, kwargs.get("scale"))
         return func(*args, **kwargs)
 

@@ -298,10 +298,16 @@ class Norm(nn.Module):
 
 
 class QuantizingNorm(Norm):
-    """A norm that leaves its output as codes, and as floats only where `floats` says that they are read too."""
+    """A norm that leaves its output as codes, and as floats only where `floats` says that they are read too.
 
-    def __init__(self, norm: Norm, codes: Handoff, inputs: Input, floats: bool) -> None:
+    What it gives otherwise is `nan`, one number, of that shape.
+    """
+
+    nan: Tensor
+
+    def __init__(self, norm: Norm, codes: Handoff, inputs: Input, nan: Tensor, floats: bool) -> None:
         super().__init__(norm.weight.data, None if norm.bias is None else norm.bias.data, norm.eps, norm.one_plus)
+        self.register_buffer("nan", nan, persistent=False)
         self.codes = codes
         self.inputs = inputs
         self.floats = floats
@@ -311,7 +317,7 @@ class QuantizingNorm(Norm):
             out = super().forward(x)
             self.codes.put(out, entry.plain(out, self.inputs))
             return out
-        out = _stand_in(x)
+        out = self.nan.expand(x.shape)
         if self.bias is None:
             rows = entry.rms_norm(x, self.weight, self.eps, self.inputs, one_plus=self.one_plus)
         else:
@@ -320,22 +326,20 @@ class QuantizingNorm(Norm):
         return out
 
 
-def _stand_in(x: Tensor) -> Tensor:
-    """NaN of the shape of x, without memory."""
-    return x.new_full((), torch.nan).expand(x.shape)
-
-
 class QuantizingGelu(nn.Module):
-    """A GELU that leaves its output as codes."""
+    """A GELU that leaves its output as codes, and gives `nan` of that shape."""
 
-    def __init__(self, codes: Handoff, inputs: Input, tanh: bool) -> None:
+    nan: Tensor
+
+    def __init__(self, codes: Handoff, inputs: Input, nan: Tensor, tanh: bool) -> None:
         super().__init__()
+        self.register_buffer("nan", nan, persistent=False)
         self.codes = codes
         self.inputs = inputs
         self.tanh = tanh
 
     def forward(self, x: Tensor) -> Tensor:
-        out = _stand_in(x)
+        out = self.nan.expand(x.shape)
         self.codes.put(out, entry.gelu(x, self.inputs, tanh=self.tanh))
         return out
 
@@ -610,6 +614,7 @@ class _Seen(TorchFunctionMode):
         blocks: the arguments of every block.
         rotations: what every attention has `apply_rotary_pos_emb` do.
         read: tensors that anything but a packed linear computed with, by id; kept, so that no other gets their id.
+        reads: how often. added: those that were added to one of their shape.
     """
 
     def __init__(self) -> None:
@@ -782,7 +787,7 @@ def _join_norms(model: nn.Module, seen: _Seen, readers: _Readers, swap: Callable
         out = seen.calls[name].out
         left = _leave_codes(out, readers)
         if left is not None:
-            swap(name, QuantizingNorm(norm, *left, floats=id(out) in seen.read))
+            swap(name, QuantizingNorm(norm, *left, out.new_full((), torch.nan), floats=id(out) in seen.read))
         elif norm.bias is None:
             swap(name, norm)
 
@@ -821,7 +826,7 @@ def _join_activations(model: nn.Module, seen: _Seen, readers: _Readers, swap: Ca
             kind = min(kinds, key=lambda each: kinds[each])
             left = None if kinds[kind] > _SAME or id(call.out) in seen.read else _leave_codes(call.out, readers)
             if left is not None:
-                swap(name, QuantizingGelu(*left, tanh=kind == "tanh"))
+                swap(name, QuantizingGelu(*left, call.out.new_full((), torch.nan), tanh=kind == "tanh"))
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear) and name in seen.calls and module.codes is None and module.takes_produced:
             path = name.rpartition(".")[0]

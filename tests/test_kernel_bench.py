@@ -25,7 +25,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_bench, "time_of", time_of)
     monkeypatch.setattr(kernel_bench, "copies_of", lambda nbytes: 3)
     monkeypatch.setattr(kernel_bench, "ceilings", lambda: {"bytes": 1e9, "copy": 1e9, "operations": 1e12})
-    monkeypatch.setattr(kernel_bench, "SHAPES", {"small": ((128, 256), (256, 128))})
+    monkeypatch.setattr(kernel_bench, "SHAPES", {"small": ((256, 128), (128, 256))})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a CPU")
 
@@ -38,13 +38,13 @@ def test_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
     table = capsys.readouterr().out
     lines = [line.split() for line in table.splitlines()]
     assert "x cublas" in table and "x gemlite" not in table and "0.00 TB/s read, 1 T float16" in table
-    assert ["small", "128", "x", "256", "w4a16-g128", "1", "3.0"] in [line[:7] for line in lines]
+    assert ["small", "256", "x", "128", "w4a16-g128", "1", "3.0"] in [line[:7] for line in lines]
     assert (tmp_path / "roofline.png").stat().st_size > 1000
     assert main([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert len(result["rows"]) == 2 * 2 * 2 and all(row["lowbit"] == row["cublas"] == 3 for row in result["rows"])
     first = result["rows"][0]
-    matrix = 128 * 256 // 2 + 2 * 256 + 4 * 256  # codes, scales, and a factor for each output
+    matrix = 256 * 128 // 2 + 2 * 2 * 128 + 4 * 128  # codes, scales of two groups, and a factor, for each output
     assert first["bytes"] == matrix + 2 * (128 + 256) and first["floor"] == pytest.approx(first["bytes"] / 1e9 * 1e6)
 
 

@@ -181,6 +181,33 @@ def add_layer_norm(
     return _rows("layer_norm", x, inputs, second=residual, weight=weight, bias=bias, eps=eps)
 
 
+def _rows(
+    producer: str,
+    x: Tensor,
+    inputs: Inputs | None,
+    *,
+    second: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+    one_plus: bool = False,
+) -> tuple[Rows, Tensor]:
+    if inputs is None:
+        floats, _, _, stream = ops.rows(producer, x, second, weight, bias, eps, one_plus, "", CHANNEL, True, None)
+        return floats, stream
+    spec = inputs.spec
+    assert spec is not None
+    group = CHANNEL if spec.group in (CHANNEL, TENSOR, x.shape[-1]) else spec.group
+    largest = None if spec.dynamic else inputs.largest
+    codes, scale, zero, stream = ops.rows(
+        producer, x, second, weight, bias, eps, one_plus, spec.format.name, group, spec.symmetric, largest
+    )
+    return Quantized(codes, scale, None if spec.symmetric else zero), stream
+
+
+# --------------------------------------------------------------------------------------------------- between two products
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q and k [rows, heads, tokens, width] with rotary embedding by cos and sin [rows or 1, tokens, width], in one kernel.
 
@@ -190,8 +217,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     rows, _, tokens, width = q.shape
     fits = k.shape[::2] == q.shape[::2] and k.shape[3] == width and width % 2 == 0
     if not fits or cos.shape != sin.shape or cos.shape[1:] != (tokens, width) or len(cos) not in (1, rows):
-        shapes = ", ".join(str(list(part.shape)) for part in (q, k, cos, sin))
-        raise ValueError(f"q, k, cos and sin of shapes {shapes} do not belong together")
+        raise ValueError(f"q, k, cos and sin of shapes {_shapes(q, k, cos, sin)} do not belong together")
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     return ops.rope(q, k, cos, sin)
 
@@ -225,31 +251,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: float | None =
     rows, heads, _, width = q.shape
     tokens = k.shape[2]
     if q.shape[2] != 1 or not k.shape == v.shape == (rows, heads, tokens, width) or mask.shape[1:] != (1, 1, tokens):
-        shapes = ", ".join(str(list(part.shape)) for part in (q, k, v, mask))
-        raise ValueError(f"q, k, v and mask of shapes {shapes} are no attention of one token")
+        raise ValueError(f"q, k, v and mask of shapes {_shapes(q, k, v, mask)} are no attention of one token")
     q, k, v, mask = (x if x.stride(-1) == 1 else x.contiguous() for x in (q[:, :, 0], k, v, mask[:, 0, 0]))
     return ops.attend(q, k, v, mask, width**-0.5 if factor is None else factor)[:, :, None]
 
 
-def _rows(
-    producer: str,
-    x: Tensor,
-    inputs: Inputs | None,
-    *,
-    second: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 0.0,
-    one_plus: bool = False,
-) -> tuple[Rows, Tensor]:
-    if inputs is None:
-        floats, _, _, stream = ops.rows(producer, x, second, weight, bias, eps, one_plus, "", CHANNEL, True, None)
-        return floats, stream
-    spec = inputs.spec
-    assert spec is not None
-    group = CHANNEL if spec.group in (CHANNEL, TENSOR, x.shape[-1]) else spec.group
-    largest = None if spec.dynamic else inputs.largest
-    codes, scale, zero, stream = ops.rows(
-        producer, x, second, weight, bias, eps, one_plus, spec.format.name, group, spec.symmetric, largest
-    )
-    return Quantized(codes, scale, None if spec.symmetric else zero), stream
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(list(part.shape)) for part in tensors)

@@ -4,6 +4,7 @@ Triton is imported when an operator first needs it. Tests set TRITON_INTERPRET=1
 """
 
 import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -32,6 +33,13 @@ def _by_kernel(x: Tensor, fp8: bool = False) -> bool:
             )
         return True
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _by_triton(x: Tensor) -> bool:
+    """Whether a Triton kernel computes what needs no tensor cores, which the specification does on any other device."""
+    if not x.is_cuda:
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return torch.cuda.get_device_capability(x.device) >= _BF16_CORES and find_spec("triton") is not None
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -200,7 +208,7 @@ def _(producer, x, second, weight, bias, eps, one_plus, fmt, group, symmetric, l
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q and k [rows, heads, tokens, width], the last axis contiguous, turned; cos and sin [rows or 1, tokens, width]."""
     out = torch.empty_like(q), torch.empty_like(k)
-    if not _by_kernel(q):
+    if not _by_triton(q):
         for x, turned in zip((q, k), out, strict=True):
             turned.copy_(reference.rope(x, cos, sin))
         return out
@@ -220,7 +228,7 @@ def _(q, k, cos, sin):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: float) -> Tensor:
     """Attention of one token, see `reference.attend`; the last axis of all is contiguous. [rows, heads, width]."""
     out = q.new_empty(q.shape)
-    if not _by_kernel(q):
+    if not _by_triton(q):
         return out.copy_(reference.attend(q, k, v, mask, factor))
     from lowbit.kernels import attention
 
@@ -237,7 +245,7 @@ def _(q, k, v, mask, factor):
 @torch.library.custom_op("lowbit::put", mutates_args=("keys", "values"))
 def put(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, at: Tensor) -> None:
     """k and v [rows, heads, tokens, width] into a contiguous cache [rows, heads, length, width], at [tokens]."""
-    if not _by_kernel(k):
+    if not _by_triton(k):
         keys.index_copy_(2, at, k)
         values.index_copy_(2, at, v)
         return

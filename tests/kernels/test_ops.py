@@ -78,3 +78,4 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ValueError, match="T4 has compute capability 7.5, no bfloat16 tensor cores .8.0.*newer GPU"):
         ops._by_kernel(OnGpu())  # type: ignore[arg-type]
+    assert not ops._by_triton(OnGpu())  # type: ignore[arg-type]
