@@ -180,8 +180,8 @@ class Mixer:
         return width.get(name, self.channels), 1
 
     def group_of(self, name: str) -> Tensor | None:
-        """The state group of each set of features of a point [sets]; None where it has none."""
-        if not self.second or name not in ("x", "state", "B", "C"):
+        """The state group of each set of features of a point [sets]; None where it has none. A Mamba scan is one group."""
+        if name not in ("x", "state", "B", "C"):
             return None
         sets = self.features(name)[0]
         return torch.arange(sets) // (sets // self.groups)

@@ -13,7 +13,7 @@ def theirs(model: Any, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
     return model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2", "opt", "mixtral", "falcon_old"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2", "opt", "mixtral", "falcon_old", "mamba", "mamba2"])
 def test_greedy_output_is_that_of_transformers(name: str) -> None:
     model, prompt = tiny.build(name), tiny.tokens(2, 9)
     assert torch.equal(generate(model, prompt, tokens=20), theirs(model, prompt, 20))
@@ -65,7 +65,7 @@ def test_what_cannot_be() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mamba2"])
 def test_graph(name: str) -> None:
     """A captured step gives the same tokens, and serves a second prompt."""
     model, prompts = tiny.build(name).cuda(), tiny.tokens(4, 9).cuda()

@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit import export, runtime
-from lowbit.data import DataSpec
 from lowbit.decoding import Decoder
 from lowbit.recipe import Rule, short_recipe
 from lowbit.run import quantize
@@ -147,17 +146,40 @@ def test_other_schemes(tmp_path: Path) -> None:
         runtime.load(str(tmp_path / "a" / "model"), kernels=True)
 
 
-def test_turned_inputs_and_quantized_scans(tmp_path: Path) -> None:
-    """Inputs that a Hadamard matrix turns are turned before the kernel; a scan on the grid of integers has none yet."""
-    out = written("mamba2", tmp_path / "a", "w4a16-g32", method="hadamard+rtn")
-    with pytest.warns(UserWarning, match="turned by a Hadamard matrix"):
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w8a8"])
+def test_turned_inputs(scheme: str, tmp_path: Path) -> None:
+    """Inputs that a Hadamard matrix turns are turned before the kernel, which takes codes of them where it takes codes."""
+    out = written("llama", tmp_path, scheme, method="hadamard+rtn", options={"hadamard.match": "o_proj|down_proj|gate_proj"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         packed = runtime.load(out, dtype=torch.float16, kernels=True)
-    assert kl(export.load(out, dtype=torch.float32), packed) < MOST["w4a16-g32"]
-    recipe = short_recipe(scheme="w4a16-g32", format="lowbit", data=DataSpec(source="random", rows=4, length=32))
-    recipe = replace(recipe, rules=(Rule(match=r"\.x$", scheme="s8"), *recipe.rules))
-    quantize(str(tmp_path / "a" / "model"), str(tmp_path / "scan"), recipe=recipe)
-    with pytest.raises(ValueError, match="its scans are quantized"):
-        runtime.load(str(tmp_path / "scan"), kernels=True)
+    assert sum(module.turned for module in packed.modules() if isinstance(module, PackedLinear)) == 3 * tiny.LAYERS
+    assert kl(export.load(out, dtype=torch.float32), packed) < MOST[scheme]
+
+
+def test_dequantized_linears_have_their_inputs_turned(tmp_path: Path) -> None:
+    """By simulation, beside packed ones."""
+    tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
+    recipe = short_recipe(
+        scheme="w8a8", method="hadamard+rtn", options={"hadamard.match": "o_proj"}, format="lowbit", data=None
+    )
+    recipe = replace(recipe, rules=(Rule(match="o_proj", scheme="nf4-g32"), *recipe.rules))
+    quantize(str(tmp_path / "model"), str(tmp_path / "out"), recipe=recipe)
+    with pytest.warns(UserWarning, match="3 linears dequantized: values of nf4"):
+        packed = runtime.load(str(tmp_path / "out"), dtype=torch.float16, kernels=True)
+    assert kl(export.load(str(tmp_path / "out"), dtype=torch.float32), packed) < MOST["w8a8"]
+
+
+def test_padded_rows_of_scans(tmp_path: Path) -> None:
+    """Mixers put padded tokens to 0, so a norm before one leaves its floats too."""
+    out = written("mamba2", tmp_path, "w8a8")
+    packed, tokens = runtime.load(out, dtype=torch.float16, kernels=True), tiny.tokens(2, 24)
+    assert kinds(packed)[QuantizingNorm] == tiny.LAYERS
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        a, b = (each(tokens, attention_mask=mask).logits[:, 5:] for each in (export.load(out, dtype=torch.float32), packed))
+    assert float((a - b).norm() / a.norm()) < 0.1
 
 
 def test_corrections_and_the_other_format(tmp_path: Path) -> None:
