@@ -15,7 +15,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,13 +27,27 @@ from sections import RESULTS, ROOT, describe, environment, keep
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from lowbit import kernel_bench
+from lowbit.kernel_bench import (
+    ceilings,
+    copies,
+    copies_of,
+    cublas,
+    dtype_of,
+    floor_of,
+    gemlite,
+    int_mm,
+    scaled_mm,
+    time_of,
+    timed,
+    tinygemm,
+)
 from lowbit.kernels import codes, entry, reference, weight_only
-from lowbit.kernels.entry import Prepared, linear, prepare
+from lowbit.kernels.entry import Prepared, linear
 from lowbit.kernels.packed import unpack
 from lowbit.kernels.weight_only import Config
-from lowbit.qtensor import QTensor, find_params, parse_scheme, quantize
+from lowbit.qtensor import parse_scheme
 from lowbit.report import table
-from lowbit.unit import Input
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (5120, 13824), (8192, 28672)]  # in, out
@@ -69,18 +82,9 @@ SWEEP_OF_CODES = {
 UNFIT = (RuntimeError, AssertionError, OutOfResources, PTXASError, CompilationError)  # what a configuration may raise
 
 
-def quantized(scheme: str, out: int, inner: int, dtype: torch.dtype = torch.float16) -> QTensor:
-    """A random matrix, quantized."""
-    spec = parse_scheme(scheme).weight
-    w = torch.randn(out, inner, device=DEVICE) / inner**0.5
-    return quantize(w, find_params(w, spec, scale_dtype=dtype), spec)
-
-
 def prepared(scheme: str, out: int, inner: int, dtype: torch.dtype = torch.float16) -> Prepared:
-    """The same, laid out."""
-    inputs = parse_scheme(scheme).input
-    given = None if inputs is None else Input(inputs)
-    return prepare(quantized(scheme, out, inner, dtype), inputs=given, dtype=dtype, device=DEVICE)
+    """A random matrix, laid out."""
+    return kernel_bench.prepared(scheme, out, inner, dtype, DEVICE)
 
 
 def in_parallel(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
@@ -99,7 +103,7 @@ def check() -> list[dict[str, Any]]:
     for row in in_parallel(checked, [(scheme, dtype) for dtype in dtypes for scheme in CHECKS]):
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
-    return rows + check_rows()
+    return rows + check_rows() + check_floats()
 
 
 def checked(job: tuple[str, torch.dtype]) -> dict[str, Any]:
@@ -155,98 +159,24 @@ def check_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def time_of(launches: list[Callable[[], Any]], replays: int = 15) -> float:
-    """Median microseconds of one of the launches, run one after the other in a CUDA graph."""
-    for launch in launches[:2]:
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    times = []
-    for _ in range(replays + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(launches))
-    return statistics.median(times[3:])
-
-
-def copies_of(nbytes: int) -> int:
-    """How many copies exceed twice the L2 cache."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(2, -(-2 * cache // nbytes) + 1)
-
-
-def ceilings() -> dict[str, float]:
-    """Bytes read a second, and float16 operations a second."""
-    big = torch.randn(2**28, device="cuda")
-    read = time_of([lambda: big.sum()] * 4)
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
-    product = time_of([lambda: a @ b] * 4)
-    other = torch.empty_like(big)
-    copy = time_of([lambda: other.copy_(big)] * 4)
-    return {"bytes": big.nbytes / read * 1e6, "copy": 2 * big.nbytes / copy * 1e6, "operations": 2 * 8192**3 / product * 1e6}
-
-
-def copies(matrix: Prepared) -> list[Prepared]:
-    """As many as exceed twice the L2 cache."""
-    return [matrix, *(matrix.to("cpu").to(DEVICE) for _ in range(copies_of(matrix.nbytes) - 1))]
-
-
-def cublas(m: int, inner: int, out: int) -> float:
-    """Microseconds of a float16 product."""
-    weights = [torch.randn(out, inner, device=DEVICE, dtype=torch.float16) for _ in range(copies_of(2 * out * inner))]
-    x = torch.randn(m, inner, device=DEVICE, dtype=torch.float16)
-    return time_of([lambda w=w: x @ w.T for w in weights])
-
-
-def tinygemm(m: int, inner: int, out: int) -> float:
-    """Microseconds of PyTorch's int4 kernel (bfloat16, groups of 128)."""
-    codes = torch.randint(0, 256, (out, inner // 2), device=DEVICE, dtype=torch.uint8)
-    words = torch._convert_weight_to_int4pack(codes, 8)
-    scales = torch.rand(inner // 128, out, 2, device=DEVICE, dtype=torch.bfloat16)
-    many = [words.clone() for _ in range(copies_of(words.nbytes))]
-    x = torch.randn(m, inner, device=DEVICE, dtype=torch.bfloat16)
-    return time_of([lambda w=w: torch._weight_int4pack_mm(x, w, 128, scales) for w in many])
-
-
-def int_mm(m: int, inner: int, out: int) -> float:
-    """Microseconds of PyTorch's int8 product alone, without scales."""
-    many = [torch.ones(out, inner, device=DEVICE, dtype=torch.int8) for _ in range(copies_of(out * inner))]
-    x = torch.ones(m, inner, device=DEVICE, dtype=torch.int8)
-    return time_of([lambda w=w: torch._int_mm(x, w.T) for w in many])
-
-
-def scaled_mm(m: int, inner: int, out: int) -> float:
-    """Microseconds of PyTorch's E4M3 product with a scale for each row and output, bfloat16 out."""
-    kind = torch.float8_e4m3fn
-    many = [torch.ones(out, inner, device=DEVICE).to(kind) for _ in range(copies_of(out * inner))]
-    x, a, b = torch.ones(m, inner, device=DEVICE).to(kind), torch.ones(m, 1, device=DEVICE), torch.ones(1, out, device=DEVICE)
-    return time_of([lambda w=w: torch._scaled_mm(x, w.T, a, b, out_dtype=torch.bfloat16, use_fast_accum=True) for w in many])
-
-
-def gemlite(m: int, inner: int, out: int) -> float:
-    """Microseconds of gemlite's int4 kernel, where that is installed (ImportError otherwise)."""
-    from gemlite.core import DType, GemLiteLinearTriton
-
-    layer = GemLiteLinearTriton(4, 128, inner, out, DType.FP16, DType.FP16)
-    scales = torch.rand(out * inner // 128, 1, device=DEVICE, dtype=torch.float16)
-    layer.pack(torch.randint(0, 16, (out, inner), device=DEVICE, dtype=torch.uint8), scales, torch.full_like(scales, 8))
-    x = torch.randn(m, inner, device=DEVICE, dtype=torch.float16)
-    return time_of([lambda: layer(x)] * 4)
-
-
-def timed(peer: Callable[[int, int, int], float], m: int, inner: int, out: int) -> dict[str, float]:
-    """Microseconds of a peer by its name; none where it does not take the shape, which is said."""
-    try:
-        return {peer.__name__: peer(m, inner, out)}
-    except (RuntimeError, ImportError, AttributeError, TypeError, ValueError, AssertionError) as error:
-        print(f"{peer.__name__} {m} x {inner} x {out}: {str(error)[:100]!r}", file=sys.stderr)
-        return {}
+def check_floats() -> list[dict[str, Any]]:
+    """Relative errors of what a step of decoding does between its products, in float16."""
+    tokens = 300 if DEVICE == "cuda" else 20
+    q, k, v = torch.randn(3, 2, 9, tokens, 128, device=DEVICE, dtype=torch.float16)
+    angles = torch.randn(2, 1, tokens, 128, device=DEVICE)
+    mask = torch.rand(2, 1, 1, tokens, device=DEVICE) < 0.3
+    x, y = (torch.randn(33, 1408, device=DEVICE, dtype=torch.float16) for _ in range(2))
+    made = torch.full_like(k, float("nan")), torch.full_like(v, float("nan"))
+    entry.put(*made, k, v, torch.arange(tokens, device=DEVICE))
+    found = {
+        "rope": (entry.rope(q, k, *angles)[0], reference.rope(q, *angles)),
+        "attend": (entry.attend(q[:, :, :1], k, v, mask, 0.1)[:, :, 0], reference.attend(q[:, :, 0], k, v, mask[:, 0, 0], 0.1)),
+        "put": (torch.cat(made), torch.cat([k, v])),
+        "rms_norm": (entry.rms_norm(x, y[0], 1e-6, None), reference.rms_norm(x, y[0], 1e-6)),
+        "silu_mul": (entry.silu_mul(x, y, None), reference.silu_mul(x, y)),
+    }
+    errors = {name: float((a.double() - b.double()).norm() / b.double().norm()) for name, (a, b) in found.items()}
+    return [{"scheme": name, "dtype": "torch.float16", "error": e, "right": e < 1e-3} for name, e in errors.items()]
 
 
 def run(matrix: Prepared, rows: torch.Tensor | reference.Quantized, config: Config) -> torch.Tensor:
@@ -290,11 +220,6 @@ def swept(scheme: str, x: torch.Tensor, many: list[Prepared]) -> tuple[float, Co
     return best, found
 
 
-def dtype_of(scheme: str) -> torch.dtype:
-    """What a scheme is timed in."""
-    return torch.bfloat16 if scheme == "fp8" else torch.float16
-
-
 def measured(part: str, sweep: bool, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
     """Every shape, number of rows and scheme of a part, with the peers of that part."""
     schemes, rows, others = PARTS[part]
@@ -311,9 +236,8 @@ def measured(part: str, sweep: bool, limits: dict[str, float]) -> Iterator[dict[
                 if m not in beside:
                     beside[m] = {name: us for peer in others for name, us in timed(peer, m, inner, out).items()}
                 x = torch.randn(m, inner, device=DEVICE, dtype=matrix.dtype)
-                rate = limits["operations"] * (1 if matrix.inputs is None else 2)
-                floor = max((matrix.nbytes + 2 * m * (inner + out)) / limits["bytes"], 2 * m * inner * out / rate) * 1e6
-                row: dict[str, Any] = {"scheme": scheme, "inner": inner, "out": out, "m": m, "floor": floor}
+                row: dict[str, Any] = {"scheme": scheme, "inner": inner, "out": out, "m": m}
+                row["floor"] = floor_of(matrix, m, limits)
                 row["lowbit"] = time_of([lambda w=w, x=x: linear(x, w) for w in many])
                 if sweep:
                     row["best"], config = swept(scheme, x, many)

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from lowbit import kernel_bench  # noqa: E402
+
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -28,7 +30,7 @@ def test_checks_find_what_is_wrong(benchmark: ModuleType, monkeypatch: pytest.Mo
     """The interpreted kernels are right; a product that is off by a little is not."""
     monkeypatch.setattr(benchmark, "CHECKS", ["w4a16-g128", "w8a8", "bcq2"])
     result = benchmark.measure("check")
-    assert len(result["rows"]) == 3 + len(benchmark.PRODUCERS) and all(row["right"] for row in result["rows"])
+    assert len(result["rows"]) == 3 + len(benchmark.PRODUCERS) + 5 and all(row["right"] for row in result["rows"])
     assert "wrong: none" in benchmark.markdown({"check": result})
     exact = benchmark.linear
     monkeypatch.setattr(benchmark, "linear", lambda *given: exact(*given) * 1.01)
@@ -39,8 +41,10 @@ def test_checks_find_what_is_wrong(benchmark: ModuleType, monkeypatch: pytest.Mo
 
 def test_bars_and_table(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part goes through with times that stand in, and the bars are those asked for."""
-    monkeypatch.setattr(benchmark, "time_of", lambda launches, replays=15: [launch() for launch in launches] and 10.0)
-    monkeypatch.setattr(benchmark, "copies_of", lambda nbytes: 2)
+    monkeypatch.setattr(kernel_bench, "DEVICE", "cpu")
+    for module in (benchmark, kernel_bench):
+        monkeypatch.setattr(module, "time_of", lambda launches, replays=15: [launch() for launch in launches] and 10.0)
+        monkeypatch.setattr(module, "copies_of", lambda nbytes: 2)
     monkeypatch.setattr(benchmark, "ceilings", lambda: {"bytes": 3e12, "copy": 3e12, "operations": 7e14})
     monkeypatch.setattr(benchmark, "SHAPES", [(256, 128)])
     monkeypatch.setattr(benchmark, "SWEEP", {64: [benchmark.Config(16, 64, 1)]})
