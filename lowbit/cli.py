@@ -107,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     goal.add_argument("--size", metavar="SIZE", help="of all weight files, at most: 2.1GB, 800MB, 1.5GiB, or bytes")
     goal.add_argument("--max-ppl-ratio", type=float, metavar="R", help="perplexity over the original's, at most: 1.02")
     sub.add_argument("--schemes", nargs="+", metavar="SCHEME", help="candidates; float leaves a linear as it is")
-    sub.add_argument("--signal", default="kl", help="kl (default, measured), eigenvalue (Q-BERT), trace (HAWQ-V2), fisher")
+    sub.add_argument(
+        "--signal", default="kl", help="kl (default, measured), eigenvalue (Q-BERT), trace (HAWQ-V2), fisher (quick)"
+    )
     sub.add_argument("--per", default="linear", help="what gets one scheme: linear (default) or block, as in Q-BERT")
     sub.add_argument("--data", required=True, metavar="SOURCE", help="calibration data of measurement and recipe")
     sub.add_argument("--rows", type=int, default=16, metavar="N", help="sequences to measure on (default 16)")

@@ -400,10 +400,10 @@ def test_inspect(command: Command, quantized: Path) -> None:
     head, *lines = told.splitlines()
     assert re.fullmatch(rf"{re.escape(str(quantized))}: llama, compressed-tensors, 0\.\d MB", head)
     assert len(lines) == 21
-    assert "  model.layers.0.mlp.down_proj  int4/float  64 x 128  4.52 bits" in lines
+    assert "  model.layers.0.mlp.down_proj  w4a16-g32  64 x 128  4.52 bits" in lines
 
 
-@pytest.mark.parametrize(("format", "scheme"), [("compressed-tensors", "w8a8"), ("lowbit", "w3a16-g32-asym")])
+@pytest.mark.parametrize(("format", "scheme"), [("compressed-tensors", "w8a8-channel"), ("lowbit", "w3a16-g32-asym")])
 def test_inspect_json(format: str, scheme: str, command: Command, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert command("quantize", model, "--out", out, "--scheme", scheme, "--format", format)[0] == 0
@@ -417,7 +417,7 @@ def test_inspect_json(format: str, scheme: str, command: Command, model: Path, t
     row = summary["linears"]["model.layers.1.self_attn.k_proj"]
     # 3-bit codes, a 16-bit scale and a zero point in a byte of its own for every 32; or 8-bit codes and a scale a row
     expected = 3 + (16 + 8) / 32 if format == "lowbit" else 8 + 16 / 64
-    assert row == {"scheme": scheme if format == "lowbit" else "int8/int8", "shape": [32, 64], "bits": expected}
+    assert row == {"scheme": scheme, "shape": [32, 64], "bits": expected}
     stored = sum(info.nbytes for info in QuantizedSource(out).stored.values())
     assert summary["bytes"] == stored
 
