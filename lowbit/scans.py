@@ -44,7 +44,7 @@ class ScanMixer(nn.Module):
             raise ValueError("there is no kernel for the scans of Mamba")
         missing = [name for name in _NEEDED if name not in points]
         if missing:
-            raise ValueError(f"its {', '.join(missing)} are floats, which the kernels of scans do not take")
+            raise ValueError(f"the kernels of scans need int8 {', '.join(missing)}")
         sample = torch.linspace(-4, 4, 9, device=m.A_log.device)
         if not torch.allclose(m.act(sample), F.silu(sample), atol=1e-5):
             raise ValueError(f"its activation is {m.act}, not SiLU")
