@@ -449,9 +449,15 @@ class Arch:
         """Discover the linears by running one short row through the model, block by block from the checkpoint.
 
         Raises:
-            ValueError: the blocks do not form a chain, depend on the tokens beside the hidden states, contain no linear, or
-                a tensor is damaged.
+            ValueError: the blocks do not form a chain, share parameters, depend on the tokens beside the hidden states, contain
+                no linear, or a tensor is damaged.
         """
+        for name, original in self.tied.items():
+            if any(name.startswith(f"{block.name}.") for block in self.blocks):
+                raise ValueError(
+                    f"{name} is {original}, of another block; lowbit solves one block after the other, so blocks need "
+                    "parameters of their own (Zamba2's do not have them)"
+                )
         tokens = self.sample_tokens()
         found: list[Block] = []
         previous: list[Tensor] = []

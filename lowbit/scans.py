@@ -44,7 +44,7 @@ class ScanMixer(nn.Module):
             raise ValueError("there is no kernel for the scans of Mamba")
         missing = [name for name in _NEEDED if name not in points]
         if missing:
-            raise ValueError(f"its {', '.join(missing)} are floats, which the kernels of scans do not take")
+            raise ValueError(f"the kernels of scans need int8 {', '.join(missing)}")
         sample = torch.linspace(-4, 4, 9, device=m.A_log.device)
         if not torch.allclose(m.act(sample), F.silu(sample), atol=1e-5):
             raise ValueError(f"its activation is {m.act}, not SiLU")
@@ -53,9 +53,10 @@ class ScanMixer(nn.Module):
             A=-m.A_log.float().exp(), D=m.D, dt_bias=m.dt_bias, groups=mixer.groups, limits=(float(low), float(high)),
             **{name: points[name] for name in (*_NEEDED[1:], "z", "dt") if name in points},
         )  # fmt: skip
-        if points["conv_in"].largest.numel() != 1:
-            raise ValueError("conv_in has several scales where the kernels of scans take one")
-        self.in_scale = float(points["conv_in"].largest) / points["conv_in"].spec.format.max
+        before = points["conv_in"]
+        if before.spec.format.name != "int8" or before.largest.numel() != 1:
+            raise ValueError("the kernels of scans need conv_in as int8 under one scale")
+        self.in_scale = float(before.largest) / before.spec.format.max
         self.weight = m.conv1d.weight.data.float().squeeze(1).contiguous()
         self.bias = None if m.conv1d.bias is None else m.conv1d.bias.data.float()
         self.sizes = [mixer.channels, len(self.weight), mixer.heads]

@@ -421,6 +421,17 @@ def test_shared_blocks_are_refused(tmp_path: Path) -> None:
         discover(open_source(str(tmp_path)))
 
 
+def test_blocks_that_share_parameters_are_refused(tmp_path: Path) -> None:
+    """Zamba2's attention is one for several blocks."""
+    config = transformers.AutoConfig.for_model(
+        "zamba2", vocab_size=tiny.VOCAB, hidden_size=tiny.HIDDEN, num_hidden_layers=2, layers_block_type=["hybrid", "hybrid"],
+        num_attention_heads=4, intermediate_size=tiny.FFN, mamba_d_state=16, mamba_ngroups=2, n_mamba_heads=4, num_mem_blocks=1,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.1\.shared_transformer.* is .*layers\.0.*, of another block"):
+        discover(open_source(str(tmp_path)))
+
+
 def test_broken_chain_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that changes the hidden states between its blocks."""
     arch = Arch(open_source(str(folder("llama"))))

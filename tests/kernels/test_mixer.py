@@ -1,13 +1,16 @@
 """A mixer on the operators against the same mixer with rounded points, in one pass and token by token; the operators."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from test_scans import in_float32, kl, quamba
 from torch import Tensor
 
+from lowbit import export
 from lowbit.arch import Tap
 from lowbit.formats import FORMATS
 from lowbit.kernels import mixer as kernels
@@ -114,6 +117,19 @@ def test_mixer_on_the_operators(interpreted: bool, monkeypatch: pytest.MonkeyPat
 
     assert error(on_operators(mixer, hidden, points, CHUNK - 3)) < 2e-3
     assert error(into_out_proj(mixer, hidden, {})) > 4e-3  # of float points
+
+
+@torch.no_grad()
+def test_a_loaded_model_on_interpreted_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tokens at once, then one by one."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    out, tokens = quamba("mamba2", tmp_path, "w8a8"), tiny.tokens(1, 12)
+    wanted, model = export.load(out)(tokens).logits, in_float32(out)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    first = model(tokens[:, :9], use_cache=True)
+    steps = [model(token, cache_params=first.cache_params, use_cache=True).logits for token in tokens[:, 9:].split(1, 1)]
+    assert kl(wanted, torch.cat([first.logits, *steps], 1)) < 1e-3
 
 
 def some_scan() -> tuple[Scan, Cache, Tensor, Tensor]:
