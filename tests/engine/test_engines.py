@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -158,25 +159,29 @@ def in_vllm(
     """What vLLM computes from the checkpoints, each run once."""
     known: dict[str, Result] = {}
     folder = tmp_path_factory.mktemp("vllm")
-    asked = folder / "prompts.json"
-    asked.write_text(json.dumps(prompts))
 
     def get(name: str) -> Result:
         if name not in known:
-            out = folder / f"{name}.safetensors"
-            command = [vllm_python, WORKER, checkpoint(name), asked, out, "--generate", str(NEW)]
-            environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
-            assert done.returncode == 0, done.stderr[-6000:]
-            tensors = load_file(out)
-            known[name] = Result(
-                [tensors[f"logprobs.{i}"] for i in range(len(prompts))],
-                [tensors[f"generated.{i}"].tolist() for i in range(len(prompts))],
-                json.loads(out.with_suffix(".json").read_text()),
-            )
+            known[name] = run_vllm(vllm_python, checkpoint(name), prompts, folder / f"{name}.safetensors")
         return known[name]
 
     return get
+
+
+def run_vllm(python: Path, checkpoint: Path, prompts: list[list[int]], out: Path) -> Result:
+    """What vLLM computes from a checkpoint; it is left in `out`."""
+    asked = out.with_name("prompts.json")
+    asked.write_text(json.dumps(prompts))
+    command = [python, WORKER, checkpoint, asked, out, "--generate", str(NEW)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-6000:]
+    tensors = load_file(out)
+    return Result(
+        [tensors[f"logprobs.{i}"] for i in range(len(prompts))],
+        [tensors[f"generated.{i}"].tolist() for i in range(len(prompts))],
+        json.loads(out.with_suffix(".json").read_text()),
+    )
 
 
 @torch.no_grad()
@@ -221,6 +226,18 @@ def test_vllm_computes_what_lowbit_measured(
     assert kl < expected.kl
     assert max(gaps) < expected.gap
     assert result.record["quantization"] == "compressed-tensors" and result.record["dtype"] == "bfloat16"
+
+
+@pytest.mark.engine
+def test_vllm_runs_the_projections_of_mamba2(vllm_python: Path, tmp_path: Path) -> None:
+    """One state group: with several, vLLM's gated norm is over each, transformers' over all channels, of float models too."""
+    tiny.save("mamba2", tmp_path / "model", dtype=torch.bfloat16)
+    lowbit.quantize(str(tmp_path / "model"), tmp_path / "out", recipe=short_recipe(scheme="w8a8", method="rtn"))
+    prompts = tiny.tokens(2, 48).tolist()
+    result = run_vllm(vllm_python, tmp_path / "out", prompts, tmp_path / "found.safetensors")
+    assert result.record["schemes"] == [INT8[0]] and result.record["kernels"] == [INT8[1]]
+    expected = logprobs(lowbit.load(str(tmp_path / "out"), dtype=torch.float32), prompts)
+    assert divergence(expected, result.logprobs) < 3e-3
 
 
 @pytest.mark.engine
