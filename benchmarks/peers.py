@@ -100,7 +100,8 @@ def run_peer(python: Path, script: str, model: Path, tokens: Path, out: Path, op
     out.parent.mkdir(parents=True, exist_ok=True)
     path = Path(__file__).with_name(script).resolve()
     given = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [str(python), str(path), str(model.resolve()), str(tokens.resolve()), str(out), *options]
+    # -P: else `kernels`, which their transformers looks for, would be the script of that name beside this one
+    command = [str(python), "-P", str(path), str(model.resolve()), str(tokens.resolve()), str(out), *options]
     done = subprocess.run(command, cwd=out.parent, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(options)} ended with status {done.returncode}:\n{done.stdout[-3000:]}")
