@@ -576,9 +576,7 @@ def fuse(arch: Arch, source: QuantizedSource) -> None:
     tokens = arch.sample_tokens()[:1].to(arch.device)
     before = _observed(arch, tokens)
     for path in {point.mixer for block in arch.blocks for point in block.points}:
-        if not isinstance(
-            model.get_submodule(path), scans.ScanMixer
-        ):  # the others put padded tokens to 0, of which none is here
+        if not isinstance(model.get_submodule(path), scans.ScanMixer):  # these put padded tokens to 0, of which none is here
             before.read[id(before.calls[path].x)] = before.calls[path].x
     swaps: list[_Swap] = []
 
