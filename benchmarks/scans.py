@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import transformers
-from kernels import DEVICE, prepared, time_of
 from sections import RESULTS, ROOT, describe, environment, keep
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from lowbit import export, runtime
 from lowbit.bench import seconds_of
 from lowbit.data import DataSpec
 from lowbit.decoding import Decoder
+from lowbit.kernel_bench import prepared, time_of
 from lowbit.kernels import entry, mixer, ops, reference
 from lowbit.kernels.entry import linear
 from lowbit.kernels.mixer import Cache, convolved, stepped
@@ -41,6 +41,7 @@ from lowbit.report import table
 from lowbit.run import quantize
 from lowbit.ssm import CHUNK
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL = 4  # tokens of the convolution
 # Heads, channels of a head, state groups, state size, batch, tokens of a prefill.
 CHECKS = [(80, 64, 1, 128, 2, 2 * CHUNK + 5), (6, 40, 2, 24, 3, CHUNK), (8, 64, 4, 64, 32, 70), (5, 128, 1, 16, 1, 9)]
@@ -135,8 +136,8 @@ class Layer:
         self.channels, width = self.heads * p, shape["hidden_size"]
         self.scan = random_scan(self.heads, p, groups, n)
         self.sizes = [self.channels, len(self.scan.scales), self.heads]
-        self.in_proj = prepared(scheme, -(-sum(self.sizes) // 16) * 16, width)
-        self.out_proj = prepared(scheme, width, self.channels)
+        self.in_proj = prepared(scheme, -(-sum(self.sizes) // 16) * 16, width, device=DEVICE)
+        self.out_proj = prepared(scheme, width, self.channels, device=DEVICE)
         self.weight = torch.randn(len(self.scan.scales), KERNEL, device=DEVICE)
         self.norms = [torch.rand(size, device=DEVICE, dtype=torch.float16) for size in (width, self.channels)]
         self.cache = Cache.empty(self.scan, batch, KERNEL, DEVICE)

@@ -1,7 +1,6 @@
 """The benchmark of scans: its checks and table, on small shapes without a GPU, so that a GPU's time is not lost to a slip."""
 
 import importlib
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +16,6 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """benchmarks/scans.py, on the specification."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "kernels", raising=False)  # this folder, where the benchmark wants its neighbour
     return importlib.import_module("scans")
 
 
