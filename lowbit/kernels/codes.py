@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lowbit.formats import FORMATS
 from lowbit.kernels.packed import ALIGNED, STEP, Packed
 from lowbit.kernels.reference import Quantized
-from lowbit.kernels.weight_only import INTERPRETED, Config, _added, _write, processors, scratch_for
+from lowbit.kernels.weight_only import INTERPRETED, Config, _added, _write, power_up_to, processors, scratch_for
 
 _UPPER = "and.b32 $0, $1, 0xf0f0f0f0;"
 _LOWER = "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xf0f0f0f0; }"
@@ -125,7 +125,7 @@ def config_for(rows: int, columns: int, inner: int, processors: int, *, four: bo
         wide = columns >= (8192 if four and rows <= 16 else 12288 if four else 16384 if rows <= 16 else 2**30)
         block_n = 128 if wide else 64
         programs = (4 if four and stepped and rows <= 16 else 2 if four or rows <= 16 else 1) * processors
-        split = 2 ** max(0, (programs * block_n // columns).bit_length() - 1)
+        split = power_up_to(programs * block_n // columns)
         config = Config(block_m, block_n, split, stages=4 if four or wide else 6 if rows <= 16 else 5)
     elif rows <= 256:
         block_m, block_n = (64, 64) if stepped else (128, 128 if four and columns >= 8192 else 64)

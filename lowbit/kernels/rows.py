@@ -118,7 +118,7 @@ def rows(
         block = min(block, _COLUMNS)
     how: dict[str, Any] = {"LOW": 0.0, "HIGH": 0.0} if fmt is None else {"LOW": fmt.min, "HIGH": fmt.max}
     codes, scale, zero, stream = out
-    _kernel[(count, -(-width // block) if fmt is None else 1)](
+    _kernel[(count, -(-width // block))](
         *(x, second, weight, bias, codes, scale, zero, stream),
         *(width, x.stride(0), 0 if second is None else second.stride(0), eps, given or 0.0),
         PRODUCER=producer,
@@ -133,9 +133,5 @@ def rows(
         GROUP=group or block,
         GROUPS=scale.shape[1],
         BLOCK=block,
-        num_warps=_warps(block),
+        num_warps=min(16, max(1, block // 512)),
     )
-
-
-def _warps(block: int) -> int:
-    return min(16, max(1, block // 512))

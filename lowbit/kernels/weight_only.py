@@ -291,11 +291,11 @@ def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
     """What was fastest on an H100 (benchmarks/kernels.py --sweep), by classes of shapes."""
     wide = columns >= 8192
     if rows <= 16:
-        config = Config(8 if rows <= 8 else 16, 64, min(8, _power(7 * processors * 64 // columns)))
+        config = Config(8 if rows <= 8 else 16, 64, min(8, power_up_to(7 * processors * 64 // columns)))
     elif rows <= 64 and columns * inner <= 4096**2:
         config = Config(32 if rows <= 32 else 64, 64, 4)
     elif rows <= 64:
-        config = Config(32 if rows <= 32 else 64, 128, _power(2 * processors * 128 // columns))
+        config = Config(32 if rows <= 32 else 64, 128, power_up_to(2 * processors * 128 // columns))
     elif rows <= 256:
         config = Config(64, 128, 1, warps=8, stages=4) if wide else Config(64, 128, 2)
     else:
@@ -303,7 +303,7 @@ def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
     return replace(config, split=max(1, min(config.split, -(-inner // 128) // 2)))
 
 
-def _power(limit: int) -> int:
+def power_up_to(limit: int) -> int:
     """The largest power of two up to a limit, at least 1."""
     return 1 << max(0, limit.bit_length() - 1)
 
