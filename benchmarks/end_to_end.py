@@ -4,7 +4,8 @@
 
 Every part builds its float checkpoint and quantizes it once into --out, where a later call finds them; results of the parts are
 kept there and the section `end-to-end` of RESULTS.md is written from all that there are. "Eager" is transformers as it is,
-"graph" the same captured in a CUDA graph, "compiled" by torch.compile. --tiny runs small shapes, on a CPU as well, where
+"graph" the same captured in a CUDA graph, "unmasked" too, with no mask (in a graph transformers writes one out for an encoder,
+needed or not), "compiled" by torch.compile. --tiny runs small shapes, on a CPU as well, where
 nothing is captured.
 """
 
@@ -38,6 +39,10 @@ BERT = {"vocab_size": 30522, "hidden_size": 1024, "intermediate_size": 4096, "nu
 TINY = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 # part -> model type, scheme
 PARTS = {"decode": ("llama", "w4a16"), "prefill": ("llama", "w8a8"), "encoder": ("bert", "w8a8")}
+UNMASKED = "sdpa_unmasked"
+transformers.AttentionInterface.register(UNMASKED, transformers.AttentionInterface()["sdpa"])
+transformers.AttentionMaskInterface.register(UNMASKED, lambda **how: None)
+KINDS = ("eager", "graph", "unmasked", "compiled")
 # part, batch, what we are compared with, at least this many times as fast
 BARS = (
     ("decode", 1, "graph", 2.5), ("decode", 1, "eager", 10.0), ("decode", 16, "graph", 2.0),
@@ -52,7 +57,7 @@ def checkpoints(part: str, out: Path, device: str, tiny: bool) -> tuple[Path, Pa
     if not original.exists():
         shape = TINY if tiny else {"llama": LLAMA, "bert": BERT}[kind]
         config = transformers.AutoConfig.for_model(kind, **shape, max_position_embeddings=4096 if kind == "llama" else 512)
-        auto = transformers.AutoModelForCausalLM if kind == "llama" else transformers.AutoModelForMaskedLM
+        auto = transformers.AutoModelForCausalLM if kind == "llama" else transformers.AutoModel
         with torch.device(device):
             model = auto.from_config(config, dtype=torch.float16)
         model.save_pretrained(original)
@@ -86,9 +91,10 @@ def captured(action: Callable[[], Any], device: torch.device) -> Callable[[], An
 def decode(model: Any, batch: int, prompt: int, steps: int, kinds: tuple[str, ...]) -> dict[str, float]:
     """Milliseconds of a step after `prompt` tokens; "eager", and of the float model "graph", are transformers' own caches."""
     found = {}
-    for kind in kinds:
+    for kind in (kind for kind in kinds if kind != "unmasked"):
         own = kind == "graph" and not hasattr(model, "lowbit")
         if kind == "eager" or own:
+            model.set_attn_implementation("sdpa")  # which a `Decoder` changes
             cache = StaticCache(config=model.config, max_cache_len=prompt + 64) if own else None
             text = torch.randint(0, model.config.vocab_size, (batch, prompt), device=model.device)
             cache = model(input_ids=text, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
@@ -108,22 +114,28 @@ def forward(model: Any, batch: int, length: int, kinds: tuple[str, ...]) -> dict
     options = {"use_cache": False} if model.can_generate() else {}
     found = {}
     for kind in kinds:
-        run = torch.compile(model.forward) if kind.startswith("compiled") else model.forward
+        if kind == "unmasked":
+            if model.can_generate() or hasattr(model, "lowbit"):
+                continue
+            model.set_attn_implementation(UNMASKED)
+        run = torch.compile(model.forward) if kind == "compiled" else model.forward
 
         def once(run: Any = run) -> Any:
             return run(input_ids=text, **options)
 
         found[kind] = 1e3 * seconds_of(once if kind == "eager" else captured(once, model.device), model.device)
+        if kind == "unmasked":
+            model.set_attn_implementation("sdpa")
     return found
 
 
-def measure(part: str, out: Path, device: str, tiny: bool) -> dict[str, Any]:
+def measure(part: str, out: Path, device: str, tiny: bool, kinds: tuple[str, ...]) -> dict[str, Any]:
     """The rows of one part: milliseconds of the float model ("fp16") and of ours ("lowbit"), by kind."""
     original, quantized = checkpoints(part, out, device, tiny)
     batches = (1, 2) if tiny else {"decode": (1, 16), "prefill": (1,), "encoder": (1, 4, 16)}[part]
     length = 16 if tiny else {"decode": 512, "prefill": 2048, "encoder": 128}[part]
-    kinds = ("eager",) if device == "cpu" else ("eager", "graph", "compiled")
-    kinds = ("eager", "graph") if device == "cpu" and part == "decode" else kinds
+    if device == "cpu":
+        kinds = ("eager", "graph") if part == "decode" else ("eager",)
     dtype = torch.bfloat16 if device == "cpu" else torch.float16
     rows: list[dict[str, Any]] = [{"batch": batch, "length": length} for batch in batches]
     for name, folder in (("fp16", original), ("lowbit", quantized)):
@@ -175,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure one part, write the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=tuple(PARTS), required=True)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="compiling a float model takes about a minute")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "end-to-end")
@@ -184,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     path = args.out / "end_to_end.json"
     parts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    parts[args.part] = measure(args.part, args.out, args.device, args.tiny)
+    parts[args.part] = measure(args.part, args.out, args.device, args.tiny, tuple(args.kinds))
     keep(parts, path, markdown(parts), page=args.markdown, name="end-to-end")
     return 0 if all(bar["ratio"] >= bar["least"] for bar in bars(parts)) else 1
 

@@ -170,7 +170,9 @@ def check_floats() -> list[dict[str, Any]]:
     entry.put(*made, k, v, torch.arange(tokens, device=DEVICE))
     found = {
         "rope": (entry.rope(q, k, *angles)[0], reference.rope(q, *angles)),
-        "attend": (entry.attend(q[:, :, :1], k, v, mask, 0.1)[:, :, 0], reference.attend(q[:, :, 0], k, v, mask[:, 0, 0], 0.1)),
+        "attend": (entry.attend(q[:, :, :1], k, v, mask, 0.1), reference.attend(q[:, :, :1], k, v, mask[:, 0, 0], 0.1)),
+        "attend of many": (entry.attend(q, k, v, mask, 0.1), reference.attend(q, k, v, mask[:, 0, 0], 0.1)),
+        "attend to all": (entry.attend(q, k, v, None, 0.1), reference.attend(q, k, v, None, 0.1)),
         "put": (torch.cat(made), torch.cat([k, v])),
         "rms_norm": (entry.rms_norm(x, y[0], 1e-6, None), reference.rms_norm(x, y[0], 1e-6)),
         "silu_mul": (entry.silu_mul(x, y, None), reference.silu_mul(x, y)),

@@ -32,8 +32,8 @@ from lowbit.bench import seconds_of
 from lowbit.data import DataSpec
 from lowbit.decoding import Decoder
 from lowbit.kernel_bench import prepared, time_of
-from lowbit.kernels import entry, mixer, ops, reference
-from lowbit.kernels.entry import linear
+from lowbit.kernels import entry, mixer, reference
+from lowbit.kernels.entry import Rows, linear
 from lowbit.kernels.mixer import Cache, convolved, stepped
 from lowbit.kernels.reference import Scan
 from lowbit.recipe import Step, read_recipe
@@ -159,11 +159,8 @@ class Layer:
         y = stepped(codes[:, 0], dt[:, 0], z[:, 0], self.cache, held, self.scan, torch.float16)
         return linear(self._normed(y, 1), self.out_proj, residual=hidden)
 
-    def _normed(self, x: Tensor, which: int) -> Tensor | reference.Quantized:
-        inputs, weight = self.in_proj.inputs, self.norms[which]
-        if inputs is not None:
-            return entry.rms_norm(x, weight, 1e-5, inputs)
-        return ops.rows("rms_norm", x, None, weight, None, 1e-5, False, "", -1, True, None)[0]
+    def _normed(self, x: Tensor, which: int) -> Rows:
+        return entry.rms_norm(x, self.norms[which], 1e-5, self.in_proj.inputs)
 
 
 def ours(scheme: str, shape: dict[str, int], batch: int) -> dict[str, float]:

@@ -11,16 +11,14 @@ of counting each, attention reads the mask as it is, and no logits are copied.
 import inspect
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from lowbit import attention
 from lowbit.kernels import entry
 from lowbit.ssm import Mixer
 
@@ -56,21 +54,6 @@ class _Layer(StaticLayer):
         return self.at[0] if self.is_initialized else 0
 
 
-class _Attention(TorchFunctionMode):
-    """Attention of one token to a cache under a mask of booleans is one kernel, which reads what the mask shows."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        mask = kwargs.get("attn_mask")
-        if func is F.scaled_dot_product_attention and isinstance(mask, Tensor) and mask.dtype == torch.bool:
-            q, k, v = args
-            plain = not kwargs.get("enable_gqa") and not kwargs.get("dropout_p") and k.shape == v.shape
-            one = q.shape[2] == 1 and q.shape[1] == k.shape[1]
-            if plain and one and mask.dim() == 4 and mask.shape[1] == 1 and len(mask) in (1, len(q)):
-                return entry.attend(q, k, v, mask, kwargs.get("scale"))
-        return func(*args, **kwargs)
-
-
 class Decoder:
     """A causal language model with a static cache for `rows` sequences of up to `length` tokens.
 
@@ -88,6 +71,7 @@ class Decoder:
         reason = reason_against(model)
         if reason is not None:
             raise ValueError(reason)
+        attention.join(model)
         self.model = model
         self.length = _room(length)
         self.cache: Any = StaticCache(config=model.config, max_cache_len=self.length)
@@ -96,7 +80,6 @@ class Decoder:
         self.logits: Tensor = torch.empty(0)
         if _share_positions(self.cache, self.length):
             self.cache.layers = [_Layer(self.length) for _ in self.cache.layers]
-        self._compiled = compiled
         self._forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
         self._takes = inspect.signature(model.forward).parameters
         self._graph: Any = None
@@ -167,8 +150,7 @@ class Decoder:
         return self.logits
 
     def _step(self) -> None:
-        with nullcontext() if self._compiled else _Attention():
-            out = self._run(self._forward, self.token, self.position)
+        out = self._run(self._forward, self.token, self.position)
         self.logits = out.logits[:, -1]
         torch.argmax(self.logits, -1, keepdim=True, out=self.token)
         self.position.add_(1)

@@ -12,6 +12,8 @@ runs through it, every module's input and output is kept, and what is seen decid
     a sum of a product and a tensor        is made by the product, which waits for it (`Awaited`)
     rotary embedding of queries and keys   one kernel, in the attention's own forward
 
+The attention of an encoder is one kernel too (`attention`).
+
 Each candidate is compared with what the module gave before, and at the end every block runs once more on its input of then: one
 that does not compute what it did is put back as it was. What no kernel multiplies is dequantized, with a warning.
 """
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from lowbit import export, scans
+from lowbit import attention, export, scans
 from lowbit.adapter import LowRank
 from lowbit.arch import MATMUL, Arch, Linear
 from lowbit.export import QuantizedSource, open_checkpoint, restore_generation
@@ -313,15 +315,14 @@ class QuantizingNorm(Norm):
         self.floats = floats
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.floats:
-            out = super().forward(x)
-            self.codes.put(out, entry.plain(out, self.inputs))
-            return out
-        out = self.nan.expand(x.shape)
-        if self.bias is None:
-            rows = entry.rms_norm(x, self.weight, self.eps, self.inputs, one_plus=self.one_plus)
+        if self.floats and self.bias is None:
+            rows, out = entry.kept_rms_norm(x, self.weight, self.eps, self.inputs, one_plus=self.one_plus)
+        elif self.floats:
+            rows, out = entry.kept_layer_norm(x, self.weight, self.bias, self.eps, self.inputs)
+        elif self.bias is None:
+            rows, out = entry.rms_norm(x, self.weight, self.eps, self.inputs, one_plus=self.one_plus), self.nan.expand(x.shape)
         else:
-            rows = entry.layer_norm(x, self.weight, self.bias, self.eps, self.inputs)
+            rows, out = entry.layer_norm(x, self.weight, self.bias, self.eps, self.inputs), self.nan.expand(x.shape)
         self.codes.put(out, rows)
         return out
 
@@ -471,6 +472,8 @@ def finished(arch: Arch, source: QuantizedSource, rows: list[Row]) -> "PreTraine
         concerned = [row for row in rows if (row.runs, row.reason) == (kind, reason)]
         what = "scans" if kind == "simulated" else "linears"
         warnings.warn(f"{len(concerned)} {what} {kind}: {reason} ({concerned[0].name}, ...)", stacklevel=3)
+    if not model.can_generate():
+        attention.join(model)
     with torch.no_grad():
         fuse(arch, source)
     inputs = source.inputs()

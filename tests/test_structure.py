@@ -27,6 +27,7 @@ LEVELS = (
     ("unit", "kernels"),
     ("reconstruct",),
     ("methods", "allocate", "export"),
+    ("attention",),
     ("scans", "runtime", "decoding", "transformers"),
     ("recipe", "views"),
     ("parallel",),

@@ -20,9 +20,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lowbit.formats import FORMATS
+from lowbit.kernels.launch import INTERPRETED, follow, overlapping, processors
 from lowbit.kernels.packed import ALIGNED, STEP, Packed
 from lowbit.kernels.reference import Quantized
-from lowbit.kernels.weight_only import INTERPRETED, Config, _added, _write, power_up_to, processors, scratch_for
+from lowbit.kernels.weight_only import Config, _added, _write, power_up_to, scratch_for
 
 _UPPER = "and.b32 $0, $1, 0xf0f0f0f0;"
 _LOWER = "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xf0f0f0f0; }"
@@ -59,8 +60,10 @@ def _kernel(
     ASM: tl.constexpr, FOUR: tl.constexpr, FLOAT: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
     STEPS: tl.constexpr, ASYMMETRIC: tl.constexpr, X_ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, BAND: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows, columns] = x [rows, inner] W^T; programs: blocks, parts of K. BAND columns of blocks at a time share x."""
+    follow(PDL)
     block, part = tl.program_id(0), tl.program_id(1)
     blocks_m, blocks_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     band = block // (BAND * blocks_m)
@@ -115,11 +118,26 @@ def _kernel(
         _write(total, outer, bias, residual, out, n, m, rows, columns, BIASED, ADDED)
 
 
+_SMALL = 2**22  # weights of a matrix, as encoders have them: blocks as large as leave enough of them
+_OF_SMALL = (  # with how many there must be for each multiprocessor
+    (Config(128, 128, 1, warps=8, stages=3), 1.5),
+    (Config(128, 64, 1, stages=4), 1.0),
+    (Config(64, 64, 1, stages=5), 0.875),
+    (Config(32, 64, 1, stages=4), 0.875),
+)
+
+
 def config_for(rows: int, columns: int, inner: int, processors: int, *, four: bool = False, stepped: bool = False) -> Config:
     """What was fastest on an H100 (benchmarks/kernels.py --sweep), by classes of shapes.
 
     four: weights are of 4 bits. stepped: the sums of steps are scaled, which takes registers for two sums.
     """
+    if rows > 16 and columns * inner <= _SMALL and not four and not stepped:
+        for config, share in _OF_SMALL:
+            blocks = -(-columns // config.block_n) * -(-rows // config.block_m)
+            if blocks >= share * processors:
+                return config
+        return replace(config, split=max(1, min(power_up_to(2 * processors // blocks), inner // 2048)))
     if rows <= 64:
         block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
         wide = columns >= (8192 if four and rows <= 16 else 12288 if four else 16384 if rows <= 16 else 2**30)
@@ -188,5 +206,6 @@ def linear(
         BAND=8,
         num_warps=config.warps,
         num_stages=config.stages,
+        **overlapping(codes.device),
     )
     return out

@@ -167,6 +167,20 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, input
     return _rows("layer_norm", x, inputs, weight=weight, bias=bias, eps=eps)[0]
 
 
+def kept_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, inputs: Inputs | None = INT8
+) -> tuple[Rows, Tensor]:
+    """`layer_norm` and its floats, rounded to the dtype of x before: for models whose residuals are what a norm gives."""
+    return _rows("layer_norm", x, inputs, weight=weight, bias=bias, eps=eps, kept=True)
+
+
+def kept_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, inputs: Inputs | None = INT8, *, one_plus: bool = False
+) -> tuple[Rows, Tensor]:
+    """The same of `rms_norm`."""
+    return _rows("rms_norm", x, inputs, weight=weight, eps=eps, one_plus=one_plus, kept=True)
+
+
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, inputs: Inputs | None = INT8, *, one_plus: bool = False
 ) -> tuple[Rows, Tensor]:
@@ -191,16 +205,17 @@ def _rows(
     bias: Tensor | None = None,
     eps: float = 0.0,
     one_plus: bool = False,
+    kept: bool = False,
 ) -> tuple[Rows, Tensor]:
     if inputs is None:
-        floats, _, _, stream = ops.rows(producer, x, second, weight, bias, eps, one_plus, "", CHANNEL, True, None)
+        floats, _, _, stream = ops.rows(producer, x, second, weight, bias, eps, one_plus, "", CHANNEL, True, None, kept)
         return floats, stream
     spec = inputs.spec
     assert spec is not None
     group = CHANNEL if spec.group in (CHANNEL, TENSOR, x.shape[-1]) else spec.group
     largest = None if spec.dynamic else inputs.largest
     codes, scale, zero, stream = ops.rows(
-        producer, x, second, weight, bias, eps, one_plus, spec.format.name, group, spec.symmetric, largest
+        producer, x, second, weight, bias, eps, one_plus, spec.format.name, group, spec.symmetric, largest, kept
     )
     return Quantized(codes, scale, None if spec.symmetric else zero), stream
 
@@ -235,25 +250,30 @@ def put(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, at: Tensor) -> None:
     ops.put(keys, values, k, v, at)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: float | None = None) -> Tensor:
-    """Attention of one token of each row: softmax(factor q k^T) v over the tokens where the mask is true.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, factor: float | None = None) -> Tensor:
+    """Attention to all keys that the mask shows: softmax(factor q k^T) v, each token to the same keys of its row.
 
     Args:
-        q: [rows, heads, 1, width]. k, v: [rows, heads, tokens, width]. mask: bool [rows or 1, 1, 1, tokens].
+        q: [rows, heads, tokens, width]. k, v: [rows, heads, keys, width], or of a part of the heads, each for several of q.
+        mask: bool [rows or 1, 1, 1, keys], or None.
         factor: by default width^-0.5.
 
     Returns:
-        [rows, heads, 1, width].
+        [rows, heads, tokens, width]; in memory, heads lie between tokens and width.
 
     Raises:
         ValueError: shapes that do not belong together.
     """
     rows, heads, _, width = q.shape
-    tokens = k.shape[2]
-    if q.shape[2] != 1 or not k.shape == v.shape == (rows, heads, tokens, width) or mask.shape[1:] != (1, 1, tokens):
-        raise ValueError(f"q, k, v and mask of shapes {_shapes(q, k, v, mask)} are no attention of one token")
-    q, k, v, mask = (x if x.stride(-1) == 1 else x.contiguous() for x in (q[:, :, 0], k, v, mask[:, 0, 0]))
-    return ops.attend(q, k, v, mask, width**-0.5 if factor is None else factor)[:, :, None]
+    keys = k.shape[2]
+    hidden = mask is not None and (mask.shape[1:] != (1, 1, keys) or len(mask) not in (1, rows))
+    if not k.shape == v.shape == (rows, k.shape[1], keys, width) or heads % k.shape[1] or hidden:
+        raise ValueError(
+            f"q, k, v and mask of shapes {_shapes(q, k, v, *([] if mask is None else [mask]))} do not belong together"
+        )
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    seen = None if mask is None else mask[:, 0, 0].contiguous()
+    return ops.attend(q, k, v, seen, width**-0.5 if factor is None else factor)
 
 
 def _shapes(*tensors: Tensor) -> str:

@@ -115,15 +115,15 @@ def _(codes, x_scale, x_zero, words, high, scale, zero, outer, sums, counters, l
 @torch.library.custom_op("lowbit::rows", mutates_args=())
 def rows(
     producer: str, x: Tensor, second: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, one_plus: bool,
-    fmt: str, group: int, symmetric: bool, largest: float | None,
+    fmt: str, group: int, symmetric: bool, largest: float | None, kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What a producer makes of x [..., width], as codes of a format (fmt "": floats): codes, scale, zero, x + second.
 
-    second: `up` of "silu_mul", the residual of norms. group: columns a scale, -1: all; largest: given, a static scale. What
-    there is none of is empty.
+    second: `up` of "silu_mul", the residual of norms. group: columns a scale, -1: all; largest: given, a static scale. kept:
+    of a norm the floats that become codes, in the place of the sum. What there is none of is empty.
     """
     assert producer in PRODUCERS, producer
-    out = _empty_rows(producer, x, second, fmt, group, symmetric)
+    out = _empty_rows(producer, x, second, fmt, group, symmetric, kept)
     added = second is not None and producer != "silu_mul"
     if _by_kernel(x, fp8=fmt == "fp8_e4m3"):
         from lowbit.kernels import rows as kernel
@@ -136,6 +136,7 @@ def rows(
             kernel.rows(
                 *(producer, first, other, weight, bias, flat),  # type: ignore[arg-type]
                 added=added,
+                kept=kept,
                 eps=eps,
                 one_plus=one_plus,
                 fmt=FORMATS[fmt] if fmt else None,
@@ -147,8 +148,11 @@ def rows(
     if added:
         assert second is not None
         x = (x.float() + second.float()).to(x.dtype)
-        out[3].copy_(x)
     values = _produced(producer, x, second, weight, bias, eps, one_plus)
+    if kept:
+        values = out[3].copy_(values).float()
+    elif added:
+        out[3].copy_(x)
     if not fmt:
         out[0].copy_(values)
         return out
@@ -188,20 +192,20 @@ def _produced(
 
 
 def _empty_rows(
-    producer: str, x: Tensor, second: Tensor | None, fmt: str, group: int, symmetric: bool
+    producer: str, x: Tensor, second: Tensor | None, fmt: str, group: int, symmetric: bool, kept: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     width, before = x.shape[-1], x.shape[:-1]
     groups = (1 if group == CHANNEL else width // group) if fmt else 0
     kind = x.dtype if not fmt else torch.int8 if FORMATS[fmt].kind == "int" else torch.float8_e4m3fn
     scale = x.new_empty(*before, groups, dtype=torch.float32)
     zero = x.new_empty(*before, groups if not symmetric else 0, dtype=torch.float32)
-    stream = x.new_empty(*before, width if second is not None and producer != "silu_mul" else 0)
+    stream = x.new_empty(*before, width if kept or (second is not None and producer != "silu_mul") else 0)
     return x.new_empty(*before, width, dtype=kind), scale, zero, stream
 
 
 @rows.register_fake
-def _(producer, x, second, weight, bias, eps, one_plus, fmt, group, symmetric, largest):
-    return _empty_rows(producer, x, second, fmt, group, symmetric)
+def _(producer, x, second, weight, bias, eps, one_plus, fmt, group, symmetric, largest, kept):
+    return _empty_rows(producer, x, second, fmt, group, symmetric, kept)
 
 
 @torch.library.custom_op("lowbit::rope", mutates_args=())
@@ -225,9 +229,9 @@ def _(q, k, cos, sin):
 
 
 @torch.library.custom_op("lowbit::attend", mutates_args=())
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: float) -> Tensor:
-    """Attention of one token, see `reference.attend`; the last axis of all is contiguous. [rows, heads, width]."""
-    out = q.new_empty(q.shape)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, factor: float) -> Tensor:
+    """Attention, see `reference.attend`; the last axis of all is contiguous. [rows, heads, tokens, width]."""
+    out = _between(q)
     if not _by_triton(q):
         return out.copy_(reference.attend(q, k, v, mask, factor))
     from lowbit.kernels import attention
@@ -237,9 +241,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: float) -> Tens
     return out
 
 
+def _between(q: Tensor) -> Tensor:
+    rows, heads, tokens, width = q.shape
+    return q.new_empty(rows, tokens, heads, width).transpose(1, 2)
+
+
 @attend.register_fake
 def _(q, k, v, mask, factor):
-    return q.new_empty(q.shape)
+    return _between(q)
 
 
 @torch.library.custom_op("lowbit::put", mutates_args=("keys", "values"))

@@ -102,14 +102,16 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x.float() * cos.float()[:, None] + torch.cat([-b, a], -1) * sin.float()[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: float) -> Tensor:
-    """softmax(factor q k^T) v over the tokens where mask [rows or 1, tokens] is true, float32 [rows, heads, width].
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, factor: float) -> Tensor:
+    """softmax(factor q k^T) v over the keys where mask [rows or 1, keys] is true, float32 [rows, heads, tokens, width].
 
-    q is [rows, heads, width], k and v are [rows, heads, tokens, width].
+    q is [rows, heads, tokens, width], k and v are [rows, heads, keys, width], or of a part of the heads, each for several of q.
     """
-    scores = (k.float() @ q.float()[..., None])[..., 0] * factor
-    shares = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-    return (shares[:, :, None] @ v.float())[:, :, 0]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q.float() @ k.float().mT * factor
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    return scores.softmax(-1) @ v.float()
 
 
 @dataclass(frozen=True, kw_only=True)

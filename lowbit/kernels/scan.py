@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.formats import FORMATS
+from lowbit.kernels.launch import processors
 from lowbit.kernels.reference import Scan
-from lowbit.kernels.weight_only import processors
 from lowbit.ssm import CHUNK
 
 _ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it rounds to whole numbers, half to even

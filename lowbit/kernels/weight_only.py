@@ -30,9 +30,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.formats import FORMATS, Format
+from lowbit.kernels.launch import INTERPRETED, follow, overlapping, processors
 from lowbit.kernels.packed import Packed, container, planes_of
 
 # ------------------------------------------------------------------------------------------------------------ the kernel
+
+_AHEAD = tl.constexpr(4)  # tiles of weights that are on their way before what is multiplied is there
 
 
 @cache
@@ -118,7 +121,7 @@ def _kernel(
     ASM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, CODED: tl.constexpr, MANTISSA: tl.constexpr,
     FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr,
     ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr,
+    SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows, columns] = x [rows, inner] W^T; programs: blocks of columns, blocks of rows, parts of K.
 
@@ -138,6 +141,9 @@ def _kernel(
     z = tl.full((BLOCK_N,), 1 << (BITS - 1), dtype)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     each = (tiles + parts - 1) // parts
+    if PDL:
+        _prefetch(words, part * each, block_n * BLOCK_N, tiles, columns, WIDTH, BLOCK_N)
+    follow(PDL)
     for tile in range(part * each, tl.minimum(tiles, part * each + each)):
         place = n.to(tl.int64) + tile * columns
         word = tl.load(words + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0)
@@ -186,6 +192,18 @@ def _kernel(
             _write(total, outer, bias, residual, out, n, m, rows, columns, BIASED, ADDED)
     else:
         _write(total, outer, bias, residual, out, n, m, rows, columns, BIASED, ADDED)
+
+
+@triton.jit
+def _prefetch(words, first, n0, tiles, columns, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Have the words of a few tiles, from the first on, come into the L2 cache."""
+    LINE: tl.constexpr = 64  # words of 128 bytes
+    LINES: tl.constexpr = BLOCK_N * WIDTH // LINE
+    line = tl.arange(0, _AHEAD * LINES)
+    tile = tl.minimum(first + line // LINES, tiles - 1).to(tl.int64)
+    word = (tile * columns + n0) * WIDTH + line % LINES * LINE
+    at = words + tl.minimum(word, tiles.to(tl.int64) * columns * WIDTH - 1)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -270,9 +288,6 @@ def _unpack_kernel(
         tl.store(out + (n - start)[:, None].to(tl.int64) * inner + k[None, :], value.to(dtype), mask=here)
 
 
-INTERPRETED = not isinstance(_kernel, triton.runtime.JITFunction)
-
-
 # ------------------------------------------------------------------------------------------------------------- the launch
 
 
@@ -345,6 +360,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | No
         SCALE_SUMS=packed.scale is not None and config.block_m * config.block_n <= _SUMS * config.warps,
         num_warps=config.warps,
         num_stages=config.stages,
+        **overlapping(x.device),
     )
     return out
 
@@ -401,9 +417,3 @@ def _how(packed: Packed, dtype: torch.dtype) -> dict[str, Any]:
         "SCALED": packed.scale is not None,
         "ASYMMETRIC": packed.zero is not None,
     }
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

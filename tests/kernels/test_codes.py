@@ -52,3 +52,14 @@ def test_configurations_fill_a_gpu() -> None:
             config = config_for(rows, columns, inner, 132)
             blocks = -(-columns // config.block_n) * -(-rows // config.block_m)
             assert config.split * blocks >= 120 and (config.split == 1 or blocks <= -(-columns // 16) * 16)
+
+
+def test_configurations_of_small_matrices() -> None:
+    """Those of an encoder: the largest blocks that fill a GPU, K in parts only where these are long."""
+    wanted = {
+        (2048, 3072, 1024): (128, 128, 1), (2048, 1024, 1024): (128, 64, 1), (512, 4096, 1024): (128, 64, 1),
+        (512, 1024, 4096): (64, 64, 1), (128, 1024, 1024): (32, 64, 1), (128, 1024, 4096): (32, 64, 2),
+    }  # fmt: skip
+    for (rows, columns, inner), (block_m, block_n, split) in wanted.items():
+        config = config_for(rows, columns, inner, 132)
+        assert (config.block_m, config.block_n, config.split) == (block_m, block_n, split), (rows, columns, inner)

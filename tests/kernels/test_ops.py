@@ -36,18 +36,20 @@ def test_operators_are_registered_as_torch_asks_for() -> None:
         ("", -1, True, "gelu"),
     ):
         second = x.clone() if producer == "rms_norm" else None
-        torch.library.opcheck(
-            ops.rows, (producer, x, second, weight, None, 1e-6, False, fmt, group, symmetric, None), test_utils=checks
-        )
+        for kept in (False, producer == "rms_norm"):
+            torch.library.opcheck(
+                ops.rows, (producer, x, second, weight, None, 1e-6, False, fmt, group, symmetric, None, kept), test_utils=checks
+            )
     heads = torch.randn(2, 5, 3, 48, dtype=torch.float16).transpose(1, 2)
     torch.library.opcheck(ops.rope, (heads, heads[:, :1], *torch.randn(2, 1, 5, 48)), test_utils=checks)
     cache, seen = torch.randn(2, 2, 3, 5, 48, dtype=torch.float16), torch.rand(1, 5) < 0.7
-    torch.library.opcheck(ops.attend, (heads[:, :, 0], *cache, seen, 0.1), test_utils=checks)
+    for mask in (seen, None):
+        torch.library.opcheck(ops.attend, (heads[:, :, :1], *cache[:, :, :3], mask, 0.1), test_utils=checks)
     torch.library.opcheck(
         ops.put, (*(part.clone() for part in cache), *cache[:, :, :, :2], torch.tensor([4, 1])), test_utils=checks
     )
     packed = prepared("w4a8-g128-aasym").packed
-    found = ops.rows("plain", x, None, None, None, 0.0, False, "int8", -1, False, None)
+    found = ops.rows("plain", x, None, None, None, 0.0, False, "int8", -1, False, None, False)
     codes = (*found[:3], *packed.tensors.values(), [packed.group, packed.step], packed.format, None, None, torch.float16)
     torch.library.opcheck(ops.linear_codes, codes, test_utils=checks)
 

@@ -45,6 +45,13 @@ def test_every_producer(scheme: str) -> None:
     same(found, reference.rms_norm(x + up, weight.float() + 1, 1e-6), inputs)
     found, stream = entry.add_layer_norm(x, up, weight, None, 1e-5, inputs)
     same(found, reference.layer_norm(x + up, weight, None, 1e-5), inputs)
+    wanted = reference.layer_norm(x, weight, bias, 1e-5).half()
+    found, floats = entry.kept_layer_norm(x, weight, bias, 1e-5, inputs)
+    assert torch.allclose(floats, wanted, rtol=2e-3, atol=2e-3)
+    same(found, floats, inputs)
+    found, floats = entry.kept_rms_norm(x, weight, 1e-6, inputs)
+    assert torch.allclose(floats, reference.rms_norm(x, weight, 1e-6).half(), rtol=2e-3, atol=2e-3)
+    same(found, floats, inputs)
 
 
 def test_a_width_that_is_no_power_of_two() -> None:

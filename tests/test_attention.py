@@ -1,0 +1,59 @@
+"""Attention by the kernel, as transformers calls it."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from test_runtime import written
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from lowbit import attention, export, runtime
+from lowbit.attention import _attention
+
+
+class Attends(torch.nn.Module):
+    """What a model says of its attention."""
+
+    def __init__(self, is_causal: bool, groups: int) -> None:
+        super().__init__()
+        self.is_causal, self.num_key_value_groups = is_causal, groups
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_encoder(padded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call a layer, with a mask of keys or none, and the same output as without the kernels, where that is read."""
+    out, calls = written("bert", tmp_path, "w8a8"), []
+    attend = attention.entry.attend
+
+    def noted(*args):
+        calls.append(args[3])
+        return attend(*args)
+
+    monkeypatch.setattr(attention.entry, "attend", noted)
+    model, tokens = runtime.load(out, dtype=torch.float16, kernels=True), tiny.tokens(2, 12)
+    mask = torch.ones_like(tokens)
+    mask[1, 7:] = 0
+    calls.clear()
+    with torch.no_grad():
+        found, wanted = (
+            each(input_ids=tokens, **({"attention_mask": mask} if padded else {})).logits for each in (model, export.load(out))
+        )
+    assert len(calls) == tiny.LAYERS
+    assert all((call.shape == (2, 1, 1, 12)) if padded else (call is None) for call in calls)
+    error = (found.float() - wanted.float())[mask == 1].norm() / wanted.float()[mask == 1].norm()
+    assert error < 0.03
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", ["none", "keys", "pairs"])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_as_torch_has_it(causal: bool, mask: str, heads: int) -> None:
+    """Whatever the kernel does not do is left to torch; heads of keys may be shared."""
+    q, k, v = (torch.randn(2, count, 6, 16, dtype=torch.float16) for count in (4, heads, heads))
+    given = {"none": None, "keys": torch.rand(2, 1, 1, 6) < 0.6, "pairs": torch.rand(2, 1, 6, 6) < 0.6}[mask]
+    if given is not None:
+        given[..., 0] = True
+    module = Attends(causal, 4 // heads)
+    found, wanted = (attend(module, q, k, v, given, scaling=0.3)[0] for attend in (_attention, sdpa_attention_forward))
+    assert torch.allclose(found.float(), wanted.float(), rtol=5e-3, atol=5e-3)
