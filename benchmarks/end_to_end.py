@@ -111,7 +111,7 @@ def decode(model: Any, batch: int, prompt: int, steps: int, kinds: tuple[str, ..
 def forward(model: Any, batch: int, length: int, kinds: tuple[str, ...]) -> dict[str, float]:
     """Milliseconds of one pass over random tokens."""
     text = torch.randint(0, model.config.vocab_size, (batch, length), device=model.device)
-    options = {"use_cache": False} if model.can_generate() else {}
+    options = {"use_cache": False, "logits_to_keep": 1} if model.can_generate() else {}
     found = {}
     for kind in kinds:
         if kind == "unmasked":

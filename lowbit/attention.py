@@ -1,9 +1,9 @@
 """Attention of models on the kernels, where all tokens of a row see the same keys: in encoders, and in a step of decoding.
 
-It is an implementation of attention as transformers lets one register it. For an encoder transformers leaves the mask away
-where nothing is padded. To see that, it waits for the GPU; in a CUDA graph it cannot, writes out a mask of all pairs of tokens
-and takes a slower kernel. Here such a mask is one bit a key, and nobody looks at it. In decoding, heads of keys that several
-heads of queries share are not copied for each. All else is attended to as before.
+It is an implementation of attention as transformers lets one register it. transformers leaves a mask away where nothing is
+padded, which it must look for; in a CUDA graph it cannot look, writes out a mask of all pairs of tokens and takes a slower
+kernel. Here a mask of an encoder is one bit a key, and nobody looks at it; where none is given, none is made. In decoding,
+heads of keys that several heads of queries share are not copied for each. All else is attended to as before.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from lowbit.kernels import entry
 
@@ -32,7 +32,7 @@ def _attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query [rows, heads, tokens, width], key and value alike, maybe of fewer heads; returns [rows, tokens, heads, width]."""
     if attention_mask is None:
-        of_keys = not (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        of_keys = query.shape[2] == 1 or not (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     else:
         of_keys = attention_mask.dtype == torch.bool and attention_mask.shape[1:3] == (1, 1)
     if of_keys and key.shape == value.shape and key.shape[3] <= _WIDEST and not dropout and position_bias is None:
@@ -44,17 +44,17 @@ def _attention(
     return out
 
 
-def _mask(
-    *, kv_length: int, mask_function: Any = bidirectional_mask_function, attention_mask: Tensor | None = None, **others: Any
-) -> Tensor | None:
-    """bool [rows, 1, 1, keys] or None where all tokens see the same; else as PyTorch's attention takes it."""
-    if mask_function is bidirectional_mask_function:
-        if attention_mask is None:
-            return None
-        if attention_mask.shape[-1] == kv_length:
-            return attention_mask[:, None, None].bool()
-    found: Tensor | None = sdpa_mask(kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask, **others)
-    return found
+def _mask(*, q_length: int, kv_length: int, mask_function: Any, attention_mask: Tensor | None = None, **others: Any) -> Any:
+    """As PyTorch's attention takes it; but bool [rows, 1, 1, keys] where all tokens see the same keys, None where nothing is
+    hidden from them, or from each what comes after it."""
+    if mask_function is bidirectional_mask_function and (attention_mask is None or attention_mask.shape[-1] == kv_length):
+        return None if attention_mask is None else attention_mask[:, None, None].bool()
+    offsets = [others.get(name) for name in ("q_offset", "kv_offset")]
+    whole = q_length == kv_length and not any(isinstance(each, Tensor) or each for each in offsets)
+    if mask_function is causal_mask_function and attention_mask is None and whole and others.get("allow_is_causal_skip"):
+        return None
+    same = {"q_length": q_length, "kv_length": kv_length, "mask_function": mask_function, "attention_mask": attention_mask}
+    return sdpa_mask(**same, **others)
 
 
 AttentionInterface.register(NAME, _attention)

@@ -12,7 +12,7 @@ runs through it, every module's input and output is kept, and what is seen decid
     a sum of a product and a tensor        is made by the product, which waits for it (`Awaited`)
     rotary embedding of queries and keys   one kernel, in the attention's own forward
 
-The attention of an encoder is one kernel too (`attention`).
+Attention is transformers' own but for what `attention` says.
 
 Each candidate is compared with what the module gave before, and at the end every block runs once more on its input of then: one
 that does not compute what it did is put back as it was. What no kernel multiplies is dequantized, with a warning.
@@ -472,8 +472,7 @@ def finished(arch: Arch, source: QuantizedSource, rows: list[Row]) -> "PreTraine
         concerned = [row for row in rows if (row.runs, row.reason) == (kind, reason)]
         what = "scans" if kind == "simulated" else "linears"
         warnings.warn(f"{len(concerned)} {what} {kind}: {reason} ({concerned[0].name}, ...)", stacklevel=3)
-    if not model.can_generate():
-        attention.join(model)
+    attention.join(model)
     with torch.no_grad():
         fuse(arch, source)
     inputs = source.inputs()
