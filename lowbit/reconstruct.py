@@ -584,8 +584,8 @@ def _decide(logits: Tensor, share: float) -> None:
     made = logits.abs() > _DOUBT
     logits.clamp_(1 - _DOUBT, _DOUBT - 1)
     sure = torch.where(made, _DECIDED, logits.abs()).flatten()
-    chosen = sure.topk(round(share * sure.numel())).indices
-    logits.view(-1)[chosen] = torch.where(logits.view(-1)[chosen] > 0, _DECIDED, -_DECIDED)
+    chosen = torch.unravel_index(sure.topk(round(share * sure.numel())).indices, logits.shape)
+    logits[chosen] = torch.where(logits[chosen] > 0, _DECIDED, -_DECIDED)
 
 
 def _step(task: Task, parts: list[tuple[int, int]], step: int, named: Sequence[tuple[str, Part, Tensor]]) -> float:

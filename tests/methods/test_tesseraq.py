@@ -1,6 +1,7 @@
 """TesseraQ: choices between two neighbours, made a few at a time."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,16 +63,19 @@ def test_learns(setting: Setting) -> None:
         assert any(not torch.equal(scales[name], q.scale.float()) for name, q in units[0].assigned.items())
 
 
-def test_decided_choices_stay(setting: Setting) -> None:
-    """Round by round: the decided ones are the share the plan says, and none is taken back."""
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_decided_choices_stay(family: str, tmp_path: Path) -> None:
+    """Round by round: the decided ones are the share the plan says, and none is taken back. The weights of GPT-2 are views of
+    transposed ones, and so are their logits."""
     from lowbit.reconstruct import Order, Training, _Filed, divided
 
-    units = setting.units("w3a16-g32")
+    units = Setting(tmp_path, family).units("w3a16-g32")
     made = plan()
     span = Span(units, made)
     trained, _ = divided(list(units[0].stream.parts()))
     order = Order(made, trained)
     task, training = _Filed(span, order.at(0)), Training(span)
+    assert all(logits.is_contiguous() == (family == "llama") for _, _, logits in training.named)
     before: dict[str, torch.Tensor] = {}
     for step in range(made.steps):
         training.step(task, order.at(step))
