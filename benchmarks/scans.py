@@ -32,7 +32,7 @@ from lowbit.bench import seconds_of
 from lowbit.data import DataSpec
 from lowbit.decoding import Decoder
 from lowbit.kernel_bench import prepared, time_of
-from lowbit.kernels import entry, mixer, ops, reference
+from lowbit.kernels import entry, mixer, reference
 from lowbit.kernels.entry import linear
 from lowbit.kernels.mixer import Cache, convolved, stepped
 from lowbit.kernels.reference import Scan
@@ -156,14 +156,11 @@ class Layer:
         made = linear(self._normed(hidden, 0), self.in_proj)[:, None]
         z, conv_in, dt = made[..., : sum(self.sizes)].split(self.sizes, -1)
         codes = convolved(conv_in, self.cache, self.weight, None, 0.03, self.scan)
-        y = stepped(codes[:, 0], dt[:, 0], z[:, 0], self.cache, held, self.scan, torch.float16)
+        y = stepped(codes[:, 0], dt[:, 0], z[:, 0], self.cache, held, self.scan, torch.float32)
         return linear(self._normed(y, 1), self.out_proj, residual=hidden)
 
     def _normed(self, x: Tensor, which: int) -> Tensor | reference.Quantized:
-        inputs, weight = self.in_proj.inputs, self.norms[which]
-        if inputs is not None:
-            return entry.rms_norm(x, weight, 1e-5, inputs)
-        return ops.rows("rms_norm", x, None, weight, None, 1e-5, False, "", -1, True, None)[0]
+        return entry.rms_norm(x, self.norms[which], 1e-5, self.in_proj.inputs, dtype=torch.float16)
 
 
 def ours(scheme: str, shape: dict[str, int], batch: int) -> dict[str, float]:

@@ -30,14 +30,15 @@ def test_operators_are_registered_as_torch_asks_for() -> None:
     packed = prepared("w4a16-g128-asym").packed
     floats = (x, *packed.tensors.values(), [packed.group, packed.step], packed.format, bias, None)
     torch.library.opcheck(ops.linear_floats, floats, test_utils=checks)
-    for fmt, group, symmetric, producer in (
-        ("int8", -1, True, "rms_norm"),
-        ("fp8_e4m3", 128, True, "plain"),
-        ("", -1, True, "gelu"),
+    for fmt, group, symmetric, producer, dtype in (
+        ("int8", -1, True, "rms_norm", None),
+        ("fp8_e4m3", 128, True, "plain", None),
+        ("", -1, True, "gelu", None),
+        ("", -1, True, "rms_norm", torch.float32),
     ):
         second = x.clone() if producer == "rms_norm" else None
         torch.library.opcheck(
-            ops.rows, (producer, x, second, weight, None, 1e-6, False, fmt, group, symmetric, None), test_utils=checks
+            ops.rows, (producer, x, second, weight, None, 1e-6, False, fmt, group, symmetric, None, dtype), test_utils=checks
         )
     heads = torch.randn(2, 5, 3, 48, dtype=torch.float16).transpose(1, 2)
     torch.library.opcheck(ops.rope, (heads, heads[:, :1], *torch.randn(2, 1, 5, 48)), test_utils=checks)
