@@ -57,8 +57,11 @@ CHECKS = [
     *("w4a16-g128-asym", "w4a16-channel", "w4a16-g128-two", "w8a16-g128", "w8a16-channel-asym", "w8a16-g32", "mxfp4a16"),
     *("nvfp4a16", "mxfp8a16", "fp8a16", "bcq1", "bcq2", "bcq3", "bcq4"),
     *("w8a8", "w8a8-aasym", "w8a8-ag128", "fp8", "fp8-block", "w4a8", "w4a8-channel", "w4a8-g128-asym", "w4a8-g128-two"),
+    *("w4a8-g32", "w4a8-g32-asym", "w4a8-ag32"),
 ]
-SHAPES_OF_CHECKS = [(1, 256, 1024), (5, 1024, 640), (17, 384, 1408), (64, 384, 2048), (130, 640, 4096), (300, 256, 896)]
+SHAPES_OF_CHECKS = [
+    *((1, 256, 1024), (2, 128, 128), (5, 1024, 640), (17, 384, 1408), (64, 384, 2048), (130, 640, 4096), (300, 256, 896)),
+]
 PRODUCERS: dict[str, tuple[int, Callable[..., Any]]] = {  # bytes an element with int8 codes and 16-bit floats; the producer
     "add_rms_norm": (7, lambda x, y, w: entry.add_rms_norm(x, y, w, 1e-6)),
     "layer_norm": (3, lambda x, y, w: entry.layer_norm(x, w, w, 1e-5)),

@@ -156,11 +156,11 @@ class Layer:
         made = linear(self._normed(hidden, 0), self.in_proj)[:, None]
         z, conv_in, dt = made[..., : sum(self.sizes)].split(self.sizes, -1)
         codes = convolved(conv_in, self.cache, self.weight, None, 0.03, self.scan)
-        y = stepped(codes[:, 0], dt[:, 0], z[:, 0], self.cache, held, self.scan, torch.float16)
+        y = stepped(codes[:, 0], dt[:, 0], z[:, 0], self.cache, held, self.scan, torch.float32)
         return linear(self._normed(y, 1), self.out_proj, residual=hidden)
 
     def _normed(self, x: Tensor, which: int) -> Rows:
-        return entry.rms_norm(x, self.norms[which], 1e-5, self.in_proj.inputs)
+        return entry.rms_norm(x, self.norms[which], 1e-5, self.in_proj.inputs, dtype=torch.float16)
 
 
 def ours(scheme: str, shape: dict[str, int], batch: int) -> dict[str, float]:

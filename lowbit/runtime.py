@@ -281,20 +281,21 @@ class _Expert:
 
 
 class Norm(nn.Module):
-    """RMSNorm or, with a bias, LayerNorm, in one kernel; `one_plus`: times 1 + weight."""
+    """RMSNorm or, with a bias, LayerNorm, in one kernel; `one_plus`: times 1 + weight, `dtype`: of what an RMSNorm gives."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float, one_plus: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float, one_plus: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.bias: nn.Parameter | None
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.eps = eps
         self.one_plus = one_plus
+        self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        out = entry.rms_norm(x, self.weight, self.eps, None, one_plus=self.one_plus)
+        out = entry.rms_norm(x, self.weight, self.eps, None, one_plus=self.one_plus, dtype=self.dtype)
         assert isinstance(out, Tensor)
         return out
 
@@ -308,7 +309,8 @@ class QuantizingNorm(Norm):
     nan: Tensor
 
     def __init__(self, norm: Norm, codes: Handoff, inputs: Input, nan: Tensor, floats: bool) -> None:
-        super().__init__(norm.weight.data, None if norm.bias is None else norm.bias.data, norm.eps, norm.one_plus)
+        bias = None if norm.bias is None else norm.bias.data
+        super().__init__(norm.weight.data, bias, norm.eps, norm.one_plus, norm.dtype)
         self.register_buffer("nan", nan, persistent=False)
         self.codes = codes
         self.inputs = inputs
@@ -811,7 +813,7 @@ def _norm_of(module: nn.Module, call: _Call) -> Norm | None:
     if not isinstance(weight, Tensor) or weight.shape != call.x.shape[-1:] or eps is None or list(module.children()):
         return None
     for one_plus in (False, True):
-        norm = Norm(weight.data, None if bias is None else bias.data, eps, one_plus)
+        norm = Norm(weight.data, None if bias is None else bias.data, eps, one_plus, call.out.dtype)
         if _distance(norm(call.x), call.out) < _SAME:
             return norm
     return None

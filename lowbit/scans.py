@@ -69,7 +69,7 @@ class ScanMixer(nn.Module):
         self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         """hidden_states [batch, l, width]; the other arguments as transformers' mixers have them."""
-        (batch, length, _), dtype = hidden_states.shape, hidden_states.dtype
+        batch, length, _ = hidden_states.shape
         projected = self.in_proj(hidden_states)
         if attention_mask is not None:  # as if padded tokens were 0 before the projection
             empty = projected.new_zeros(()) if self.in_proj.bias is None else self.in_proj.bias
@@ -83,11 +83,11 @@ class ScanMixer(nn.Module):
             codes = codes * attention_mask[:, -length:, None].to(codes.dtype)
         counts: Any = None if layer is None else cache_params.layers[self.first].recurrent_states[_HELD]
         if fresh:
-            y = prefilled(codes, dt, z, cache, self.scan, dtype)
+            y = prefilled(codes, dt, z, cache, self.scan, torch.float32)
         elif length == 1:
-            y = stepped(codes[:, 0], dt[:, 0], z[:, 0], cache, counts, self.scan, dtype).unsqueeze(1)
+            y = stepped(codes[:, 0], dt[:, 0], z[:, 0], cache, counts, self.scan, torch.float32).unsqueeze(1)
         else:
-            y = prefilled(codes, dt, z, cache, self.scan, dtype, held=int(counts[0]))
+            y = prefilled(codes, dt, z, cache, self.scan, torch.float32, held=int(counts[0]))
         if counts is not None and self.last:
             counts.add_(length).remainder_(CHUNK)
         return self.out_proj(self.norm(y))
@@ -121,7 +121,10 @@ class ScanMixer(nn.Module):
 
 
 class _GroupedNorm(nn.Module):
-    """RMSNorm in as many groups of channels; one is replaced by a kernel when the model is fused."""
+    """RMSNorm in as many groups of channels; one is replaced by a kernel when the model is fused.
+
+    Takes float32, because what a scan gives may be more than float16 holds, and gives the dtype of its weight.
+    """
 
     def __init__(self, weight: Tensor, eps: float, groups: int) -> None:
         super().__init__()
@@ -131,7 +134,7 @@ class _GroupedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = x.unflatten(-1, (self.groups, -1))
-        return F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * self.weight.to(x.dtype)
+        return (F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * self.weight).to(self.weight.dtype)
 
 
 def place(arch: Arch, source: QuantizedSource) -> tuple[dict[str, str], dict[Site, Static]]:

@@ -27,9 +27,13 @@ MOST = 0.01
 EXACT = 1e-6
 
 
-def quamba(name: str, folder: Path, variant: str, *rules: Rule) -> str:
-    """A tiny model, quantized by one of the recipes, `rules` before its own; on disk."""
-    tiny.save(name, folder / "model", dtype=torch.float32)
+def quamba(name: str, folder: Path, variant: str, *rules: Rule, skip: float = 1.0) -> str:
+    """A tiny model, quantized by one of the recipes, `rules` before its own; on disk. skip: its D are so much larger."""
+    model = tiny.save(name, folder / "model", dtype=torch.float32)
+    if skip != 1:
+        for key, parameter in model.named_parameters():
+            parameter.data *= skip if key.endswith(".D") else 1
+        model.save_pretrained(folder / "model", max_shard_size="64KB")
     recipe = read_recipe(Path(__file__).parents[1] / "recipes" / f"quamba2-{variant}.toml")
     own = tuple(replace(rule, scheme=FEWER.get(rule.scheme, rule.scheme)) for rule in recipe.rules)
     data = DataSpec(source="random", rows=4, length=LENGTH)
@@ -98,6 +102,19 @@ def test_recipes_on_packed_weights(name: str, variant: str, tmp_path: Path) -> N
     prompt = tokens[:, :9]
     plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
     assert torch.equal(generate(model, prompt, tokens=20), plain)
+
+
+@pytest.mark.parametrize("rules", [(), (Rule(match="out_proj$", scheme="w4a16-g32"),)], ids=["codes", "floats"])
+@torch.no_grad()
+def test_scans_beyond_float16(rules: tuple[Rule, ...], tmp_path: Path) -> None:
+    """What a scan gives may be more than float16 holds; only its norm need not be. At once and step by step."""
+    out, tokens = quamba("mamba2", tmp_path, "w8a8", *rules, skip=1e5), tiny.tokens(2, 60)
+    model, scanned = runtime.load(out, dtype=torch.float16, kernels=True), []
+    norm = model.get_submodule("backbone.layers.0.mixer.norm")
+    norm.register_forward_pre_hook(lambda module, args: scanned.append(float(args[0].abs().max())))
+    wanted = export.load(out)(tokens).logits
+    assert kl(wanted, model(tokens).logits) < MOST and kl(wanted, in_parts(model, tokens)) < MOST
+    assert torch.finfo(torch.float16).max < max(scanned) < torch.inf
 
 
 def test_scans_without_a_kernel_are_simulated(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 The product is computed transposed, as in `weight_only`: few rows of x do not fill the 64 rows that a tensor core's instruction
 has, but outputs do. Codes of 4 bits become bytes without a conversion: each half of a byte, moved to the top, is 16 times its
-code, which the scale takes back. With groups, the sum of a step of up to 128 columns is scaled by the group of the weights and
-that of the inputs. Such a sum of integers starts at the bits of 1.5 * 2^23 and is read as a float, from which that number is
-taken away: no conversion (|sum| < 2^22).
+code, which the scale takes back; the halves of a step of 32 columns, 16 each, are less than a tensor core multiplies, and are
+put side by side. With groups, the sum of a step of up to 128 columns is scaled by the group of the weights and that of the
+inputs. Such a sum of integers starts at the bits of 1.5 * 2^23 and is read as a float, from which that number is taken away: no
+conversion (|sum| < 2^22).
 
 Zero points of inputs take away sums of weights, which were computed when these were packed; those of 4-bit weights are taken
 from the codes. K is split, and parts are added, as in `weight_only`.
@@ -29,6 +30,25 @@ _UPPER = "and.b32 $0, $1, 0xf0f0f0f0;"
 _LOWER = "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xf0f0f0f0; }"
 _BITS_OF_ROUNDS = tl.constexpr(0x4B400000)
 _ROUNDS = tl.constexpr(12582912.0)
+_LEAST_K = tl.constexpr(32)  # columns of bytes that an instruction of a tensor core multiplies
+
+
+@triton.jit
+def _half(pair, half: tl.constexpr, ASM: tl.constexpr):
+    """16 times the codes in the lower (0) or upper half of each byte."""
+    if ASM[half] is None:
+        w = (pair << 4) if half == 0 else (pair >> 4 << 4)
+    else:
+        w = tl.inline_asm_elementwise(ASM[half], "=r,r", [pair], dtype=tl.int8, is_pure=True, pack=4)
+    return w
+
+
+@triton.jit
+def _less_zeros(w, zero, n, k, columns, GROUP: tl.constexpr):
+    """Codes from 16 times them, less their zero points."""
+    group = k // GROUP if GROUP > 0 else 0
+    z = tl.load(zero + group * columns + n, mask=n < columns, other=0.0).to(tl.int8)
+    return (w >> 4) - z[:, None]
 
 
 @triton.jit
@@ -38,16 +58,17 @@ def _step(x, words, zero, acc, n0, m0, k, n, columns, ASM: tl.constexpr, FOUR: t
     if FOUR:
         HALF: tl.constexpr = BLOCK_K // 2
         pair = words.load([k // BLOCK_K * columns + n0, 0])
-        for half in tl.static_range(2):
-            if ASM[half] is None:
-                w = (pair << 4) if half == 0 else (pair >> 4 << 4)
-            else:
-                w = tl.inline_asm_elementwise(ASM[half], "=r,r", [pair], dtype=tl.int8, is_pure=True, pack=4)
+        if HALF < _LEAST_K:
+            w = tl.join(_half(pair, 0, ASM), _half(pair, 1, ASM)).permute(0, 2, 1).reshape(BLOCK_N, BLOCK_K)
             if ASYMMETRIC:
-                group = k // GROUP if GROUP > 0 else 0
-                z = tl.load(zero + group * columns + n, mask=n < columns, other=0.0).to(tl.int8)
-                w = (w >> 4) - z[:, None]
-            acc = tl.dot(w, x.load([m0, k + half * HALF]).T, acc, out_dtype=acc.dtype)
+                w = _less_zeros(w, zero, n, k, columns, GROUP)
+            acc = tl.dot(w, x.load([m0, k]).T, acc, out_dtype=acc.dtype)
+        else:
+            for half in tl.static_range(2):
+                w = _half(pair, half, ASM)
+                if ASYMMETRIC:
+                    w = _less_zeros(w, zero, n, k, columns, GROUP)
+                acc = tl.dot(w, x.load([m0, k + half * HALF]).T, acc, out_dtype=acc.dtype)
     else:
         acc = tl.dot(words.load([n0, k]), x.load([m0, k]).T, acc, out_dtype=acc.dtype)
     return acc
@@ -178,7 +199,8 @@ def linear(
     codes = x.codes
     if inner % ALIGNED:
         codes = F.pad(codes.view(torch.int8), (0, -inner % ALIGNED)).view(codes.dtype)
-    described = TensorDescriptor.from_tensor(codes, [config.block_m, block_k // 2 if four else block_k])
+    half = block_k // 2 if four else block_k
+    described = TensorDescriptor.from_tensor(codes, [config.block_m, max(half, _LEAST_K.value)])
     words = packed.words.flatten(0, 1) if four else packed.words
     split = min(config.split, -(-inner // block_k))
     blocks = -(-columns // config.block_n) * -(-rows // config.block_m)
@@ -186,7 +208,7 @@ def linear(
     assert split == 1 or blocks <= len(packed.counters), (blocks, len(packed.counters))
     x_groups = x.scale.shape[-1]
     _kernel[(blocks, split)](
-        *(described, TensorDescriptor.from_tensor(words, [config.block_n, block_k // 2 if four else block_k])),
+        *(described, TensorDescriptor.from_tensor(words, [config.block_n, half])),
         *(x.scale, x.zero, packed.scale, packed.zero, packed.outer, packed.sums, bias, residual, out, scratch, packed.counters),
         *(rows, columns, inner, split, x_groups),
         ASM=(None, None) if INTERPRETED else (_LOWER, _UPPER),

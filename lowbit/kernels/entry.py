@@ -157,9 +157,17 @@ def gelu(x: Tensor, inputs: Inputs | None = INT8, *, tanh: bool = False) -> Rows
     return _rows("gelu_tanh" if tanh else "gelu", x, inputs)[0]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, inputs: Inputs | None = INT8, *, one_plus: bool = False) -> Rows:
-    """RMSNorm of x, times weight or (`one_plus`) 1 + weight, quantized."""
-    return _rows("rms_norm", x, inputs, weight=weight, eps=eps, one_plus=one_plus)[0]
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    inputs: Inputs | None = INT8,
+    *,
+    one_plus: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Rows:
+    """RMSNorm of x, times weight or (`one_plus`) 1 + weight, quantized; floats in `dtype`, if given."""
+    return _rows("rms_norm", x, inputs, weight=weight, eps=eps, one_plus=one_plus, dtype=dtype)[0]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, inputs: Inputs | None = INT8) -> Rows:
@@ -206,9 +214,10 @@ def _rows(
     eps: float = 0.0,
     one_plus: bool = False,
     kept: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Rows, Tensor]:
     if inputs is None:
-        floats, _, _, stream = ops.rows(producer, x, second, weight, bias, eps, one_plus, "", CHANNEL, True, None, kept)
+        floats, _, _, stream = ops.rows(producer, x, second, weight, bias, eps, one_plus, "", CHANNEL, True, None, kept, dtype)
         return floats, stream
     spec = inputs.spec
     assert spec is not None

@@ -115,15 +115,16 @@ def _(codes, x_scale, x_zero, words, high, scale, zero, outer, sums, counters, l
 @torch.library.custom_op("lowbit::rows", mutates_args=())
 def rows(
     producer: str, x: Tensor, second: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, one_plus: bool,
-    fmt: str, group: int, symmetric: bool, largest: float | None, kept: bool,
+    fmt: str, group: int, symmetric: bool, largest: float | None, kept: bool = False, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What a producer makes of x [..., width], as codes of a format (fmt "": floats): codes, scale, zero, x + second.
 
     second: `up` of "silu_mul", the residual of norms. group: columns a scale, -1: all; largest: given, a static scale. kept:
-    of a norm the floats that become codes, in the place of the sum. What there is none of is empty.
+    of a norm the floats that become codes, in the place of the sum. dtype: of floats, by default that of x. What there is none
+    of is empty.
     """
     assert producer in PRODUCERS, producer
-    out = _empty_rows(producer, x, second, fmt, group, symmetric, kept)
+    out = _empty_rows(producer, x, second, fmt, group, symmetric, kept, dtype)
     added = second is not None and producer != "silu_mul"
     if _by_kernel(x, fp8=fmt == "fp8_e4m3"):
         from lowbit.kernels import rows as kernel
@@ -192,11 +193,18 @@ def _produced(
 
 
 def _empty_rows(
-    producer: str, x: Tensor, second: Tensor | None, fmt: str, group: int, symmetric: bool, kept: bool
+    producer: str,
+    x: Tensor,
+    second: Tensor | None,
+    fmt: str,
+    group: int,
+    symmetric: bool,
+    kept: bool,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     width, before = x.shape[-1], x.shape[:-1]
     groups = (1 if group == CHANNEL else width // group) if fmt else 0
-    kind = x.dtype if not fmt else torch.int8 if FORMATS[fmt].kind == "int" else torch.float8_e4m3fn
+    kind = (dtype or x.dtype) if not fmt else torch.int8 if FORMATS[fmt].kind == "int" else torch.float8_e4m3fn
     scale = x.new_empty(*before, groups, dtype=torch.float32)
     zero = x.new_empty(*before, groups if not symmetric else 0, dtype=torch.float32)
     stream = x.new_empty(*before, width if kept or (second is not None and producer != "silu_mul") else 0)
@@ -204,8 +212,8 @@ def _empty_rows(
 
 
 @rows.register_fake
-def _(producer, x, second, weight, bias, eps, one_plus, fmt, group, symmetric, largest, kept):
-    return _empty_rows(producer, x, second, fmt, group, symmetric, kept)
+def _(producer, x, second, weight, bias, eps, one_plus, fmt, group, symmetric, largest, kept=False, dtype=None):
+    return _empty_rows(producer, x, second, fmt, group, symmetric, kept, dtype)
 
 
 @torch.library.custom_op("lowbit::rope", mutates_args=())

@@ -30,7 +30,7 @@ def test_checks_find_what_is_wrong(benchmark: ModuleType, monkeypatch: pytest.Mo
     """The interpreted kernels are right; a product that is off by a little is not."""
     monkeypatch.setattr(benchmark, "CHECKS", ["w4a16-g128", "w8a8", "bcq2"])
     result = benchmark.measure("check")
-    assert len(result["rows"]) == 3 + len(benchmark.PRODUCERS) + 5 and all(row["right"] for row in result["rows"])
+    assert len(result["rows"]) == 3 + len(benchmark.PRODUCERS) + 7 and all(row["right"] for row in result["rows"])
     assert "wrong: none" in benchmark.markdown({"check": result})
     exact = benchmark.linear
     monkeypatch.setattr(benchmark, "linear", lambda *given: exact(*given) * 1.01)

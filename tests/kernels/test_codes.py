@@ -15,7 +15,8 @@ from lowbit.qtensor import dequantize, parse_scheme  # noqa: E402
 
 SCHEMES = [
     *("w8a8", "w8a8-g128", "w8a8-aasym", "w8a8-ag128", "w6a6", "fp8", "fp8-block", "w4a8", "w4a8-channel", "w4a8-g32"),
-    *("w4a8-g128-asym", "w4a8-g128-two", "w4a8-g128-asym-aasym", "w4a8-ag64", "w4a4-g128-ag128"),
+    *("w4a8-g128-asym", "w4a8-g128-two", "w4a8-g128-asym-aasym", "w4a8-ag64", "w4a8-ag32", "w4a8-g32-asym-aasym"),
+    "w4a4-g128-ag128",
 ]
 
 

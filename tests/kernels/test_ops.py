@@ -30,16 +30,16 @@ def test_operators_are_registered_as_torch_asks_for() -> None:
     packed = prepared("w4a16-g128-asym").packed
     floats = (x, *packed.tensors.values(), [packed.group, packed.step], packed.format, bias, None)
     torch.library.opcheck(ops.linear_floats, floats, test_utils=checks)
-    for fmt, group, symmetric, producer in (
-        ("int8", -1, True, "rms_norm"),
-        ("fp8_e4m3", 128, True, "plain"),
-        ("", -1, True, "gelu"),
+    for fmt, group, symmetric, producer, dtype in (
+        ("int8", -1, True, "rms_norm", None),
+        ("fp8_e4m3", 128, True, "plain", None),
+        ("", -1, True, "gelu", None),
+        ("", -1, True, "rms_norm", torch.float32),
     ):
         second = x.clone() if producer == "rms_norm" else None
-        for kept in (False, producer == "rms_norm"):
-            torch.library.opcheck(
-                ops.rows, (producer, x, second, weight, None, 1e-6, False, fmt, group, symmetric, None, kept), test_utils=checks
-            )
+        for kept in (False, producer == "rms_norm" and bool(fmt)):
+            how = (fmt, group, symmetric, None, kept, dtype)
+            torch.library.opcheck(ops.rows, (producer, x, second, weight, None, 1e-6, False, *how), test_utils=checks)
     heads = torch.randn(2, 5, 3, 48, dtype=torch.float16).transpose(1, 2)
     torch.library.opcheck(ops.rope, (heads, heads[:, :1], *torch.randn(2, 1, 5, 48)), test_utils=checks)
     cache, seen = torch.randn(2, 2, 3, 5, 48, dtype=torch.float16), torch.rand(1, 5) < 0.7
@@ -49,7 +49,7 @@ def test_operators_are_registered_as_torch_asks_for() -> None:
         ops.put, (*(part.clone() for part in cache), *cache[:, :, :, :2], torch.tensor([4, 1])), test_utils=checks
     )
     packed = prepared("w4a8-g128-aasym").packed
-    found = ops.rows("plain", x, None, None, None, 0.0, False, "int8", -1, False, None, False)
+    found = ops.rows("plain", x, None, None, None, 0.0, False, "int8", -1, False, None)
     codes = (*found[:3], *packed.tensors.values(), [packed.group, packed.step], packed.format, None, None, torch.float16)
     torch.library.opcheck(ops.linear_codes, codes, test_utils=checks)
 

@@ -79,6 +79,8 @@ def test_floats(width: int) -> None:
     assert equal(entry.gelu(x, None), reference.gelu(x))
     assert equal(entry.rms_norm(x, weight, 1e-6, None), reference.rms_norm(x, weight, 1e-6))
     assert equal(entry.layer_norm(x, weight, None, 1e-5, None), reference.layer_norm(x, weight, None, 1e-5))
+    wide = 1e6 * x.float()
+    assert equal(entry.rms_norm(wide, weight, 1e-6, None, dtype=torch.float16), reference.rms_norm(wide, weight, 1e-6))
     found, stream = entry.add_rms_norm(x, up, weight, 1e-6, None, one_plus=True)
     assert torch.equal(stream, x + up)
     assert equal(found, reference.rms_norm(x + up, weight.float() + 1, 1e-6))
