@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lowbit.kernels.launch import follow, overlapping, processors
 
-_TOKENS = 32  # that a program of one token reads at once
-_PROGRAMS = 1  # of one token, for a multiprocessor
+_TOKENS = 64  # that a program of one token reads at once
+_PROGRAMS = 4  # of one token, for a multiprocessor
 _BLOCK = 64  # tokens, and keys, of a program of many
 _LOWEST = tl.constexpr(-1.0e30)
 _LOG2_E = 1.4426950408889634
