@@ -58,7 +58,7 @@ def _instructions(fmt: Format, dtype: torch.dtype) -> tuple[str | None, ...]:
         return f"lop3.b32 $0, t, 0x{mask * twice:08x}, {other}, 0xea;"
 
     found: list[str | None] = []
-    for plane in range(planes_of(bits)):
+    for plane, (_, place) in enumerate(_places(fmt, mantissa)):
         at = plane * low
         if fmt.kind == "bcq":
             for bit in range(fmt.bits):
@@ -66,13 +66,25 @@ def _instructions(fmt: Format, dtype: torch.dtype) -> tuple[str | None, ...]:
                 found.append(_scoped(moved(source, 15 - place) + kept(0x8000, f"0x{one * twice:08x}")))
         elif fmt.kind == "int":
             base = 0x6400 if half else 0x4300
-            code = moved("$1", -at) + kept(2**low - 1, f"0x{base * twice:08x}")
-            found.append(_scoped(code + (moved("$2", 2 - plane) + kept(4, "$0") if bits == 3 else "")))
+            code = f"lop3.b32 $0, $1, 0x{(2**low - 1 << place) * twice:08x}, 0x{base * twice:08x}, 0xea;"
+            third = moved("$2", place + 2 - plane) + kept(4 << place, "$0")
+            found.append(_scoped(code + third if bits == 3 else code))
         else:
             up = mantissa - fmt.mantissa
             magnitude = f"{moved('$1', up - at)} and.b32 $0, t, 0x{(2 ** (bits - 1) - 1 << up) * twice:08x};"
             found.append(_scoped(magnitude + moved("$1", 15 - (at + bits - 1)) + kept(0x8000, "$0")))
     return tuple(found)
+
+
+def _places(fmt: Format, mantissa: int) -> list[tuple[int, int]]:
+    """For every plane: by how much words are shifted to the right, and at which bit its code then lies.
+
+    A code need not lie at the lowest bit of the mantissa, but within it, so several planes share a shift.
+    """
+    bits = container(fmt)
+    low = 2 if bits == 3 else bits
+    each = max(1, (mantissa - bits) // low + 1) if fmt.kind == "int" else 1
+    return [(plane // each * each * low, plane % each * low) for plane in range(planes_of(bits))]
 
 
 def _scoped(text: str) -> str:
@@ -82,12 +94,14 @@ def _scoped(text: str) -> str:
 @triton.jit
 def _unpacked(
     word, third, HALF: tl.constexpr, ASM: tl.constexpr, AT: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
-    MANTISSA: tl.constexpr, PLANE: tl.constexpr, BIT: tl.constexpr, BASE: tl.constexpr,
+    MANTISSA: tl.constexpr, PLANE: tl.constexpr, BIT: tl.constexpr, BASE: tl.constexpr, SHIFTS: tl.constexpr,
 ):  # fmt: skip
-    """Floats of a plane: integers BASE + code, floats too small by FACTOR, of binary coding -1 where the bit is 1, else 1."""
+    """Floats of a plane: integers BASE + code * 2^place, floats too small by FACTOR, binary coding 1 - 2 * bit."""
     dtype = tl.float16 if HALF else tl.bfloat16
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     if ASM[AT] is not None:
+        if SHIFTS[PLANE] is not None:
+            word = tl.inline_asm_elementwise(SHIFTS[PLANE], "=r,r", [word], dtype=tl.int16, is_pure=True, pack=2)
         if BITS == 3:
             w = tl.inline_asm_elementwise(ASM[AT], "=&r,r,r", [word, third], dtype=dtype, is_pure=True, pack=2)
         else:
@@ -108,84 +122,125 @@ def _unpacked(
 
 
 @triton.jit
-def _inputs(x, m, k, rows, inner):
-    """x transposed: columns k of rows m."""
+def _centred(w, z, BASE: tl.constexpr, PLACE: tl.constexpr):
+    """code - z of BASE + code * 2^PLACE, exactly."""
+    if PLACE == 0:
+        w = w - (z + BASE).to(w.dtype)
+    else:
+        UNIT: tl.constexpr = 1.0 / (1 << PLACE)
+        w = tl.fma(w, tl.full((1, 1), UNIT, w.dtype), -(z + BASE * UNIT).to(w.dtype))
+    return w
+
+
+@triton.jit
+def _inputs(x, m, k, rows, inner, end, WHOLE: tl.constexpr):
+    """x transposed: columns k of rows m, which are 0 from `end` on; WHOLE: all are before it."""
     place = m[None, :].to(tl.int64) * inner + k[:, None]
-    return tl.load(x + place, mask=(m[None, :] < rows) & (k[:, None] < inner), other=0.0)
+    here = m[None, :] < rows
+    if not WHOLE:
+        here = here & (k[:, None] < end)
+    return tl.load(x + place, mask=here, other=0.0)
+
+
+@triton.jit
+def _tile(
+    total, x, words, high, scale, zero, tile, start, n, m, rows, columns, inner, end, groups,
+    ASM: tl.constexpr, SHIFTS: tl.constexpr, PLACES: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    CODED: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    SPAN: tl.constexpr, SCALED: tl.constexpr, ASYMMETRIC: tl.constexpr, SCALE_SUMS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """total [outputs n, rows m] plus the product of a tile and the columns of x from `start` on.
+
+    A tile has spans of SPAN columns that share a scale; a span has whole planes.
+    """
+    PLANES: tl.constexpr = 8 if BITS == 3 else 16 // BITS
+    EACH: tl.constexpr = SPAN // WIDTH
+    BLOCK_N: tl.constexpr = total.shape[0]
+    BLOCK_M: tl.constexpr = total.shape[1]
+    dtype = x.dtype.element_ty
+    HALF: tl.constexpr = dtype == tl.float16
+    BASE: tl.constexpr = 0 if ASM[0] is None else (1024 if HALF else 128)
+    j = tl.arange(0, WIDTH)
+    there = n < columns
+    z = tl.full((BLOCK_N,), 1 << (BITS - 1), dtype)
+    place = n.to(tl.int64) + tile * columns
+    word = tl.load(words + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0)
+    third = word
+    if BITS == 3:
+        third = tl.load(high + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0).to(tl.int16)
+    for span in tl.static_range(PLANES * WIDTH // SPAN):
+        group = tl.minimum((start + span * SPAN) // GROUP, groups - 1) if GROUP > 0 else 0
+        if KIND == "bcq":
+            for bit in tl.static_range(CODED + 1):
+                sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                for plane in tl.static_range(span * EACH, span * EACH + EACH):
+                    values = _inputs(x, m, start + plane * WIDTH + j, rows, inner, end, WHOLE)
+                    if bit == CODED:
+                        w = tl.full((BLOCK_N, WIDTH), 1.0, dtype)
+                    else:
+                        at: tl.constexpr = plane * CODED + bit
+                        w = _unpacked(word, third, HALF, ASM, at, KIND, BITS, MANTISSA, plane, bit, BASE, SHIFTS)
+                    sums = tl.dot(w, values, sums)
+                alpha = tl.load(scale + (group * (CODED + 1) + bit) * columns + n, mask=there, other=0.0).to(tl.float32)
+                if bit == CODED:
+                    total += sums * alpha[:, None]
+                else:
+                    total -= sums * alpha[:, None]
+        else:
+            if SCALED:
+                s = tl.load(scale + group * columns + n, mask=there, other=0.0)
+            if ASYMMETRIC:
+                z = tl.load(zero + group * columns + n, mask=there, other=0.0)
+            if SCALE_SUMS:
+                sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for plane in tl.static_range(span * EACH, span * EACH + EACH):
+                values = _inputs(x, m, start + plane * WIDTH + j, rows, inner, end, WHOLE)
+                w = _unpacked(word, third, HALF, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE, SHIFTS)
+                w = _centred(w, z[:, None], BASE, PLACES[plane]) if KIND == "int" else w * tl.full((1, 1), FACTOR, dtype)
+                if SCALE_SUMS:
+                    sums = tl.dot(w, values, sums)
+                elif SCALED:
+                    total = tl.dot(w * s[:, None], values, total)
+                else:
+                    total = tl.dot(w, values, total)
+            if SCALE_SUMS:
+                total += sums * s.to(tl.float32)[:, None]
+    return total
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "groups", "parts"])
 def _kernel(
     x, words, high, scale, zero, outer, bias, residual, out, scratch, counters,
     rows, columns, inner, tiles, groups, parts,
-    ASM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, CODED: tl.constexpr, MANTISSA: tl.constexpr,
-    FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr,
-    ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr, SHIFTS: tl.constexpr, PLACES: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    CODED: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    SPAN: tl.constexpr, SCALED: tl.constexpr, ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr, STEP: tl.constexpr,
+    WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows, columns] = x [rows, inner] W^T; programs: blocks of columns, blocks of rows, parts of K.
 
-    A tile has spans of SPAN columns that share a scale; a span has whole planes.
+    A step has STEP tiles. WHOLE: steps fill each part, and columns each tile.
     """
-    PLANES: tl.constexpr = 8 if BITS == 3 else 16 // BITS
-    TILE: tl.constexpr = PLANES * WIDTH
-    EACH: tl.constexpr = SPAN // WIDTH
-    dtype = x.dtype.element_ty
-    HALF: tl.constexpr = dtype == tl.float16
-    BASE: tl.constexpr = 0 if ASM[0] is None else (1024 if HALF else 128)
+    TILE: tl.constexpr = (8 if BITS == 3 else 16 // BITS) * WIDTH
     block_n, block_m, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tl.arange(0, WIDTH)
-    there = n < columns
-    z = tl.full((BLOCK_N,), 1 << (BITS - 1), dtype)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     each = (tiles + parts - 1) // parts
     if PDL:
         _prefetch(words, part * each, block_n * BLOCK_N, tiles, columns, WIDTH, BLOCK_N)
     follow(PDL)
-    for tile in range(part * each, tl.minimum(tiles, part * each + each)):
-        place = n.to(tl.int64) + tile * columns
-        word = tl.load(words + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0)
-        third = word
-        if BITS == 3:
-            third = tl.load(high + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0).to(tl.int16)
-        for span in tl.static_range(TILE // SPAN):
-            group = tl.minimum((tile * TILE + span * SPAN) // GROUP, groups - 1) if GROUP > 0 else 0
-            if KIND == "bcq":
-                for bit in tl.static_range(CODED + 1):
-                    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                    for plane in tl.static_range(span * EACH, span * EACH + EACH):
-                        values = _inputs(x, m, tile * TILE + plane * WIDTH + j, rows, inner)
-                        if bit == CODED:
-                            w = tl.full((BLOCK_N, WIDTH), 1.0, dtype)
-                        else:
-                            w = _unpacked(word, third, HALF, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE)
-                        sums = tl.dot(w, values, sums)
-                    alpha = tl.load(scale + (group * (CODED + 1) + bit) * columns + n, mask=there, other=0.0).to(tl.float32)
-                    if bit == CODED:
-                        total += sums * alpha[:, None]
-                    else:
-                        total -= sums * alpha[:, None]
-            else:
-                if SCALED:
-                    s = tl.load(scale + group * columns + n, mask=there, other=0.0)
-                if ASYMMETRIC:
-                    z = tl.load(zero + group * columns + n, mask=there, other=0.0)
-                if SCALE_SUMS:
-                    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                for plane in tl.static_range(span * EACH, span * EACH + EACH):
-                    values = _inputs(x, m, tile * TILE + plane * WIDTH + j, rows, inner)
-                    w = _unpacked(word, third, HALF, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE)
-                    w = w - (z + BASE).to(dtype)[:, None] if KIND == "int" else w * tl.full((1, 1), FACTOR, dtype)
-                    if SCALE_SUMS:
-                        sums = tl.dot(w, values, sums)
-                    elif SCALED:
-                        total = tl.dot(w * s[:, None], values, total)
-                    else:
-                        total = tl.dot(w, values, total)
-                if SCALE_SUMS:
-                    total += sums * s.to(tl.float32)[:, None]
+    last = tl.minimum(tiles, part * each + each)
+    end = tl.minimum(inner, last * TILE)  # what a step of several tiles reads beyond counts as 0
+    for first in range(part * each, last, STEP):
+        for inside in tl.static_range(STEP):
+            tile = first + inside if WHOLE else tl.minimum(first + inside, tiles - 1)
+            total = _tile(
+                total, x, words, high, scale, zero, tile, (first + inside) * TILE, n, m, rows, columns, inner, end, groups,
+                ASM, SHIFTS, PLACES, KIND, BITS, CODED, MANTISSA, FACTOR, WIDTH, GROUP, SPAN, SCALED, ASYMMETRIC, SCALE_SUMS,
+                WHOLE,
+            )  # fmt: skip
     if SPLIT:
         finished, total = _added(total, scratch, counters, parts, part, block_m * tl.num_programs(0) + block_n)
         if finished:
@@ -241,9 +296,9 @@ def _write(total, outer, bias, residual, out, n, m, rows, columns, BIASED: tl.co
 @triton.jit(do_not_specialize=["start", "stop", "groups"])
 def _unpack_kernel(
     words, high, scale, zero, outer, out, start, stop, columns, inner, groups,
-    ASM: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, CODED: tl.constexpr, MANTISSA: tl.constexpr,
-    FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr,
-    ASYMMETRIC: tl.constexpr, BLOCK_N: tl.constexpr,
+    ASM: tl.constexpr, SHIFTS: tl.constexpr, PLACES: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    CODED: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    SPAN: tl.constexpr, SCALED: tl.constexpr, ASYMMETRIC: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [stop - start, inner] = the weights of these columns; programs: blocks of columns, tiles."""
     PLANES: tl.constexpr = 8 if BITS == 3 else 16 // BITS
@@ -270,16 +325,17 @@ def _unpack_kernel(
                 (1, WIDTH), tl.float32
             )
             for bit in tl.static_range(CODED):
-                w = _unpacked(word, third, HALF, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE)
+                w = _unpacked(word, third, HALF, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE, SHIFTS)
                 value -= w.to(tl.float32) * tl.load(alphas + bit * columns, mask=there, other=0.0).to(tl.float32)[:, None]
         else:
-            w = _unpacked(word, third, HALF, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE)
+            w = _unpacked(word, third, HALF, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE, SHIFTS)
             if KIND != "int":
                 w = w * tl.full((1, 1), FACTOR, dtype)
             elif ASYMMETRIC:
-                w = w - (tl.load(zero + group * columns + n, mask=there, other=0.0) + BASE).to(dtype)[:, None]
+                z = tl.load(zero + group * columns + n, mask=there, other=0.0)
+                w = _centred(w, z[:, None], BASE, PLACES[plane])
             else:
-                w = w - tl.full((1, 1), (1 << (BITS - 1)) + BASE, dtype)
+                w = _centred(w, tl.full((1, 1), 1 << (BITS - 1), dtype), BASE, PLACES[plane])
             value = w.to(tl.float32)
             if SCALED:
                 value = value * tl.load(scale + group * columns + n, mask=there, other=0.0).to(tl.float32)[:, None]
@@ -323,6 +379,7 @@ def power_up_to(limit: int) -> int:
     return 1 << max(0, limit.bit_length() - 1)
 
 
+_FEW, _STEP = 16, 2  # up to so many rows of x a step has so many tiles: there, instructions are what takes the time
 _CACHED = 40 * 2**20  # bytes of unpacked weights that stay in the L2 cache
 _SUMS = 2048  # of a block and warp, 64 a thread: two of them leave registers for the rest
 
@@ -343,8 +400,9 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | No
     if config is None:
         config = config_for(rows, columns, inner, processors(x.device))
     how = _how(packed, x.dtype)
-    tiles = packed.words.shape[0]
+    tiles, tile = packed.words.shape[0], planes_of(container(FORMATS[packed.format])) * packed.words.shape[2]
     split = min(config.split, tiles)
+    step = _STEP if rows <= _FEW else 1
     grid = (-(-columns // config.block_n), -(-rows // config.block_m), split)
     scratch = scratch_for(grid, config.block_n * config.block_m, x.device)
     assert split == 1 or grid[0] * grid[1] <= len(packed.counters), (grid, len(packed.counters))
@@ -358,6 +416,8 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | No
         BLOCK_N=config.block_n,
         SPLIT=split > 1,
         SCALE_SUMS=packed.scale is not None and config.block_m * config.block_n <= _SUMS * config.warps,
+        STEP=step,
+        WHOLE=inner % (step * split * tile) == 0,
         num_warps=config.warps,
         num_stages=config.stages,
         **overlapping(x.device),
@@ -404,8 +464,13 @@ def _how(packed: Packed, dtype: torch.dtype) -> dict[str, Any]:
     bits, width = container(fmt), packed.words.shape[2]
     tile = planes_of(bits) * width
     bias = 2 ** (fmt.exponent - 1) - 1 if fmt.exponent else 0
+    places = [(0, 0)] * planes_of(bits)  # of codes that are cut out without instructions
+    if fmt.kind == "int" and _instructions(fmt, dtype)[0] is not None:
+        places = _places(fmt, 10 if dtype == torch.float16 else 7)
     return {
         "ASM": _instructions(fmt, dtype),
+        "SHIFTS": tuple(f"shr.b32 $0, $1, {shift};" if shift else None for shift, _ in places),
+        "PLACES": tuple(place for _, place in places),
         "KIND": fmt.kind,
         "BITS": bits,
         "CODED": fmt.bits,

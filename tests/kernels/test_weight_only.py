@@ -7,7 +7,8 @@ pytest.importorskip("triton")
 
 from matrices import FLOATS, error, quantized  # noqa: E402
 
-from lowbit.kernels import reference  # noqa: E402
+from lowbit.formats import FORMATS  # noqa: E402
+from lowbit.kernels import reference, weight_only  # noqa: E402
 from lowbit.kernels.packed import pack_planes, unpack  # noqa: E402
 from lowbit.kernels.weight_only import INTERPRETED, Config, config_for, dense, linear  # noqa: E402
 from lowbit.qtensor import dequantize  # noqa: E402
@@ -29,6 +30,49 @@ def test_product(scheme: str) -> None:
     for config in (Config(16, 64, 1), Config(16, 64, 2), Config(128, 128, 1)):
         assert error(linear(x, packed, bias, residual, config=config), wanted) < 1e-3, config
     assert torch.equal(dense(packed, torch.float16), unpack(packed).half())
+
+
+def run_ptx(text: str, words: list[int]) -> int:
+    """The register $0 after a few instructions of PTX on $1, $2."""
+    registers = {f"${at}": word for at, word in enumerate(words, 1)}
+    for line in filter(None, (part.strip() for part in text.strip("{ }").replace(".reg .b32 t;", "").split(";"))):
+        name, _, rest = line.partition(" ")
+        target, *given = (part.strip() for part in rest.split(","))
+        a, b, *more = (registers[part] if part in registers else int(part, 0) for part in given)
+        value = {
+            "shl.b32": lambda a, b: a << b,
+            "shr.b32": lambda a, b: a >> b,
+            "and.b32": lambda a, b: a & b,
+            "lop3.b32": lambda a, b, c, table: (a & b) | c,
+        }[name](a, b, *more)
+        assert name != "lop3.b32" or more[1] == 0xEA  # that table
+        registers[target] = value & 0xFFFFFFFF
+    return registers["$0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_instructions(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs, and the interpreter does not: every code of every plane, two words in a register, less a zero point."""
+    monkeypatch.setattr(weight_only, "INTERPRETED", False)
+    instructions = weight_only._instructions.__wrapped__(FORMATS[f"int{bits}"], dtype)
+    base, mantissa = (1024, 10) if dtype == torch.float16 else (128, 7)
+    if bits > mantissa:
+        assert set(instructions) == {None}
+        return
+    places = weight_only._places(FORMATS[f"int{bits}"], mantissa)
+    low = 2 if bits == 3 else bits
+    for plane, (text, (shift, place)) in enumerate(zip(instructions, places, strict=True)):
+        for code in range(2**bits):
+            other = 2**bits - 1 - code
+            word = sum(((0xA5A5 & ~((2**low - 1) << plane * low)) | (c & 2**low - 1) << plane * low) << 16 * at
+                       for at, c in enumerate((code, other)))  # fmt: skip
+            third = sum(((0x5A & ~(1 << plane)) | (c >> 2) << plane) << 16 * at for at, c in enumerate((code, other)))
+            found = run_ptx(text, [word >> shift, third])
+            values = torch.tensor([found & 0xFFFF, found >> 16], dtype=torch.int32).to(torch.int16).view(dtype).float()
+            less = (base * 2.0**-place + 3) * torch.ones(2)
+            assert torch.equal(less.to(dtype).float(), less)
+            assert (values * 2.0**-place - less).tolist() == [code - 3, other - 3], (plane, code)
 
 
 def test_odd_shapes() -> None:
