@@ -210,6 +210,14 @@ def shares(count: int, span: int, world: int) -> list[range]:
     return [range(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
 
+def judging(stream: Stream, step: Step, rows: int) -> list[tuple[int, int]]:
+    """The batches that the walk over trained modules reads: those that judge, those of the first step, which losses are
+    relative to, and those of the first rows, which the gate compares."""
+    trained, held = divided(list(stream.parts()))
+    wanted = {*held, *Order(plan_of(**step.options), trained).at(0)}
+    return [part for part in stream.parts() if part in wanted or part[0] < rows]
+
+
 @dataclass
 class Message:
     """Hidden states [rows, length, width] of one step, by the rows: of the float model and of the quantized one."""
@@ -239,6 +247,7 @@ class Queue:
         self.deterministic, self.capacity = deterministic, capacity
         self.messages: collections.deque[Message] = collections.deque()
         self.received = 0
+        self.fresh = 0  # how many of the latest were not taken yet
         self.failure: RuntimeError | None = None
         self.changed = threading.Condition()
         self.random = random.Random(source)
@@ -277,10 +286,12 @@ class Queue:
                     self.messages.popleft()
             self.messages.append(message)
             self.received += 1
+            self.fresh = min(self.fresh + 1, self.capacity)
             self.changed.notify_all()
 
     def get(self) -> Message:
-        """The next message in their order (deterministic), or any of those that are here, which stays."""
+        """The next message in their order; where there is none, wait (deterministic), or take any of those that are here. What
+        is taken stays for that."""
         enough = 1 if self.deterministic else min(WARM_UP, self.capacity, self.steps)
         with self.changed:
             while not self.messages or (self.received < enough and self.failure is None):
@@ -288,7 +299,10 @@ class Queue:
                     raise RuntimeError(f"rank {self.source} sends no more") from self.failure
                 self.changed.wait()
             if not self.deterministic:
-                return self.random.choice(self.messages)
+                if not self.fresh:
+                    return self.random.choice(self.messages)
+                self.fresh -= 1
+                return self.messages[-1 - self.fresh]
             message = self.messages.popleft()
             self.changed.notify_all()
             return message
@@ -309,28 +323,34 @@ def _beside(carrier: torch.device) -> Iterator[None]:
 
 
 class Passed:
-    """A `Task` on the hidden states of one message; keeps what the module makes of them."""
+    """A `Task` on the hidden states of one message; keeps what the module makes of them. What the float module makes of a batch
+    is computed once and then read from the stream's file."""
 
     def __init__(self, span: Span) -> None:
-        self.span = span
+        self.span, self.stream = span, span.units[0].stream
         self.scale = 0.0
+        self.written = set[tuple[int, int]]()
 
     @torch.no_grad()
     def take(self, message: Message) -> None:
         """Go on to another message."""
         self.message, self.outputs = message, dict[tuple[int, int], Tensor]()
-        device = self.span.units[0].arch.device
-        with fast_products():
-            taught = {part: states.to(device) for part, states in message.taught.items()}
-            self.targets = {part: self.span.float_forward(states, self.calls(part)) for part, states in taught.items()}
-        rounded = self.span.units[0].stream.rounded
-        self.targets = {part: rounded(target) for part, target in self.targets.items()}
+        taught = {part: states.to(self.stream.arch.device) for part, states in message.taught.items()}
+        self.targets = {part: self._target(part, states) for part, states in taught.items()}
         if not self.scale:
             self.scale = scale_of([(target, taught[part]) for part, target in self.targets.items()])
 
+    def _target(self, part: tuple[int, int], taught: Tensor) -> Tensor:
+        last = self.span.last
+        if part not in self.written:
+            with fast_products(), self.stream.file(last, teacher=True).open("r+b" if self.written else "wb") as file:
+                self.stream.write(file, part, self.span.float_forward(taught, self.calls(part)))
+            self.written.add(part)
+        return self.stream.read(last, *part, teacher=True)
+
     def calls(self, part: tuple[int, int]) -> list[Any]:
         """The other arguments of the calls of the module's blocks."""
-        return [self.span.units[0].stream.calls(part, unit.block.index) for unit in self.span.units]
+        return [self.stream.calls(part, unit.block.index) for unit in self.span.units]
 
     def loss(self, part: tuple[int, int], parameters: Sequence[dict[str, Tensor]], forcing: float) -> Tensor:
         """See `Task`."""
@@ -341,9 +361,8 @@ class Passed:
 
     def sent(self) -> Message:
         """What the next module gets, rounded as hidden states are between blocks."""
-        stream = self.span.units[0].stream
-        taught, own = ({part: stream.rounded(x) for part, x in states.items()} for states in (self.targets, self.outputs))
-        return Message(self.message.parts, taught, own)
+        own = {part: self.stream.rounded(x) for part, x in self.outputs.items()}
+        return Message(self.message.parts, self.targets, own)
 
 
 def train(
