@@ -247,7 +247,6 @@ class Queue:
         self.deterministic, self.capacity = deterministic, capacity
         self.messages: collections.deque[Message] = collections.deque()
         self.received = 0
-        self.fresh = 0  # how many of the latest were not taken yet
         self.failure: RuntimeError | None = None
         self.changed = threading.Condition()
         self.random = random.Random(source)
@@ -286,12 +285,10 @@ class Queue:
                     self.messages.popleft()
             self.messages.append(message)
             self.received += 1
-            self.fresh = min(self.fresh + 1, self.capacity)
             self.changed.notify_all()
 
     def get(self) -> Message:
-        """The next message in their order; where there is none, wait (deterministic), or take any of those that are here. What
-        is taken stays for that."""
+        """The next message in their order (deterministic), or any of those that are here, which stays."""
         enough = 1 if self.deterministic else min(WARM_UP, self.capacity, self.steps)
         with self.changed:
             while not self.messages or (self.received < enough and self.failure is None):
@@ -299,10 +296,7 @@ class Queue:
                     raise RuntimeError(f"rank {self.source} sends no more") from self.failure
                 self.changed.wait()
             if not self.deterministic:
-                if not self.fresh:
-                    return self.random.choice(self.messages)
-                self.fresh -= 1
-                return self.messages[-1 - self.fresh]
+                return self.random.choice(self.messages)
             message = self.messages.popleft()
             self.changed.notify_all()
             return message

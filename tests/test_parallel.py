@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from training import Setting
 
 from lowbit import parallel
 from lowbit.data import DataSpec
-from lowbit.parallel import Message, Passed, Queue, backend_of, launch, parallel_step, shares
+from lowbit.methods.mrem import plan_of
+from lowbit.parallel import Message, Passed, Queue, backend_of, judging, launch, parallel_step, shares
 from lowbit.qtensor import parse_scheme
 from lowbit.recipe import short_recipe
-from lowbit.reconstruct import Plan, Span, Training
+from lowbit.reconstruct import Order, Plan, Span, Training, divided
 from lowbit.run import quantize
 
 DATA = DataSpec(source="random", rows=16, length=16)
@@ -163,6 +165,31 @@ def test_no_gradient_crosses(tmp_path: Path) -> None:
     assert all(bool(tensor.any()) for span in spans for _, _, tensor in span.trained())
 
 
+def test_the_float_module_runs_once_for_each_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(tmp_path)
+    span = Span(setting.units(), Plan(name="mrem", train={"weights": 0.05}, inputs="student", steps=4, batch=2))
+    plain, calls = span.float_forward, list[Any]()
+    monkeypatch.setattr(span, "float_forward", lambda *given: calls.append(given) or plain(*given))
+    expected = {part: setting.stream.read(1, *part, teacher=True) for part in ((4, 6), (0, 2))}
+    setting.stream.file(1, teacher=True).unlink()
+    task = Passed(span)
+    for part in [*expected, *expected]:
+        states = {part: setting.stream.read(0, *part)}
+        task.take(Message([part], states, states))
+        torch.testing.assert_close(task.targets[part], expected[part], rtol=1e-5, atol=1e-6)
+    assert len(calls) == 2
+
+
+def test_batches_that_the_walk_reads(tmp_path: Path) -> None:
+    """Those that judge, those of the first step, and the first rows."""
+    stream = Setting(tmp_path).stream
+    step = short_recipe(scheme="w3a16-g32", method="rtn+mrem", options={"mrem.batch": 4}, data=DATA).steps[-1]
+    trained, held = divided(list(stream.parts()))
+    found = judging(stream, step, 3)
+    assert found == sorted({*held, *Order(plan_of(batch=4), trained).at(0), (0, 2), (2, 4)})
+    assert held == [(14, 16)] and 4 <= len(found) <= 5 < len(list(stream.parts()))
+
+
 @pytest.mark.parametrize(
     ("method", "scheme", "message"),
     [
@@ -240,8 +267,9 @@ def test_processes_on_gpus(llama: Path, tmp_path: Path, deterministic: bool) -> 
 
 @pytest.mark.slow
 def test_with_the_teacher_alone_processes_do_not_matter(llama: Path, tmp_path: Path) -> None:
-    """Fed by the float model throughout, modules know nothing of each other: three processes give the bits of one."""
-    what = options(inputs="teacher")
+    """Fed by the float model throughout, modules know nothing of each other: three processes give the bits of one. The rows
+    are ten batches, of which the walk after training takes four."""
+    what = options(inputs="teacher") | {"data": replace(DATA, rows=80, length=128)}
     quantize(str(llama), tmp_path / "one", **what)
     quantize(str(llama), tmp_path / "three", parallel=3, deterministic=True, **what)
     assert weights(tmp_path / "three") == weights(tmp_path / "one")
