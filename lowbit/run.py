@@ -293,7 +293,9 @@ def train_rank(work: Path, team: Team | None = None, progress: Callable[[int], N
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
     carrier = join(store, rank, world, torch.device(device))
     recipe = recipe_from_dict(job["recipe"])
-    arch = rewritten(Arch(open_source(job["model"]), device=device), recipe, lambda stage, done, total: None)
+    arch = Arch(open_source(job["model"]), device=device)
+    with _quick_collections():
+        arch = rewritten(arch, recipe, lambda stage, done, total: None)
     _, schemes = _chosen(arch, recipe)
     tokens = load_file(work / "tokens")["tokens"]
     train(arch, recipe, schemes, tokens, work, progress, carrier=carrier, deterministic=job["deterministic"])

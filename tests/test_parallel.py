@@ -18,7 +18,7 @@ from training import Setting
 from lowbit import parallel
 from lowbit.data import DataSpec
 from lowbit.methods.mrem import plan_of
-from lowbit.parallel import Message, Passed, Queue, backend_of, judging, launch, parallel_step, shares
+from lowbit.parallel import Message, Passed, Queue, backend_of, judging, launch, lead, parallel_step, shares
 from lowbit.qtensor import parse_scheme
 from lowbit.recipe import short_recipe
 from lowbit.reconstruct import Order, Plan, Span, Training, divided
@@ -88,10 +88,11 @@ def test_nccl_where_every_rank_has_a_gpu_to_itself(places: list[str], expected: 
     assert backend_of(places) == expected
 
 
-def queue(capacity: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> Queue:
+def queue(capacity: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch, lead: int = 0) -> Queue:
     """A queue whose thread receives nothing."""
     monkeypatch.setattr(Queue, "_receive", lambda self: None)
-    return Queue(1, 100, (4, 8), source=0, deterministic=deterministic, carrier=torch.device("cpu"), capacity=capacity)
+    given: dict[str, Any] = {"source": 0, "lead": lead, "deterministic": deterministic, "carrier": torch.device("cpu")}
+    return Queue(1, 100, (4, 8), capacity=capacity, **given)
 
 
 def message(number: int) -> Message:
@@ -100,10 +101,10 @@ def message(number: int) -> Message:
 
 
 def test_queue_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deterministic: first in, first out, each once; who puts into a full one waits until there is room."""
-    mine = queue(2, True, monkeypatch)
-    mine.put(message(0))
-    mine.put(message(1))
+    """Deterministic: what leads is left out, then first in, first out, each once; who puts into a full one waits for room."""
+    mine = queue(2, True, monkeypatch, lead=3)
+    for number in range(5):
+        mine.put(message(number))
     waits: list[float | None] = []
 
     def wait(timeout: float | None = None) -> bool:
@@ -112,29 +113,40 @@ def test_queue_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         return True
 
     monkeypatch.setattr(mine.changed, "wait", wait)
-    mine.put(message(2))
-    assert len(waits) == 1 and [m.parts for m in mine.messages] == [[(1, 2)], [(2, 3)]]
-    assert [mine.get().parts[0][0] for _ in range(2)] == [1, 2] and not mine.messages
+    mine.put(message(5))
+    assert len(waits) == 1 and [m.parts for m in mine.messages] == [[(4, 5)], [(5, 6)]]
+    assert [mine.get().parts[0][0] for _ in range(2)] == [4, 5] and not mine.messages
 
 
 def test_queue_of_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the oldest makes room, and taking leaves what is taken; nothing is taken before the queue has warmed up."""
-    mine = queue(5, False, monkeypatch)
-    for number in range(parallel.WARM_UP - 1):
+    """Otherwise the oldest makes room; the latest is taken first, and none twice while there are others. What is taken stays,
+    and nothing is taken before as many are here as lead."""
+    mine = queue(5, False, monkeypatch, lead=7)
+    for number in range(6):
         mine.put(message(number))
-    late = [message(number) for number in range(parallel.WARM_UP - 1, 9)]
+    late = [message(number) for number in range(6, 9)]
 
     def wait(timeout: float | None = None) -> bool:
         mine.put(late.pop(0))
         return True
 
     monkeypatch.setattr(mine.changed, "wait", wait)
-    mine.get()
-    assert mine.received == parallel.WARM_UP
+    assert mine.get().parts[0][0] == 6 and mine.received == 7
     while late:
         mine.put(late.pop(0))
     assert [m.parts[0][0] for m in mine.messages] == [4, 5, 6, 7, 8]
+    assert [mine.get().parts[0][0] for _ in range(4)] == [8, 7, 5, 4]
     assert {mine.get().parts[0][0] for _ in range(200)} == {4, 5, 6, 7, 8} and len(mine.messages) == 5
+
+
+@pytest.mark.parametrize(
+    ("steps", "world", "inputs", "expected"),
+    [(250, 2, "annealed", (25, 25)), (250, 3, "student", (13, 13)), (6, 2, "annealed", (1, 4)), (250, 2, "teacher", (0, 4))],
+)
+def test_lead(steps: int, world: int, inputs: Any, expected: tuple[int, int]) -> None:
+    """A tenth of the steps, shared by the ranks, or what warms a queue up; in a fixed order, none where none can help."""
+    plan = plan_of(steps=steps, inputs=inputs)
+    assert tuple(lead(plan, world, deterministic=fixed) for fixed in (True, False)) == expected
 
 
 def test_queue_whose_source_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +242,7 @@ if rank == 0:
     for handle, _ in pending:
         handle.wait()
 else:
-    queue = Queue(1, len(sent), (5, 3), source=0, deterministic=True, carrier=carrier, capacity=2)
+    queue = Queue(1, len(sent), (5, 3), source=0, lead=0, deterministic=True, carrier=carrier, capacity=2)
     for taught, own in sent:
         message = queue.get()
         assert message.own[part].device == carrier and message.parts == [part]
