@@ -274,15 +274,15 @@ class Queue:
                 rows = torch.zeros(self.count, 2, dtype=torch.int64)
                 dist.recv(rows, self.source)
                 parts = [(int(start), int(stop)) for start, stop in rows]
-                found: tuple[dict[tuple[int, int], Tensor], ...] = ({}, {})
+                message = Message(parts, {}, {})
                 for part in parts:
-                    for states in found:
+                    for states in (message.taught, message.own):
                         states[part] = torch.empty(part[1] - part[0], *self.shape, device=self.carrier)
                 with _beside(self.carrier):
                     for part in parts:
-                        for states in found:
+                        for states in (message.taught, message.own):
                             dist.recv(states[part], self.source)
-                self.put(Message(parts, *found))
+                self.put(message)
         except RuntimeError as error:
             with self.changed:
                 self.failure = error
@@ -434,7 +434,7 @@ def train(
             message = task.sent()
         if rank + 1 < world:
             _send(message, rank + 1, pending, carrier)
-        progress(step + 1)
+        progress(min(step + 1, plan.steps))
     for handle, _ in pending:
         handle.wait()
     if queue is not None:

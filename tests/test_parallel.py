@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from lowbit.qtensor import parse_scheme
 from lowbit.recipe import short_recipe
 from lowbit.reconstruct import Order, Plan, Span, Training, divided
 from lowbit.run import quantize
+from lowbit.source import Source
 
 DATA = DataSpec(source="random", rows=16, length=16)
 
@@ -222,6 +225,16 @@ def test_recipes_that_cannot_be_parallel(method: str, scheme: str, message: str)
 def test_numbers_that_mean_nothing(world: int, deterministic: bool, llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"parallel = {world}: give the number of processes"):
         quantize(str(llama), tmp_path / "out", parallel=world, deterministic=deterministic, **options())
+
+
+def test_disk_for_hidden_states(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every process what enters the first block, and of each of three float modules what leaves it, beside what any run
+    with a teacher keeps."""
+    needed, boundary = Source(llama).nbytes(), 16 * 16 * tiny.HIDDEN * 4
+    for free, message in ((10, "are free, but up to"), (4 + 4 + 3, "4 processes, but 3 blocks")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=needed + free * boundary))
+        with pytest.raises(ValueError, match=message):
+            quantize(str(llama), tmp_path / "out", parallel=4, **options())
 
 
 # ------------------------------------------------------------------------------------------------------------ in processes
