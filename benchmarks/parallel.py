@@ -4,8 +4,8 @@
     python benchmarks/parallel.py --device cuda --section parallel-gpu
 
 Quantizes the model with each number of processes, every process with one thread (start it with OMP_NUM_THREADS=1), and runs the
-results over the same windows beside the float model. In theory N processes with a module each take an N-th of the time; what
-they share is reading the model, the gate at the end, and the hidden states of the float model, which are told apart here.
+results over the same windows beside the float model. In theory N processes with a module each take an N-th of the time; but
+every one reads the model, the last begins `lowbit.parallel.DELAY` of the steps later, and one judges and writes all modules.
 On GPUs every process has one to itself where there are as many, else they share them.
 
 --out gets parallel.json; the table goes into the section --section of --markdown. The exit status is 1 if a bar is missed.

@@ -5,10 +5,12 @@ training. In every step it takes hidden states from its queue, takes one step of
 float blocks and what the quantized blocks made of them; no gradient crosses (Bai et al., NeurIPS 2022, section 3.2, MREM-P).
 Queues are bounded: a thread receives, and the oldest hidden states make room for new ones. A rank draws from whatever is in
 its queue, so a slow predecessor means older inputs, not waiting. Annealed teacher forcing keeps what bad predecessors send
-early from mattering.
+early from mattering. What they send late matters: a module learns to undo the errors that enter it, and those of a module in
+training are not those that stay. So each rank begins some steps after the one before (`lead`) and takes its last steps on
+what a finished module sends.
 
-`deterministic` takes the hidden states of step t in step t instead, so that the result does not depend on timing: then ranks
-are a pipeline, which waits while it fills.
+`deterministic` takes the hidden states of step t + lead in step t instead, so that the result does not depend on timing: then
+ranks are a pipeline, which waits while it fills.
 
 The result of a module is the record that a training leaves (`reconstruct.Training`): the walk over the blocks that follows
 finds it finished, judges it on held-out rows as any other, and writes the checkpoint. What ranks have trained is kept in
@@ -21,6 +23,7 @@ to come, and its training is not held up by a transfer that nobody has begun.
 """
 
 import collections
+import math
 import os
 import random
 import subprocess
@@ -42,11 +45,12 @@ from lowbit.arch import Arch, Block
 from lowbit.methods.mrem import plan_of
 from lowbit.qtensor import Scheme
 from lowbit.recipe import METHODS, Recipe, Step
-from lowbit.reconstruct import Order, Span, Training, divided, mixed, scale_of
+from lowbit.reconstruct import Order, Plan, Span, Training, divided, mixed, scale_of
 from lowbit.unit import Input, Stream, Unit, fast_products
 
 CAPACITY = 8  # messages in a queue
-WARM_UP = 4  # messages before a rank begins
+WARM_UP = 4  # messages before a rank begins, at least
+DELAY = 0.1  # of the steps: how much later the last rank begins than the first
 _PATIENCE = timedelta(days=30)  # a rank that died ends the run; one that is slow does not
 
 
@@ -210,13 +214,29 @@ def shares(count: int, span: int, world: int) -> list[range]:
     return [range(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
 
+def lead(plan: Plan, world: int, *, deterministic: bool) -> int:
+    """By how many steps every rank begins after the one before. Where all inputs are the float model's, it would be in vain."""
+    steps = 0 if plan.inputs == "teacher" else math.ceil(DELAY * plan.steps / (world - 1))
+    return steps if deterministic else max(WARM_UP, steps)
+
+
+def judging(stream: Stream, step: Step, rows: int) -> list[tuple[int, int]]:
+    """The batches that the walk over trained modules reads: those that judge, those of the first step, which losses are
+    relative to, and those of the first rows, which the gate compares."""
+    trained, held = divided(list(stream.parts()))
+    wanted = {*held, *Order(plan_of(**step.options), trained).at(0)}
+    return [part for part in stream.parts() if part in wanted or part[0] < rows]
+
+
 @dataclass
 class Message:
-    """Hidden states [rows, length, width] of one step, by the rows: of the float model and of the quantized one."""
+    """Hidden states [rows, length, width] of one step, by the rows: of the float model and of the quantized one; and whether
+    they were taken from a queue."""
 
     parts: list[tuple[int, int]]
     taught: dict[tuple[int, int], Tensor]
     own: dict[tuple[int, int], Tensor]
+    taken: bool = False
 
 
 class Queue:
@@ -229,14 +249,15 @@ class Queue:
         shape: tuple[int, int],
         *,
         source: int,
+        lead: int,
         deterministic: bool,
         carrier: torch.device,
         capacity: int = CAPACITY,
     ) -> None:
-        """count: of batches in a message; steps: messages in all; shape: length and width of the hidden states; carrier: where
-        they are when they arrive."""
+        """count: of batches in a message; steps: messages in all; shape: length and width of the hidden states; lead: messages
+        that come before the first is taken, and if deterministic are left out; carrier: where they are when they arrive."""
         self.count, self.steps, self.shape, self.source, self.carrier = count, steps, shape, source, carrier
-        self.deterministic, self.capacity = deterministic, capacity
+        self.lead, self.deterministic, self.capacity = lead, deterministic, capacity
         self.messages: collections.deque[Message] = collections.deque()
         self.received = 0
         self.failure: RuntimeError | None = None
@@ -253,15 +274,15 @@ class Queue:
                 rows = torch.zeros(self.count, 2, dtype=torch.int64)
                 dist.recv(rows, self.source)
                 parts = [(int(start), int(stop)) for start, stop in rows]
-                found: tuple[dict[tuple[int, int], Tensor], ...] = ({}, {})
+                message = Message(parts, {}, {})
                 for part in parts:
-                    for states in found:
+                    for states in (message.taught, message.own):
                         states[part] = torch.empty(part[1] - part[0], *self.shape, device=self.carrier)
                 with _beside(self.carrier):
                     for part in parts:
-                        for states in found:
+                        for states in (message.taught, message.own):
                             dist.recv(states[part], self.source)
-                self.put(Message(parts, *found))
+                self.put(message)
         except RuntimeError as error:
             with self.changed:
                 self.failure = error
@@ -270,25 +291,30 @@ class Queue:
     def put(self, message: Message) -> None:
         """Take in a message; where there is no room, the oldest goes, or, deterministic, it waits."""
         with self.changed:
+            self.received += 1
+            if self.deterministic and self.received <= self.lead:
+                return
             while len(self.messages) >= self.capacity:
                 if self.deterministic:
                     self.changed.wait()
                 else:
                     self.messages.popleft()
             self.messages.append(message)
-            self.received += 1
             self.changed.notify_all()
 
     def get(self) -> Message:
-        """The next message in their order (deterministic), or any of those that are here, which stays."""
-        enough = 1 if self.deterministic else min(WARM_UP, self.capacity, self.steps)
+        """The next message in their order (deterministic); or the latest that was not taken yet, else any of those that are
+        here, which stays."""
         with self.changed:
-            while not self.messages or (self.received < enough and self.failure is None):
+            while not self.messages or (self.received < self.lead and self.failure is None):
                 if self.failure is not None:
                     raise RuntimeError(f"rank {self.source} sends no more") from self.failure
                 self.changed.wait()
             if not self.deterministic:
-                return self.random.choice(self.messages)
+                new = [message for message in self.messages if not message.taken]
+                message = new[-1] if new else self.random.choice(self.messages)
+                message.taken = True
+                return message
             message = self.messages.popleft()
             self.changed.notify_all()
             return message
@@ -309,28 +335,34 @@ def _beside(carrier: torch.device) -> Iterator[None]:
 
 
 class Passed:
-    """A `Task` on the hidden states of one message; keeps what the module makes of them."""
+    """A `Task` on the hidden states of one message; keeps what the module makes of them. What the float module makes of a batch
+    is computed once and then read from the stream's file."""
 
     def __init__(self, span: Span) -> None:
-        self.span = span
+        self.span, self.stream = span, span.units[0].stream
         self.scale = 0.0
+        self.written = set[tuple[int, int]]()
 
     @torch.no_grad()
     def take(self, message: Message) -> None:
         """Go on to another message."""
         self.message, self.outputs = message, dict[tuple[int, int], Tensor]()
-        device = self.span.units[0].arch.device
-        with fast_products():
-            taught = {part: states.to(device) for part, states in message.taught.items()}
-            self.targets = {part: self.span.float_forward(states, self.calls(part)) for part, states in taught.items()}
-        rounded = self.span.units[0].stream.rounded
-        self.targets = {part: rounded(target) for part, target in self.targets.items()}
+        taught = {part: states.to(self.stream.arch.device) for part, states in message.taught.items()}
+        self.targets = {part: self._target(part, states) for part, states in taught.items()}
         if not self.scale:
             self.scale = scale_of([(target, taught[part]) for part, target in self.targets.items()])
 
+    def _target(self, part: tuple[int, int], taught: Tensor) -> Tensor:
+        last = self.span.last
+        if part not in self.written:
+            with fast_products(), self.stream.file(last, teacher=True).open("r+b" if self.written else "wb") as file:
+                self.stream.write(file, part, self.span.float_forward(taught, self.calls(part)))
+            self.written.add(part)
+        return self.stream.read(last, *part, teacher=True)
+
     def calls(self, part: tuple[int, int]) -> list[Any]:
         """The other arguments of the calls of the module's blocks."""
-        return [self.span.units[0].stream.calls(part, unit.block.index) for unit in self.span.units]
+        return [self.stream.calls(part, unit.block.index) for unit in self.span.units]
 
     def loss(self, part: tuple[int, int], parameters: Sequence[dict[str, Tensor]], forcing: float) -> Tensor:
         """See `Task`."""
@@ -341,9 +373,8 @@ class Passed:
 
     def sent(self) -> Message:
         """What the next module gets, rounded as hidden states are between blocks."""
-        stream = self.span.units[0].stream
-        taught, own = ({part: stream.rounded(x) for part, x in states.items()} for states in (self.targets, self.outputs))
-        return Message(self.message.parts, taught, own)
+        own = {part: self.stream.rounded(x) for part, x in self.outputs.items()}
+        return Message(self.message.parts, self.targets, own)
 
 
 def train(
@@ -381,14 +412,18 @@ def train(
         spans = [Span(span.units, plan) for span in spans]
         trainings, first = [Training(span) for span in spans], 0
     tasks = [Passed(span) for span in spans]
-    shape = (tokens.shape[1], stream.width)
+    ahead = lead(plan, world, deterministic=deterministic)
+    steps = plan.steps + ahead * (world - 1 - rank)  # those after training are for the ranks behind
     queue = None
     if rank > 0:
-        queue = Queue(order.count, plan.steps, shape, source=rank - 1, deterministic=deterministic, carrier=carrier)
+        shape = (tokens.shape[1], stream.width)
+        queue = Queue(
+            order.count, steps + ahead, shape, source=rank - 1, lead=ahead, deterministic=deterministic, carrier=carrier
+        )
     pending: collections.deque[Any] = collections.deque()
     if rank + 1 < world:
         pending.append((dist.isend(header := torch.tensor([first]), rank + 1), header))
-    for step in range(first, plan.steps):
+    for step in range(first, steps):
         message = queue.get() if queue is not None else _embedded(stream, order.at(step))
         for task, training in zip(tasks, trainings, strict=True):
             task.take(message)
@@ -399,7 +434,7 @@ def train(
             message = task.sent()
         if rank + 1 < world:
             _send(message, rank + 1, pending, carrier)
-        progress(step + 1)
+        progress(min(step + 1, plan.steps))
     for handle, _ in pending:
         handle.wait()
     if queue is not None:
@@ -436,7 +471,7 @@ def _embedded(stream: Stream, parts: list[tuple[int, int]]) -> Message:
 
 @torch.no_grad()
 def _forward(task: Passed) -> None:
-    """Only pass on: the module was finished before the run was interrupted."""
+    """Only pass on: the module is finished."""
     parameters = task.span.assembled(task.span.pieces())
     with fast_products():
         for part in task.message.parts:

@@ -210,14 +210,14 @@ class Recipe:
             raise ValueError('hadamard: no engine turns inputs at run time; use format = "lowbit"')
         if "outside" in kinds and self.format != "lowbit":
             raise ValueError('embed: no engine loads quantized embeddings; use format = "lowbit"')
-        needs = self._needs_data()
+        needs = self.needs_data()
         if needs and self.data is None:
             raise ValueError(f"{needs[0]} needs calibration data: --data FILE, or [data] in the recipe")
 
     @property
     def calibrated(self) -> bool:
         """Whether anything in the recipe looks at calibration data."""
-        return bool(self._needs_data())
+        return bool(self.needs_data())
 
     @property
     def teacher(self) -> bool:
@@ -234,7 +234,8 @@ class Recipe:
         """How many consecutive blocks are quantized together."""
         return max((step.options.get("blocks", default_of(step, "blocks") or 1) for step in self.steps), default=1)
 
-    def _needs_data(self) -> list[str]:
+    def needs_data(self) -> list[str]:
+        """Everything in it that needs calibration data: methods of steps, schemes, kv_cache."""
         steps = [step.method for step in self.steps if step.calibrated]
         linears = [rule.scheme for rule in self.rules if rule.scheme != FLOAT and rule.point is None]
         inputs = {name: parse_scheme(name).input for name in linears}

@@ -43,7 +43,7 @@ from lowbit.data import Calibration, DataSpec, calibration_tokens, without_docum
 from lowbit.export import NATIVE, QuantizedSource, check_export, encode, encode_static, load, quantized_sites, write_config
 from lowbit.files import TEMPORARY, replacing, save_shard, write_json
 from lowbit.methods.embed import Rounded
-from lowbit.parallel import Team, join, launch, parallel_step, say_step, shares, train
+from lowbit.parallel import Team, join, judging, launch, parallel_step, say_step, shares, train
 from lowbit.qtensor import QTensor, Scheme, check_shape
 from lowbit.recipe import METHODS, Recipe, Step, default_of, recipe_from_dict, short_recipe
 from lowbit.reconstruct import check_optimizer
@@ -147,7 +147,10 @@ def quantize(
         _saying_what_is_kept(folder),
         _quick_collections(),
     ):
-        _check_disk(folder, source, solver_tokens, boundaries=4 if recipe.teacher else 2)
+        boundaries = 4 if recipe.teacher else 2
+        if parallel > 1:  # what enters the first block for each process, and what leaves each float module
+            boundaries += parallel + -(-len(arch.blocks) // recipe.span)
+        _check_disk(folder, source, solver_tokens, boundaries=boundaries)
         arch = rewritten(arch, recipe, say, clock)
         source = arch.source
         linears, schemes = _chosen(arch, recipe)
@@ -161,6 +164,8 @@ def quantize(
             clock.lap("parallel training")
 
         stream = Stream(arch, solver_tokens, folder / ".work", teacher=recipe.teacher)
+        if parallel > 1 and recipe.needs_data() == ["mrem"]:
+            stream.taken = judging(stream, parallel_step(recipe, schemes), GATE_ROWS)
         stream.start()
         clock.lap("embedding")
         steps, searches = _searched(arch, recipe, schemes, solver_tokens, folder / ".work", say)
@@ -288,7 +293,9 @@ def train_rank(work: Path, team: Team | None = None, progress: Callable[[int], N
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
     carrier = join(store, rank, world, torch.device(device))
     recipe = recipe_from_dict(job["recipe"])
-    arch = rewritten(Arch(open_source(job["model"]), device=device), recipe, lambda stage, done, total: None)
+    arch = Arch(open_source(job["model"]), device=device)
+    with _quick_collections():
+        arch = rewritten(arch, recipe, lambda stage, done, total: None)
     _, schemes = _chosen(arch, recipe)
     tokens = load_file(work / "tokens")["tokens"]
     train(arch, recipe, schemes, tokens, work, progress, carrier=carrier, deterministic=job["deterministic"])

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -122,6 +122,7 @@ class Stream:
 
     Attributes:
         width: of a hidden state, once `start` was called.
+        taken: the batches that go through the blocks: all, unless fewer were set before `start`. No one may read the others.
     """
 
     def __init__(self, arch: Arch, tokens: Tensor, folder: Path, *, teacher: bool = False) -> None:
@@ -136,6 +137,7 @@ class Stream:
         else:
             self._rows = min(len(tokens), _ROWS_ON_GPU, max(1, _TOKENS_ON_GPU // tokens.shape[1]))
         self.width = 0
+        self.taken = list(self.parts())
         self._calls: dict[int, list[Any]] = {}
         self._short_calls: list[Any] = []
         # Links by the structure of the blocks that have them; see `Unit.links`.
@@ -154,15 +156,15 @@ class Stream:
         self.arch.load_outside()
         present = any(self.complete(boundary) for boundary in range(len(self.arch.blocks) + 1))
         with replacing(self.file(0)) if not present else nullcontext(os.devnull) as path, open(path, "wb") as file:
-            for start in range(0, len(self.tokens), self._rows):
-                rows = self.tokens[start : start + self._rows]
+            for part in self.taken:
+                rows = self.tokens[slice(*part)]
                 if present and len(rows) in self._calls:
                     continue
                 with fast_products():
                     hidden, calls = self.arch.embed(rows)
                 self._calls.setdefault(len(rows), calls)
                 self.width = hidden.shape[-1]
-                file.write(self.bytes(hidden))
+                self.write(file, part, hidden)
         self._short_calls = self.arch.embed(self.tokens[:1, :STAND_IN_TOKENS])[1]
         self.arch.free_outside()
 
@@ -174,8 +176,9 @@ class Stream:
 
     def read(self, boundary: int, start: int, stop: int, *, teacher: bool = False) -> Tensor:
         """Rows start..stop of a boundary, on the model's device: float32 [stop - start, length, width]."""
-        length = self.tokens.shape[1]
-        row = length * self.width * self.dtype.itemsize
+        rows = {row for part in self.taken for row in range(*part)}
+        assert rows.issuperset(range(start, stop)), f"rows {start} to {stop} were not taken"
+        length, row = self.tokens.shape[1], self._row
         file = self.file(boundary, teacher=teacher)
         device = self.arch.device
         data = torch.empty((stop - start) * row, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -202,16 +205,26 @@ class Stream:
         return self._calls[part[1] - part[0]][boundary]
 
     def batches(self, boundary: int, *, teacher: bool = False) -> Iterator[tuple[Tensor, Any]]:
-        """(hidden states, other arguments of the block's call) for every batch that enters block `boundary`."""
-        for part in self.parts():
+        """(hidden states, other arguments of the block's call) for every batch taken that enters block `boundary`."""
+        for part in self.taken:
             yield self.read(boundary, *part, teacher=teacher), self.calls(part, boundary)
 
     def advance(self, block: Block, forward: Callable[[Tensor, Any], Tensor], *, teacher: bool = False) -> None:
         """Write the next boundary: forward(hidden, call) of every batch that enters `block`."""
         target = self.file(block.index + 1, teacher=teacher)
         with fast_products(), replacing(target) as path, path.open("wb") as file:
-            for hidden, call in self.batches(block.index, teacher=teacher):
-                file.write(self.bytes(forward(hidden, call)))
+            for part, (hidden, call) in zip(self.taken, self.batches(block.index, teacher=teacher), strict=True):
+                self.write(file, part, forward(hidden, call))
+
+    def write(self, file: BinaryIO, part: tuple[int, int], hidden: Tensor) -> None:
+        """Write the hidden states of a batch to their place in the file of a boundary."""
+        file.seek(part[0] * self._row)
+        file.write(self.bytes(hidden))
+
+    @property
+    def _row(self) -> int:
+        """Bytes of the hidden states of a row."""
+        return self.tokens.shape[1] * self.width * self.dtype.itemsize
 
     def bytes(self, hidden: Tensor) -> memoryview:
         """Hidden states as they are written."""

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +19,13 @@ from training import Setting
 
 from lowbit import parallel
 from lowbit.data import DataSpec
-from lowbit.parallel import Message, Passed, Queue, backend_of, launch, parallel_step, shares
+from lowbit.methods.mrem import plan_of
+from lowbit.parallel import Message, Passed, Queue, backend_of, judging, launch, lead, parallel_step, shares
 from lowbit.qtensor import parse_scheme
 from lowbit.recipe import short_recipe
-from lowbit.reconstruct import Plan, Span, Training
+from lowbit.reconstruct import Order, Plan, Span, Training, divided
 from lowbit.run import quantize
+from lowbit.source import Source
 
 DATA = DataSpec(source="random", rows=16, length=16)
 
@@ -86,10 +91,11 @@ def test_nccl_where_every_rank_has_a_gpu_to_itself(places: list[str], expected: 
     assert backend_of(places) == expected
 
 
-def queue(capacity: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> Queue:
+def queue(capacity: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch, lead: int = 0) -> Queue:
     """A queue whose thread receives nothing."""
     monkeypatch.setattr(Queue, "_receive", lambda self: None)
-    return Queue(1, 100, (4, 8), source=0, deterministic=deterministic, carrier=torch.device("cpu"), capacity=capacity)
+    given: dict[str, Any] = {"source": 0, "lead": lead, "deterministic": deterministic, "carrier": torch.device("cpu")}
+    return Queue(1, 100, (4, 8), capacity=capacity, **given)
 
 
 def message(number: int) -> Message:
@@ -98,10 +104,10 @@ def message(number: int) -> Message:
 
 
 def test_queue_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deterministic: first in, first out, each once; who puts into a full one waits until there is room."""
-    mine = queue(2, True, monkeypatch)
-    mine.put(message(0))
-    mine.put(message(1))
+    """Deterministic: what leads is left out, then first in, first out, each once; who puts into a full one waits for room."""
+    mine = queue(2, True, monkeypatch, lead=3)
+    for number in range(5):
+        mine.put(message(number))
     waits: list[float | None] = []
 
     def wait(timeout: float | None = None) -> bool:
@@ -110,29 +116,40 @@ def test_queue_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         return True
 
     monkeypatch.setattr(mine.changed, "wait", wait)
-    mine.put(message(2))
-    assert len(waits) == 1 and [m.parts for m in mine.messages] == [[(1, 2)], [(2, 3)]]
-    assert [mine.get().parts[0][0] for _ in range(2)] == [1, 2] and not mine.messages
+    mine.put(message(5))
+    assert len(waits) == 1 and [m.parts for m in mine.messages] == [[(4, 5)], [(5, 6)]]
+    assert [mine.get().parts[0][0] for _ in range(2)] == [4, 5] and not mine.messages
 
 
 def test_queue_of_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the oldest makes room, and taking leaves what is taken; nothing is taken before the queue has warmed up."""
-    mine = queue(5, False, monkeypatch)
-    for number in range(parallel.WARM_UP - 1):
+    """Otherwise the oldest makes room; the latest is taken first, and none twice while there are others. What is taken stays,
+    and nothing is taken before as many are here as lead."""
+    mine = queue(5, False, monkeypatch, lead=7)
+    for number in range(6):
         mine.put(message(number))
-    late = [message(number) for number in range(parallel.WARM_UP - 1, 9)]
+    late = [message(number) for number in range(6, 9)]
 
     def wait(timeout: float | None = None) -> bool:
         mine.put(late.pop(0))
         return True
 
     monkeypatch.setattr(mine.changed, "wait", wait)
-    mine.get()
-    assert mine.received == parallel.WARM_UP
+    assert mine.get().parts[0][0] == 6 and mine.received == 7
     while late:
         mine.put(late.pop(0))
     assert [m.parts[0][0] for m in mine.messages] == [4, 5, 6, 7, 8]
+    assert [mine.get().parts[0][0] for _ in range(4)] == [8, 7, 5, 4]
     assert {mine.get().parts[0][0] for _ in range(200)} == {4, 5, 6, 7, 8} and len(mine.messages) == 5
+
+
+@pytest.mark.parametrize(
+    ("steps", "world", "inputs", "expected"),
+    [(250, 2, "annealed", (25, 25)), (250, 3, "student", (13, 13)), (6, 2, "annealed", (1, 4)), (250, 2, "teacher", (0, 4))],
+)
+def test_lead(steps: int, world: int, inputs: Any, expected: tuple[int, int]) -> None:
+    """A tenth of the steps, shared by the ranks, or what warms a queue up; in a fixed order, none where none can help."""
+    plan = plan_of(steps=steps, inputs=inputs)
+    assert tuple(lead(plan, world, deterministic=fixed) for fixed in (True, False)) == expected
 
 
 def test_queue_whose_source_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +180,31 @@ def test_no_gradient_crosses(tmp_path: Path) -> None:
     assert all(bool(tensor.any()) for span in spans for _, _, tensor in span.trained())
 
 
+def test_the_float_module_runs_once_for_each_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(tmp_path)
+    span = Span(setting.units(), Plan(name="mrem", train={"weights": 0.05}, inputs="student", steps=4, batch=2))
+    plain, calls = span.float_forward, list[Any]()
+    monkeypatch.setattr(span, "float_forward", lambda *given: calls.append(given) or plain(*given))
+    expected = {part: setting.stream.read(1, *part, teacher=True) for part in ((4, 6), (0, 2))}
+    setting.stream.file(1, teacher=True).unlink()
+    task = Passed(span)
+    for part in [*expected, *expected]:
+        states = {part: setting.stream.read(0, *part)}
+        task.take(Message([part], states, states))
+        torch.testing.assert_close(task.targets[part], expected[part], rtol=1e-5, atol=1e-6)
+    assert len(calls) == 2
+
+
+def test_batches_that_the_walk_reads(tmp_path: Path) -> None:
+    """Those that judge, those of the first step, and the first rows."""
+    stream = Setting(tmp_path).stream
+    step = short_recipe(scheme="w3a16-g32", method="rtn+mrem", options={"mrem.batch": 4}, data=DATA).steps[-1]
+    trained, held = divided(list(stream.parts()))
+    found = judging(stream, step, 3)
+    assert found == sorted({*held, *Order(plan_of(batch=4), trained).at(0), (0, 2), (2, 4)})
+    assert held == [(14, 16)] and 4 <= len(found) <= 5 < len(list(stream.parts()))
+
+
 @pytest.mark.parametrize(
     ("method", "scheme", "message"),
     [
@@ -185,6 +227,16 @@ def test_numbers_that_mean_nothing(world: int, deterministic: bool, llama: Path,
         quantize(str(llama), tmp_path / "out", parallel=world, deterministic=deterministic, **options())
 
 
+def test_disk_for_hidden_states(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every process what enters the first block, and of each of three float modules what leaves it, beside what any run
+    with a teacher keeps."""
+    needed, boundary = Source(llama).nbytes(), 16 * 16 * tiny.HIDDEN * 4
+    for free, message in ((10, "are free, but up to"), (4 + 4 + 3, "4 processes, but 3 blocks")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=needed + free * boundary))
+        with pytest.raises(ValueError, match=message):
+            quantize(str(llama), tmp_path / "out", parallel=4, **options())
+
+
 # ------------------------------------------------------------------------------------------------------------ in processes
 
 MESSAGES = """
@@ -203,7 +255,7 @@ if rank == 0:
     for handle, _ in pending:
         handle.wait()
 else:
-    queue = Queue(1, len(sent), (5, 3), source=0, deterministic=True, carrier=carrier, capacity=2)
+    queue = Queue(1, len(sent), (5, 3), source=0, lead=0, deterministic=True, carrier=carrier, capacity=2)
     for taught, own in sent:
         message = queue.get()
         assert message.own[part].device == carrier and message.parts == [part]
@@ -240,8 +292,9 @@ def test_processes_on_gpus(llama: Path, tmp_path: Path, deterministic: bool) -> 
 
 @pytest.mark.slow
 def test_with_the_teacher_alone_processes_do_not_matter(llama: Path, tmp_path: Path) -> None:
-    """Fed by the float model throughout, modules know nothing of each other: three processes give the bits of one."""
-    what = options(inputs="teacher")
+    """Fed by the float model throughout, modules know nothing of each other: three processes give the bits of one. The rows
+    are ten batches, of which the walk after training takes four."""
+    what = options(inputs="teacher") | {"data": replace(DATA, rows=80, length=128)}
     quantize(str(llama), tmp_path / "one", **what)
     quantize(str(llama), tmp_path / "three", parallel=3, deterministic=True, **what)
     assert weights(tmp_path / "three") == weights(tmp_path / "one")

@@ -312,6 +312,26 @@ def test_stream_moves_on(folder: Callable[[str], Path], tmp_path: Path, monkeypa
     setting.stream.drop(0)  # again
 
 
+def test_stream_of_some_batches(folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only these go through the blocks, and give what they give among the others, which no one can read."""
+    monkeypatch.setattr(unit_module, "TOKENS_PER_BATCH", 45)
+    setting = Setting(folder("llama"), tmp_path, tiny.tokens(9, 20, seed=9))
+    (tmp_path / "some").mkdir()
+    some = Stream(setting.arch, setting.tokens, tmp_path / "some")
+    some.taken = [(2, 4), (8, 9)]
+    some.start()
+    block = setting.arch.blocks[0]
+    setting.arch.load(block.tensors)
+    for stream in (some, setting.stream):
+        stream.advance(block, lambda hidden, call: setting.arch.call(block, hidden, call))
+    assert [len(hidden) for hidden, _ in some.batches(1)] == [2, 1]
+    for boundary in (0, 1):
+        for part in some.taken:
+            assert torch.equal(some.read(boundary, *part), setting.stream.read(boundary, *part))
+    with pytest.raises(AssertionError, match="rows 3 to 5 were not taken"):
+        some.read(1, 3, 5)
+
+
 def test_stream_starts_in_the_middle(folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a later boundary is on disk, nothing is written, and the other arguments of the calls are there again."""
     monkeypatch.setattr(unit_module, "TOKENS_PER_BATCH", 45)

@@ -25,6 +25,7 @@ class Setting:
         (folder / "work").mkdir()
         self.stream = Stream(self.arch, tiny.tokens(ROWS, LENGTH), folder / "work", teacher=True)
         self.stream._rows = 2  # twelve batches instead of two
+        self.stream.taken = list(self.stream.parts())
         self.stream.start()
 
     def units(self, scheme: str = "w3a16-g32", first: int = 0, count: int = 1, solver: Any = None) -> list[Unit]:
