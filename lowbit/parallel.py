@@ -388,7 +388,7 @@ def train(
     carrier: torch.device,
     deterministic: bool = False,
 ) -> None:
-    """What one rank does after `join`, which gave the carrier. Its modules' records are in the folder `TRAINED` of `work` afterwards.
+    """What one rank does after `join`, which gave the carrier. Its modules' records are in `work` / `TRAINED` afterwards.
 
     `progress` is called with the steps done.
     """
