@@ -348,8 +348,12 @@ def test_processes_that_do_not_wait(llama: Path, tmp_path: Path) -> None:
 def test_killed_while_modules_are_judged(llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a block has its record, what was trained stays, because the walk has not the rows to train again."""
 
-    def killed(*given: Any) -> None:
-        raise KeyboardInterrupt
+    plain = run._write_record
+
+    def killed(unit: Any, *given: Any) -> None:
+        if unit.block.index == 1:
+            raise KeyboardInterrupt
+        plain(unit, *given)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run, "_write_record", killed)
