@@ -45,7 +45,7 @@ from lowbit.arch import Arch, Block
 from lowbit.methods.mrem import plan_of
 from lowbit.qtensor import Scheme
 from lowbit.recipe import METHODS, Recipe, Step
-from lowbit.reconstruct import Order, Plan, Span, Training, divided, mixed, scale_of
+from lowbit.reconstruct import TRAINED, Order, Plan, Span, Training, divided, mixed, scale_of
 from lowbit.unit import Input, Stream, Unit, fast_products
 
 CAPACITY = 8  # messages in a queue
@@ -388,7 +388,7 @@ def train(
     carrier: torch.device,
     deterministic: bool = False,
 ) -> None:
-    """What one rank does after `join`, which gave the carrier. Its modules' records are in `work` afterwards.
+    """What one rank does after `join`, which gave the carrier. Its modules' records are in `work` / `TRAINED` afterwards.
 
     `progress` is called with the steps done.
     """
@@ -439,8 +439,10 @@ def train(
         handle.wait()
     if queue is not None:
         queue.thread.join()
+    dist.barrier()
+    (work / TRAINED).mkdir(exist_ok=True)
     for training in trainings:
-        training.path.replace(work / training.path.name)
+        training.path.replace(work / TRAINED / training.path.name)
     dist.barrier()
 
 

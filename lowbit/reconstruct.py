@@ -47,6 +47,7 @@ from lowbit.unit import Input, Unit, fast_products
 Part = Literal["weights", "rounding", "choices", "scales", "zeros", "clips", "smoothing"]
 Source = Literal["teacher", "student", "annealed"]
 HELD_OUT = 8  # every so many batches of rows, one is kept out of training and judges the result
+TRAINED = "trained"  # folder, beside hidden states, of finished records that stay until the blocks have theirs
 _FULL = 20.0  # sigmoid of it is 1 in float32
 _SAVED = 60.0  # seconds between two records of an unfinished training
 _MARGIN = 0.25  # of a step, between a shifted weight and the border to the next code
@@ -446,7 +447,7 @@ def fit(task: "Task", order: "Order", held: list[tuple[int, int]]) -> None:
     while not training.done:
         units[0].say(plan.name, len(training.losses), plan.steps)
         training.step(task, order.at(len(training.losses)))
-    training.path.unlink()
+    training.path.unlink(missing_ok=True)  # it is elsewhere if it was trained before
     with torch.no_grad():
         after = _judged(task, held, span.assembled(span.pieces()))
     kept = after < before
@@ -540,10 +541,11 @@ class Training:
 
     def __init__(self, span: Span) -> None:
         self.span, self.plan = span, span.plan
-        self.path = span.units[0].stream.folder / f"training-{span.first:05d}-{span.plan.name}"
+        folder, name = span.units[0].stream.folder, f"training-{span.first:05d}-{span.plan.name}"
+        self.path = folder / name
         self.named = list(span.trained())
         self.optimizer = _optimizer(span.plan, self.named)
-        self.losses = _resumed(self.path, self.named, self.optimizer)
+        self.losses = _resumed(self.path if self.path.exists() else folder / TRAINED / name, self.named, self.optimizer)
         self.saved = time.monotonic()
 
     @property

@@ -46,7 +46,7 @@ from lowbit.methods.embed import Rounded
 from lowbit.parallel import Team, join, judging, launch, parallel_step, say_step, shares, train
 from lowbit.qtensor import QTensor, Scheme, check_shape
 from lowbit.recipe import METHODS, Recipe, Step, default_of, recipe_from_dict, short_recipe
-from lowbit.reconstruct import check_optimizer
+from lowbit.reconstruct import TRAINED, check_optimizer
 from lowbit.report import write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
 from lowbit.unit import LinearRecord, Quantizer, Stream, Unit, fast_products, quantized_inputs
@@ -446,6 +446,8 @@ def _solve_blocks(
         _write_block(unit, given, recipe, folder)
     for unit in units:
         _write_record(unit, folder, (time.monotonic() - started) / len(units))
+    for path in (folder / ".work" / TRAINED).glob(f"training-{blocks[0].index:05d}-*"):
+        path.unlink()
     for unit in units:
         stream.drop(unit.block.index)
 

@@ -17,7 +17,7 @@ import tiny
 import torch
 from training import Setting
 
-from lowbit import parallel
+from lowbit import parallel, run
 from lowbit.data import DataSpec
 from lowbit.methods.mrem import plan_of
 from lowbit.parallel import Message, Passed, Queue, backend_of, judging, launch, lead, parallel_step, shares
@@ -342,6 +342,25 @@ def test_processes_that_do_not_wait(llama: Path, tmp_path: Path) -> None:
     found = notes(tmp_path / "out")
     assert len(found) == 3 and all(note["loss_after"] < note["loss_before"] for note in found)
     assert "parallel training" in [stage["stage"] for stage in report["stages"]]
+
+
+@pytest.mark.slow
+def test_killed_while_modules_are_judged(llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a block has its record, what was trained stays, because the walk has not the rows to train again."""
+
+    plain = run._write_record
+
+    def killed(unit: Any, *given: Any) -> None:
+        if unit.block.index == 1:
+            raise KeyboardInterrupt
+        plain(unit, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "_write_record", killed)
+        quantize(str(llama), tmp_path / "out", parallel=2, deterministic=True, **options(steps=12))
+    monkeypatch.setattr(run, "launch", None)
+    quantize(str(llama), tmp_path / "out", parallel=2, deterministic=True, **options(steps=12))
+    assert weights(tmp_path / "out") == weights(whole) and notes(tmp_path / "out") == notes(whole)
 
 
 @pytest.mark.slow
