@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.kernels.launch import follow, overlapping, processors
+from lowbit.kernels.weight_only import processors
 
 _TOKENS = 64  # that a program of one token reads at once
 _PROGRAMS = 4  # of one token, for a multiprocessor
@@ -25,10 +25,9 @@ _LOG2_E = 1.4426950408889634
 def _one_kernel(
     q, k, v, mask, out, scratch, counters, length, each, heads, shared, width, factor,
     mask_b, q_b, q_h, k_b, k_h, k_t, v_b, v_h, v_t,
-    MASKED: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    MASKED: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out [rows, heads, width]; programs: heads of all rows, parts of the tokens. shared: heads of q for one of k and v."""
-    follow(PDL)
     slot, part = tl.program_id(0), tl.program_id(1)
     row, head = (slot // heads).to(tl.int64), (slot % heads).to(tl.int64)
     of_k = head // shared
@@ -83,10 +82,9 @@ def _one_kernel(
 def _many_kernel(
     q, k, v, mask, out, tokens, keys, heads, shared, width, factor, mask_b,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t,
-    MASKED: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """out [rows, heads, tokens, width]; programs: blocks of tokens, heads of all rows. factor: for powers of two."""
-    follow(PDL)
     row, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     of_k = head // shared
     t, d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
@@ -136,7 +134,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, factor: float, 
             WIDTH=max(16, triton.next_power_of_2(width)),
             num_warps=4,
             num_stages=2,
-            **overlapping(q.device),
         )
         return
     parts = max(1, min(_PROGRAMS * processors(q.device) // (rows * heads), keys // _TOKENS))
@@ -151,17 +148,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, factor: float, 
         WIDTH=block,
         SPLIT=parts > 1,
         num_warps=4,
-        **overlapping(q.device),
     )
 
 
 @triton.jit
 def _put_kernel(
     k, v, keys, values, at, heads, length, k_width, v_width, k_b, k_h, k_t, v_b, v_h, v_t,
-    WIDTH: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """keys, values [rows, heads, length, width] at [tokens] = k, v; programs: heads of all rows, tokens."""
-    follow(PDL)
     slot, token = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = slot // heads, slot % heads
     place = slot * length + tl.load(at + token)
@@ -182,7 +177,6 @@ def put(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, at: Tensor) -> None:
         *(k, v, keys, values, at, heads, keys.shape[2], width, v.shape[3], *k.stride()[:3], *v.stride()[:3]),
         WIDTH=triton.next_power_of_2(max(width, v.shape[3])),
         num_warps=1,
-        **overlapping(k.device),
     )
 
 

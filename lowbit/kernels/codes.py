@@ -21,10 +21,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lowbit.formats import FORMATS
-from lowbit.kernels.launch import INTERPRETED, follow, overlapping, processors
 from lowbit.kernels.packed import ALIGNED, STEP, Packed
 from lowbit.kernels.reference import Quantized
-from lowbit.kernels.weight_only import Config, _added, _write, power_up_to, scratch_for
+from lowbit.kernels.weight_only import INTERPRETED, Config, _added, _write, power_up_to, processors, scratch_for
 
 _UPPER = "and.b32 $0, $1, 0xf0f0f0f0;"
 _LOWER = "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xf0f0f0f0; }"
@@ -81,10 +80,8 @@ def _kernel(
     ASM: tl.constexpr, FOUR: tl.constexpr, FLOAT: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
     STEPS: tl.constexpr, ASYMMETRIC: tl.constexpr, X_ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, BAND: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows, columns] = x [rows, inner] W^T; programs: blocks, parts of K. BAND columns of blocks at a time share x."""
-    follow(PDL)
     block, part = tl.program_id(0), tl.program_id(1)
     blocks_m, blocks_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     band = block // (BAND * blocks_m)
@@ -228,6 +225,5 @@ def linear(
         BAND=8,
         num_warps=config.warps,
         num_stages=config.stages,
-        **overlapping(codes.device),
     )
     return out

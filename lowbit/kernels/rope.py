@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.kernels.launch import follow, overlapping
-
 _HEADS = 8  # of a program
 
 
@@ -39,10 +37,9 @@ def _turn(
 def _kernel(
     q, k, cos, sin, q_out, k_out, length, shared, q_heads, k_heads, half,
     q_b, q_h, q_t, k_b, k_h, k_t, q_out_b, q_out_h, q_out_t, k_out_b, k_out_h, k_out_t,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs: tokens of all rows, blocks of heads, first those of q. shared: whether rows have the same angles."""
-    follow(PDL)
     batch, position = tl.program_id(0) // length, tl.program_id(0) % length
     token = tl.where(shared, position, tl.program_id(0))
     block = tl.program_id(1)
@@ -76,5 +73,4 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: T
         HEADS=_HEADS,
         BLOCK=triton.next_power_of_2(width // 2),
         num_warps=4,
-        **overlapping(q.device),
     )

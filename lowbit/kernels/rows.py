@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.formats import Format
-from lowbit.kernels.launch import follow, overlapping
 
 _COLUMNS = 1024  # of a block of floats that need nothing of the rest of their row
 _EACH = 512  # columns of a warp
@@ -37,13 +36,12 @@ def _kernel(
     x, second, weight, bias, out, scale, zero, stream, width, x_stride, second_stride, eps, given,
     PRODUCER: tl.constexpr, ADDED: tl.constexpr, KEPT: tl.constexpr, BIASED: tl.constexpr, ONE_PLUS: tl.constexpr,
     CODED: tl.constexpr, WHOLE: tl.constexpr, STATIC: tl.constexpr, SYMMETRIC: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    HIGH: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [rows, width], scale and zero [rows, groups], stream [rows, width] = x + second, or (KEPT) what is quantized.
 
     Programs: rows, blocks.
     """
-    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = at < width
@@ -150,5 +148,4 @@ def rows(
         GROUPS=scale.shape[1],
         BLOCK=block,
         num_warps=min(16, max(1, block // _EACH)),
-        **overlapping(x.device),
     )

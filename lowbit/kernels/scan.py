@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.formats import FORMATS
-from lowbit.kernels.launch import follow, overlapping, processors
 from lowbit.kernels.reference import Scan
+from lowbit.kernels.weight_only import processors
 from lowbit.ssm import CHUNK
 
 _ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it rounds to whole numbers, half to even
@@ -56,11 +56,10 @@ def _time_step(dt, bias, scale, low, high):
 def _conv_kernel(
     x, past, weight, bias, scales, out, length, width, row_stride, token_stride, in_scale,
     TAPS: tl.constexpr, CODED: tl.constexpr, BIASED: tl.constexpr, REPLACES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out [batch, length, width]; programs: channels, tokens, rows. REPLACES: the only program of its channels and row puts
     the last tokens into past [batch, TAPS - 1, width]."""
-    follow(PDL)
     row = tl.program_id(2).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -113,7 +112,6 @@ def conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, in_scale:
         BLOCK_T=block_t,
         BLOCK_C=block_c,
         num_warps=2 if length == 1 else 4,
-        **overlapping(x.device),
     )
     if not replaces:
         last = x[:, 1 - weight.shape[1] :]
@@ -130,10 +128,9 @@ def _scan_kernel(
     codes, dt, z, A, D, dt_bias, scales, state_scale, labels, state, out,
     length, heads, groups, p, n, low, high, z_scale, dt_scale, row_stride, token_stride,
     dt_row_stride, dt_token_stride, z_row_stride, z_token_stride,
-    GATED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [batch, length, channels], state [batch, channels, n]; programs: blocks of a head's channels, heads, rows."""
-    follow(PDL)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // (heads // groups)
     channels = heads * p
@@ -206,7 +203,6 @@ def scan(codes: Tensor, dt: Tensor, z: Tensor | None, state: Tensor, of: Scan, o
         BLOCK_N=32 if n <= 32 else 64,
         num_warps=4,
         num_stages=1,
-        **overlapping(codes.device),
     )
 
 
@@ -214,10 +210,9 @@ def scan(codes: Tensor, dt: Tensor, z: Tensor | None, state: Tensor, of: Scan, o
 def _step_kernel(
     codes, dt, z, A, D, dt_bias, scales, state_scale, labels, state, tokens, steps, held, out,
     heads, groups, p, n, low, high, z_scale, dt_scale, row_stride, dt_stride, z_stride,
-    GATED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [batch, channels]; state, tokens, steps as in `reference.step`. Programs as above."""
-    follow(PDL)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     each = heads // groups
     group = head // each
@@ -299,5 +294,4 @@ def step(
         BLOCK_P=block_p,
         BLOCK_N=max(16, triton.next_power_of_2(n)),
         num_warps=4 if block_p == 16 else 8,
-        **overlapping(codes.device),
     )

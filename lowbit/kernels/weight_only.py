@@ -30,12 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.formats import FORMATS, Format
-from lowbit.kernels.launch import INTERPRETED, follow, overlapping, processors
 from lowbit.kernels.packed import Packed, container, planes_of
 
 # ------------------------------------------------------------------------------------------------------------ the kernel
-
-_AHEAD = tl.constexpr(4)  # tiles of weights that are on their way before what is multiplied is there
 
 
 @cache
@@ -178,8 +175,9 @@ def _tile(
                     if bit == CODED:
                         w = tl.full((BLOCK_N, WIDTH), 1.0, dtype)
                     else:
-                        at: tl.constexpr = plane * CODED + bit
-                        w = _unpacked(word, third, HALF, ASM, at, KIND, BITS, MANTISSA, plane, bit, BASE, SHIFTS)
+                        w = _unpacked(
+                            word, third, HALF, ASM, plane * CODED + bit, KIND, BITS, MANTISSA, plane, bit, BASE, SHIFTS
+                        )  # fmt: skip
                     sums = tl.dot(w, values, sums)
                 alpha = tl.load(scale + (group * (CODED + 1) + bit) * columns + n, mask=there, other=0.0).to(tl.float32)
                 if bit == CODED:
@@ -216,7 +214,7 @@ def _kernel(
     CODED: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     SPAN: tl.constexpr, SCALED: tl.constexpr, ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr, STEP: tl.constexpr,
-    WHOLE: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """out [rows, columns] = x [rows, inner] W^T; programs: blocks of columns, blocks of rows, parts of K.
 
@@ -228,9 +226,6 @@ def _kernel(
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     each = (tiles + parts - 1) // parts
-    if PDL:
-        _prefetch(words, part * each, block_n * BLOCK_N, tiles, columns, WIDTH, BLOCK_N)
-    follow(PDL)
     last = tl.minimum(tiles, part * each + each)
     end = tl.minimum(inner, last * TILE)  # what a step of several tiles reads beyond counts as 0
     for first in range(part * each, last, STEP):
@@ -247,18 +242,6 @@ def _kernel(
             _write(total, outer, bias, residual, out, n, m, rows, columns, BIASED, ADDED)
     else:
         _write(total, outer, bias, residual, out, n, m, rows, columns, BIASED, ADDED)
-
-
-@triton.jit
-def _prefetch(words, first, n0, tiles, columns, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Have the words of a few tiles, from the first on, come into the L2 cache."""
-    LINE: tl.constexpr = 64  # words of 128 bytes
-    LINES: tl.constexpr = BLOCK_N * WIDTH // LINE
-    line = tl.arange(0, _AHEAD * LINES)
-    tile = tl.minimum(first + line // LINES, tiles - 1).to(tl.int64)
-    word = (tile * columns + n0) * WIDTH + line % LINES * LINE
-    at = words + tl.minimum(word, tiles.to(tl.int64) * columns * WIDTH - 1)
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -344,6 +327,9 @@ def _unpack_kernel(
         tl.store(out + (n - start)[:, None].to(tl.int64) * inner + k[None, :], value.to(dtype), mask=here)
 
 
+INTERPRETED = not isinstance(_kernel, triton.runtime.JITFunction)
+
+
 # ------------------------------------------------------------------------------------------------------------- the launch
 
 
@@ -362,7 +348,8 @@ def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
     """What was fastest on an H100 (benchmarks/kernels.py --sweep), by classes of shapes."""
     wide = columns >= 8192
     if rows <= 16:
-        config = Config(8 if rows <= 8 else 16, 64, min(8, power_up_to(7 * processors * 64 // columns)))
+        few = rows <= _FEW
+        config = Config(8 if few else 16, 64, min(8, power_up_to(7 * processors * 64 // columns)), stages=2 if few else 3)
     elif rows <= 64 and columns * inner <= 4096**2:
         config = Config(32 if rows <= 32 else 64, 64, 4)
     elif rows <= 64:
@@ -379,7 +366,7 @@ def power_up_to(limit: int) -> int:
     return 1 << max(0, limit.bit_length() - 1)
 
 
-_FEW, _STEP = 16, 2  # up to so many rows of x a step has so many tiles: there, instructions are what takes the time
+_FEW, _STEP = 8, 2  # up to so many rows of x a step has so many tiles: there, instructions are what takes the time
 _CACHED = 40 * 2**20  # bytes of unpacked weights that stay in the L2 cache
 _SUMS = 2048  # of a block and warp, 64 a thread: two of them leave registers for the rest
 
@@ -420,7 +407,6 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | No
         WHOLE=inner % (step * split * tile) == 0,
         num_warps=config.warps,
         num_stages=config.stages,
-        **overlapping(x.device),
     )
     return out
 
@@ -482,3 +468,9 @@ def _how(packed: Packed, dtype: torch.dtype) -> dict[str, Any]:
         "SCALED": packed.scale is not None,
         "ASYMMETRIC": packed.zero is not None,
     }
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
