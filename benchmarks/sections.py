@@ -109,7 +109,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     from lowbit import __version__
 
     return {
-        "device": _cpu_name() if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": _cpu_name() if device == "cpu" else f"{torch.cuda.get_device_name(device)}, driver {_driver()}",
         "threads": torch.get_num_threads(),
         "versions": {"lowbit": __version__, "python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "commit": _commit(),
@@ -127,6 +127,12 @@ def _cpu_name() -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"CPU {names[0]}" if names else f"CPU {platform.machine()}"
+
+
+def _driver() -> str:
+    """Version of NVIDIA's driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
 def _commit() -> str:
