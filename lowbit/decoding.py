@@ -37,21 +37,31 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 class _Layer(StaticLayer):
-    """Keys and values of a layer, with room for all tokens; `at` [tokens] says where those of the next call go."""
+    """Keys and values of a layer, with room for all tokens.
+
+    Attributes:
+        at: [tokens], where those of the next call go.
+        begins: whether the next call is the first, which attends to its own tokens and not to all there is room for.
+    """
 
     at: Tensor
+    begins = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Put keys and values [rows, heads, tokens, width] where they go; returns all there is room for."""
+        """Put keys and values [rows, heads, tokens, width] where they go; returns what is to be attended to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         entry.put(self.keys, self.values, key_states, value_states, self.at)
-        return self.keys, self.values
+        return (key_states, value_states) if self.begins else (self.keys, self.values)
 
     def get_seq_length(self) -> Any:
         """How many tokens came before this call."""
-        return self.at[0] if self.is_initialized else 0
+        return 0 if self.begins else self.at[0]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys there are for so many tokens, and where the first is."""
+        return (query_length, 0) if self.begins else (self.max_cache_len, 0)
 
 
 class Decoder:
@@ -89,7 +99,7 @@ class Decoder:
         """Start anew with a prompt [rows, tokens]; returns `logits`."""
         self.cache.reset()
         positions = torch.arange(prompt.shape[1], device=prompt.device)
-        self._put_at(positions)
+        self._put_at(positions, begins=True)
         out = self._run(self.model, prompt, positions.expand(len(prompt), -1))
         if self._graph is None:
             self.logits = out.logits[:, -1].clone()
@@ -97,13 +107,13 @@ class Decoder:
             self.logits.copy_(out.logits[:, -1])
         torch.argmax(self.logits, -1, keepdim=True, out=self.token)
         self.position.fill_(prompt.shape[1])
-        self._put_at(self.position[0])
+        self._put_at(self.position[0], begins=False)
         return self.logits
 
-    def _put_at(self, positions: Tensor) -> None:
+    def _put_at(self, positions: Tensor, *, begins: bool) -> None:
         for layer in self.cache.layers:
             if isinstance(layer, _Layer):
-                layer.at = positions
+                layer.at, layer.begins = positions, begins
 
     @torch.no_grad()
     def capture(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 
 from lowbit.decoding import Decoder, generate, reason_against, reason_against_graph
 
@@ -42,6 +43,24 @@ def test_a_decoder_starts_anew() -> None:
     with torch.no_grad():
         wanted = model(torch.cat([prompts[1:], torch.tensor([[5]])], 1)).logits[:, -1]
     assert torch.allclose(logits, wanted, atol=1e-5) and int(decoder.position) == 10
+
+
+def test_a_prompt_attends_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to all there is room for, under a mask, which takes a slower kernel."""
+    seen = []
+    attention = F.scaled_dot_product_attention
+
+    def noted(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append((k.shape[2], kwargs.get("attn_mask")))
+        return attention(q, k, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    decoder = Decoder(tiny.build("llama"), 1, 64)
+    for _ in range(2):
+        seen.clear()
+        decoder.prefill(tiny.tokens(1, 9))
+        assert seen == [(9, None)] * tiny.LAYERS
+        decoder.step()
 
 
 def test_what_cannot_be() -> None:
