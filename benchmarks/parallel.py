@@ -51,22 +51,27 @@ def markdown(result: dict[str, Any]) -> str:
         *describe(result["environment"]),
         *([f"- GPUs: {result['gpus']}"] if result["gpus"] else []),
         "",
-        "Seconds of the whole command and of its training, and how many times as fast that is as one process. Ratios are "
+        "How many times as fast as one process the whole command is, and its training; of GPUs with the seconds. Ratios are "
         "perplexities over that of the float model, KL is the mean of KL(float || quantized) in nats.",
         "",
     ]
     first = result["rows"][0]
+
+    def speed(row: dict[str, Any], key: str) -> str:
+        seconds = f" ({row[key]:.0f} s)" if result["gpus"] else ""
+        return f"{first[key] / row[key]:.2f}{seconds}"
+
     rows = [
         [
             str(row["processes"]),
-            f"{row['seconds']:.0f} ({first['seconds'] / row['seconds']:.2f})",
-            f"{row['training']:.0f} ({first['training'] / row['training']:.2f})",
+            speed(row, "seconds"),
+            speed(row, "training"),
             f"{row['score']['ratio']:.4f}",
             f"{row['score']['kl']:.4f}",
         ]
         for row in result["rows"]
     ]
-    lines.append(table(["processes", "seconds", "of training", "ratio", "KL"], rows))
+    lines.append(table(["processes", "whole", "training", "ratio", "KL"], rows))
     lines += ["", *(f"- {b['bar']}: {'yes' if b['met'] else '**no**'} ({b['numbers']})" for b in result["bars"])]
     return "\n".join(lines)
 

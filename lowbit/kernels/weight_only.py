@@ -3,8 +3,9 @@
 The product is computed transposed, y^T = W x^T, because only the left operand of a tensor core may come from registers, where
 the weights are unpacked (see `packed` for their layout in planes of columns).
 
-A code becomes a float without a conversion. Integers are put into the mantissa of 1024 (float16) or 128 (bfloat16), which
-makes that number plus the code, from which that number plus the zero point is taken away, exactly. The bits of a small float
+A code becomes a float without a conversion. Integers are put into the mantissa of 1024 (float16) or 128 (bfloat16), at its end
+or before, which makes that number plus the code times a power of two, from which one instruction makes the code less its zero
+point, exactly. The bits of a small float
 are moved to where the larger format has them, which makes it too small by a power of two. A binary plane becomes -1 and 1: the
 sign of a one. Planes are multiplied one by one and their sums added with their factors, the offset being that of a plane of
 ones: no weight is ever rounded (LUT-GEMM, Park et al., ICLR 2024, has tables of sums instead, for one row of x).
