@@ -169,7 +169,12 @@ def bars(parts: dict[str, Any]) -> list[dict[str, Any]]:
 def markdown(parts: dict[str, Any]) -> str:
     """The section `end-to-end`."""
     lines = describe(next(iter(parts.values()))["environment"])
-    lines += ["", "Milliseconds of a step (decode) or a pass, medians.", ""]
+    lines += [
+        "",
+        "Milliseconds of a step (decode) or a pass to its last token, medians. graph: a CUDA graph, in which transformers writes out "
+        "a mask for an encoder; unmasked: where it makes none.",
+        "",
+    ]
     cells = []
     for part, result in parts.items():
         for row in result["rows"]:
