@@ -171,8 +171,8 @@ def markdown(parts: dict[str, Any]) -> str:
     lines = describe(next(iter(parts.values()))["environment"])
     lines += [
         "",
-        "Milliseconds of a step (decode) or a pass to its last token, medians. graph: a CUDA graph, in which transformers writes out "
-        "a mask for an encoder; unmasked: where it makes none.",
+        "Milliseconds of a step (decode) or a pass to its last token, medians. graph: a CUDA graph, in which transformers "
+        "writes out a mask for an encoder; unmasked: where it makes none.",
         "",
     ]
     cells = []

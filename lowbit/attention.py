@@ -18,6 +18,9 @@ from lowbit.kernels import entry
 
 NAME = "lowbit"
 _WIDEST = 256  # of a head, that the kernel has room for
+_LONGEST = (
+    256  # tokens without a mask, from which on PyTorch's own kernel is faster: 27 us, ours 33, at 8 x 512 and 16 heads of 64
+)
 
 
 def join(model: Any) -> None:
@@ -32,7 +35,8 @@ def _attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query [rows, heads, tokens, width], key and value alike, maybe of fewer heads; returns [rows, tokens, heads, width]."""
     if attention_mask is None:
-        of_keys = query.shape[2] == 1 or not (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        of_keys = not causal and query.shape[2] <= _LONGEST
     else:
         of_keys = attention_mask.dtype == torch.bool and attention_mask.shape[1:3] == (1, 1)
     if of_keys and key.shape == value.shape and key.shape[3] <= _WIDEST and not dropout and position_bias is None:

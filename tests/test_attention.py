@@ -81,3 +81,9 @@ def test_as_torch_has_it(causal: bool, mask: str, heads: int) -> None:
     module = Attends(causal, 4 // heads)
     found, wanted = (attend(module, q, k, v, given, scaling=0.3)[0] for attend in (_attention, sdpa_attention_forward))
     assert torch.allclose(found.float(), wanted.float(), rtol=5e-3, atol=5e-3)
+
+
+def test_long_rows_without_a_mask_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention.entry, "attend", None)
+    q, k, v = (torch.randn(1, 1, 300, 16, dtype=torch.float16) for _ in range(3))
+    assert _attention(Attends(False, 1), q, k, v, None)[0].shape == (1, 300, 1, 16)
