@@ -73,7 +73,8 @@ class Decoder:
     """
 
     def __init__(self, model: Any, rows: int, length: int, *, compiled: bool = False) -> None:
-        """compiled: have torch.compile join what lies between the products, which takes a minute.
+        """The model attends by `attention` from now on. compiled: have torch.compile join what lies between the products, which
+        takes a minute.
 
         Raises:
             ValueError: the model cannot decode so; see `reason_against`.
