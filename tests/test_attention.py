@@ -46,6 +46,31 @@ def test_an_encoder(padded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert error < 0.03
 
 
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_every_architecture_says_the_same(name: str) -> None:
+    """With padding, without, and generating; a model that may attend by nothing else stays as it is."""
+    model, tokens = tiny.build(name).eval(), tiny.tokens(3, 11)
+    if model.config._attn_implementation != "sdpa":
+        attention.join(model)
+        assert model.config._attn_implementation == "eager"
+        return
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    if name in tiny.MASKED:
+        mask = mask.flip(1)
+
+    def outputs() -> list[torch.Tensor]:
+        with torch.no_grad():
+            found = [model(tokens, attention_mask=mask).logits[mask > 0], model(tokens).logits]
+            if model.can_generate():
+                found.append(model.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False).float())
+        return found
+
+    wanted = outputs()
+    attention.join(model)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(outputs(), wanted, strict=True))
+
+
 def test_no_mask_is_made_where_none_is_needed() -> None:
     """Nor looked for; with padding, a cache, or a window it is transformers' own."""
     shape = {
