@@ -12,6 +12,7 @@ from the codes. K is split, and parts are added, as in `weight_only`.
 """
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +146,7 @@ _OF_SMALL = (  # with how many there must be for each multiprocessor
 )
 
 
+@cache
 def config_for(rows: int, columns: int, inner: int, processors: int, *, four: bool = False, stepped: bool = False) -> Config:
     """What was fastest on an H100 (benchmarks/kernels.py --sweep), by classes of shapes.
 

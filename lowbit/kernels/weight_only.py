@@ -345,6 +345,7 @@ class Config:
     stages: int = 3
 
 
+@cache
 def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
     """What was fastest on an H100 (benchmarks/kernels.py --sweep), by classes of shapes."""
     wide = columns >= 8192
@@ -447,8 +448,14 @@ def dense(packed: Packed, dtype: torch.dtype, first: int = 0, last: int | None =
 
 def _how(packed: Packed, dtype: torch.dtype) -> dict[str, Any]:
     """How a kernel is to read the words."""
-    fmt = FORMATS[packed.format]
-    bits, width = container(fmt), packed.words.shape[2]
+    present = packed.scale is not None, packed.zero is not None
+    return _how_to_read(packed.format, packed.words.shape[2], packed.group, *present, dtype)
+
+
+@cache
+def _how_to_read(name: str, width: int, group: int, scaled: bool, asymmetric: bool, dtype: torch.dtype) -> dict[str, Any]:
+    fmt = FORMATS[name]
+    bits = container(fmt)
     tile = planes_of(bits) * width
     bias = 2 ** (fmt.exponent - 1) - 1 if fmt.exponent else 0
     places = [(0, 0)] * planes_of(bits)  # of codes that are cut out without instructions
@@ -464,10 +471,10 @@ def _how(packed: Packed, dtype: torch.dtype) -> dict[str, Any]:
         "MANTISSA": fmt.mantissa,
         "FACTOR": 2.0 ** ((15 if dtype == torch.float16 else 127) - bias),
         "WIDTH": width,
-        "GROUP": packed.group,
-        "SPAN": gcd(packed.group, tile) if packed.group else tile,
-        "SCALED": packed.scale is not None,
-        "ASYMMETRIC": packed.zero is not None,
+        "GROUP": group,
+        "SPAN": gcd(group, tile) if group else tile,
+        "SCALED": scaled,
+        "ASYMMETRIC": asymmetric,
     }
 
 
