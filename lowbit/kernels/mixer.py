@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.kernels import reference
-from lowbit.kernels.ops import _by_kernel
+from lowbit.kernels.ops import _by_kernel, fake, operator
 from lowbit.kernels.reference import Scan
 from lowbit.ssm import CHUNK
 from lowbit.unit import Static
@@ -130,7 +130,7 @@ def _scan(tensors: list[Tensor], groups: int, numbers: list[float]) -> Scan:
     return Scan(**named, groups=groups, limits=(low, high), z_scale=z_scale, dt_scale=dt_scale)
 
 
-@torch.library.custom_op("lowbit::conv", mutates_args=("past",))
+@operator("past")
 def conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, in_scale: float, scales: Tensor) -> Tensor:
     """The codes of `reference.conv`; `past` becomes the last ones."""
     if not _by_kernel(x):
@@ -145,12 +145,12 @@ def conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, in_scale:
     return out
 
 
-@conv.register_fake
+@fake(conv)
 def _(x, past, weight, bias, in_scale, scales):
     return torch.empty(x.shape, dtype=torch.int8, device=x.device)
 
 
-@torch.library.custom_op("lowbit::scan", mutates_args=())
+@operator()
 def scan(
     codes: Tensor, dt: Tensor, z: Tensor | None, state: Tensor, tensors: list[Tensor], groups: int, numbers: list[float],
     dtype: torch.dtype,
@@ -173,12 +173,12 @@ def _empty_scan(codes: Tensor, state: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return codes.new_empty(*codes.shape[:2], state.shape[1], dtype=dtype), torch.empty_like(state)
 
 
-@scan.register_fake
+@fake(scan)
 def _(codes, dt, z, state, tensors, groups, numbers, dtype):
     return _empty_scan(codes, state, dtype)
 
 
-@torch.library.custom_op("lowbit::step", mutates_args=("state", "tokens", "steps"))
+@operator("state", "tokens", "steps")
 def step(
     codes: Tensor, dt: Tensor, z: Tensor | None, state: Tensor, tokens: Tensor, steps: Tensor, held: Tensor,
     tensors: list[Tensor], groups: int, numbers: list[float], dtype: torch.dtype,
@@ -199,6 +199,6 @@ def step(
     return out
 
 
-@step.register_fake
+@fake(step)
 def _(codes, dt, z, state, tokens, steps, held, tensors, groups, numbers, dtype):
     return codes.new_empty(len(codes), state.shape[1], dtype=dtype)

@@ -1,10 +1,15 @@
 """The kernels as operators of torch: on a GPU Triton's, elsewhere the specification; both under torch.compile and CUDA graphs.
 
 Triton is imported when an operator first needs it. Tests set TRITON_INTERPRET=1 and have the kernels interpreted on the CPU.
+They are registered without what `torch.library.custom_op` puts around a function, which takes 10 us a call: nothing here has a
+gradient, and no output is an input.
 """
 
 import os
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +22,38 @@ from lowbit.qtensor import CHANNEL, TENSOR, Spec
 
 _BF16_CORES, _FP8_CORES = (8, 0), (8, 9)  # least compute capabilities
 _ROWS_OF_SCALED_MM = 128  # from here on PyTorch's row-wise FP8 product is the faster: 110 us, ours 135, at 256 x 8192 x 28672
+_LIBRARY = torch.library.Library("lowbit", "FRAGMENT")
 PRODUCERS = ("plain", "rms_norm", "layer_norm", "silu_mul", "gelu", "gelu_tanh")
+
+
+def operator(*mutated: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make torch.ops.lowbit.NAME of a function of that name, which changes these of its arguments."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        name = function.__name__
+        schema = torch.library.infer_schema(function, mutates_args=mutated)
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.lowbit, name).default
+
+    return register
+
+
+def fake(of: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Have a function say what shapes an operator gives."""
+    return torch.library.register_fake(of._name, lib=_LIBRARY)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _by_kernel(x: Tensor, fp8: bool = False) -> bool:
     """Whether a Triton kernel computes; refuses a GPU that is too old."""
     if x.is_cuda:
         least = _FP8_CORES if fp8 else _BF16_CORES
-        found = torch.cuda.get_device_capability(x.device)
+        found = _capability(x.device)
         if found < least:
             what = "FP8" if fp8 else "bfloat16"
             raise ValueError(
@@ -39,7 +68,7 @@ def _by_triton(x: Tensor) -> bool:
     """Whether a Triton kernel computes what needs no tensor cores, which the specification does on any other device."""
     if not x.is_cuda:
         return os.environ.get("TRITON_INTERPRET") == "1"
-    return torch.cuda.get_device_capability(x.device) >= _BF16_CORES and find_spec("triton") is not None
+    return _capability(x.device) >= _BF16_CORES and find_spec("triton") is not None
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -53,7 +82,7 @@ def _packed(
     return Packed(words, high, scale, zero, outer, sums, counters, fmt, layout[0], layout[1], (outer.shape[0], inner))
 
 
-@torch.library.custom_op("lowbit::linear_floats", mutates_args=())
+@operator()
 def linear_floats(
     x: Tensor, words: Tensor, high: Tensor | None, scale: Tensor | None, zero: Tensor | None, outer: Tensor,
     sums: Tensor | None, counters: Tensor, layout: list[int], fmt: str, bias: Tensor | None, residual: Tensor | None,
@@ -70,12 +99,12 @@ def linear_floats(
     return out.view(*x.shape[:-1], -1)
 
 
-@linear_floats.register_fake
+@fake(linear_floats)
 def _(x, words, high, scale, zero, outer, sums, counters, layout, fmt, bias, residual):
     return x.new_empty(*x.shape[:-1], outer.shape[0])
 
 
-@torch.library.custom_op("lowbit::linear_codes", mutates_args=())
+@operator()
 def linear_codes(
     codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, words: Tensor, high: Tensor | None, scale: Tensor | None,
     zero: Tensor | None, outer: Tensor, sums: Tensor | None, counters: Tensor, layout: list[int], fmt: str, bias: Tensor | None,
@@ -107,12 +136,12 @@ def _scaled_mm_takes(x: Quantized, packed: Packed, dtype: torch.dtype) -> bool:
     return fits and len(x.codes) >= _ROWS_OF_SCALED_MM and packed.shape[0] % 16 == packed.shape[1] % 16 == 0
 
 
-@linear_codes.register_fake
+@fake(linear_codes)
 def _(codes, x_scale, x_zero, words, high, scale, zero, outer, sums, counters, layout, fmt, bias, residual, dtype):
     return codes.new_empty(*codes.shape[:-1], outer.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op("lowbit::rows", mutates_args=())
+@operator()
 def rows(
     producer: str, x: Tensor, second: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, one_plus: bool,
     fmt: str, group: int, symmetric: bool, largest: float | None, kept: bool = False, dtype: torch.dtype | None = None,
@@ -211,12 +240,12 @@ def _empty_rows(
     return x.new_empty(*before, width, dtype=kind), scale, zero, stream
 
 
-@rows.register_fake
+@fake(rows)
 def _(producer, x, second, weight, bias, eps, one_plus, fmt, group, symmetric, largest, kept=False, dtype=None):
     return _empty_rows(producer, x, second, fmt, group, symmetric, kept, dtype)
 
 
-@torch.library.custom_op("lowbit::rope", mutates_args=())
+@operator()
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q and k [rows, heads, tokens, width], the last axis contiguous, turned; cos and sin [rows or 1, tokens, width]."""
     out = torch.empty_like(q), torch.empty_like(k)
@@ -231,12 +260,12 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return out
 
 
-@rope.register_fake
+@fake(rope)
 def _(q, k, cos, sin):
     return torch.empty_like(q), torch.empty_like(k)
 
 
-@torch.library.custom_op("lowbit::attend", mutates_args=())
+@operator()
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, factor: float) -> Tensor:
     """Attention, see `reference.attend`; the last axis of all is contiguous. [rows, heads, tokens, width]."""
     out = _between(q)
@@ -254,12 +283,12 @@ def _between(q: Tensor) -> Tensor:
     return q.new_empty(rows, tokens, heads, width).transpose(1, 2)
 
 
-@attend.register_fake
+@fake(attend)
 def _(q, k, v, mask, factor):
     return _between(q)
 
 
-@torch.library.custom_op("lowbit::put", mutates_args=("keys", "values"))
+@operator("keys", "values")
 def put(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, at: Tensor) -> None:
     """k and v [rows, heads, tokens, width] into a contiguous cache [rows, heads, length, width], at [tokens]."""
     if not _by_triton(k):
