@@ -160,11 +160,10 @@ def rows(
 
         first, other = (None if part is None else _rows_contiguous(part) for part in (x, second))
         assert first is not None
-        flat = tuple(part.view(len(first), part.shape[-1]) for part in out)
         given = None if largest is None else largest / FORMATS[fmt].max
         with torch.cuda.device_of(x):
             kernel.rows(
-                *(producer, first, other, weight, bias, flat),  # type: ignore[arg-type]
+                *(producer, first, other, weight, bias, out),  # type: ignore[arg-type]
                 added=added,
                 kept=kept,
                 eps=eps,

@@ -119,7 +119,7 @@ def rows(
     given: float | None,
     symmetric: bool,
 ) -> None:
-    """Fill `out`: codes or floats [rows, width], scale and zero [rows, groups], stream [rows, width] if added or kept.
+    """Fill `out`: codes or floats [..., width], scale and zero [..., groups], stream [..., width] if added or kept.
 
     x and second are [rows, width] whose rows are contiguous but may lie further apart.
     """
@@ -145,7 +145,7 @@ def rows(
         SYMMETRIC=symmetric,
         **how,
         GROUP=group or block,
-        GROUPS=scale.shape[1],
+        GROUPS=scale.shape[-1],
         BLOCK=block,
         num_warps=min(16, max(1, block // _EACH)),
     )
