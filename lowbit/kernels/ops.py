@@ -163,7 +163,7 @@ def rows(
         given = None if largest is None else largest / FORMATS[fmt].max
         with torch.cuda.device_of(x):
             kernel.rows(
-                *(producer, first, other, weight, bias, out),  # type: ignore[arg-type]
+                *(producer, first, other, weight, bias, out),
                 added=added,
                 kept=kept,
                 eps=eps,
