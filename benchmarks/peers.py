@@ -120,25 +120,26 @@ def markdown(result: dict[str, Any]) -> str:
         *describe(result["environment"]),
         f"- The peers' versions: {', '.join(f'{name} {number}' for name, number in result['peer_versions'].items())}",
         "",
-        "Ratios are perplexities over that of the float model, KL is KL(float || quantized) in nats; seconds without imports "
-        "and, of the peers, without loading and saving. Bold: the best of a setting by KL.",
+        "Ratios are perplexities over that of the float model, KL is KL(float || quantized) in nats. Times are parts of that "
+        "of the peers' slowest in the setting, without imports and, of the peers, loading and saving. Bold: the best by KL.",
         "",
     ]
     rows = []
     for row in result["rows"]:
-        best = min(other["kl"] for other in result["rows"] if other["setting"] == row["setting"]) == row["kl"]
-        mark = "**" if best else ""
+        alike = [other for other in result["rows"] if other["setting"] == row["setting"]]
+        mark = "**" if row["kl"] == min(other["kl"] for other in alike) else ""
+        slowest = max(other["seconds"] for other in alike if other["who"] != "lowbit")
         setting = row["setting"] + (", outliers" if row["outliers"] else "")
         cells = [
             setting,
             row["who"],
             row["how"],
-            f"{row['seconds']:.0f}",
+            f"{row['seconds'] / slowest:.2f}",
             f"{row['ratio']:.4f}",
             f"{mark}{row['kl']:.4f}{mark}",
         ]
         rows.append(cells)
-    lines += [table(["setting", "who", "how", "seconds", "ratio", "KL"], rows), ""]
+    lines += [table(["setting", "who", "how", "time", "ratio", "KL"], rows), ""]
     lines += [f"- {b['bar']}: {'yes' if b['met'] else '**no**'} ({b['numbers']})" for b in result["bars"]]
     return "\n".join(lines)
 
