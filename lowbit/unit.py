@@ -143,6 +143,15 @@ class Stream:
         # Links by the structure of the blocks that have them; see `Unit.links`.
         self.links: dict[Any, tuple[tuple[Link, ...], tuple[tuple[str, str], ...]]] = {}
 
+    @property
+    def taken(self) -> list[tuple[int, int]]:
+        """See the class."""
+        return self._taken
+
+    @taken.setter
+    def taken(self, parts: list[tuple[int, int]]) -> None:
+        self._taken, self._taken_rows = parts, {row for part in parts for row in range(*part)}
+
     def file(self, boundary: int, *, teacher: bool = False) -> Path:
         """Hidden states that enter block `boundary`: [rows, length, width] in `dtype`, no header."""
         return self.folder / f"{'teacher' if teacher and boundary else 'hidden'}-{boundary:05d}"
@@ -176,8 +185,7 @@ class Stream:
 
     def read(self, boundary: int, start: int, stop: int, *, teacher: bool = False) -> Tensor:
         """Rows start..stop of a boundary, on the model's device: float32 [stop - start, length, width]."""
-        rows = {row for part in self.taken for row in range(*part)}
-        assert rows.issuperset(range(start, stop)), f"rows {start} to {stop} were not taken"
+        assert self._taken_rows.issuperset(range(start, stop)), f"rows {start} to {stop} were not taken"
         length, row = self.tokens.shape[1], self._row
         file = self.file(boundary, teacher=teacher)
         device = self.arch.device

@@ -22,6 +22,20 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
+def _read(
+    k, v, mask, key, end, row, head, d, there, mask_b, k_b, k_h, k_t, v_b, v_h, v_t, MASKED: tl.constexpr
+):  # fmt: skip
+    """Which of some keys there are and the mask shows, and these and their values [keys, width]; of the others 0."""
+    seen = key < end
+    if MASKED:
+        seen = tl.load(mask + row * mask_b + key, mask=seen, other=0) != 0
+    read = seen[:, None] & there[None, :]
+    keys = tl.load(k + row * k_b + head * k_h + key[:, None] * k_t + d[None, :], mask=read, other=0.0)
+    values = tl.load(v + row * v_b + head * v_h + key[:, None] * v_t + d[None, :], mask=read, other=0.0)
+    return seen, keys, values
+
+
+@triton.jit
 def _one_kernel(
     q, k, v, mask, out, scratch, counters, length, each, heads, shared, width, factor,
     mask_b, q_b, q_h, k_b, k_h, k_t, v_b, v_h, v_t,
@@ -39,13 +53,10 @@ def _one_kernel(
     made = tl.zeros((WIDTH,), tl.float32)
     end = tl.minimum(length, part * each + each)
     for first in range(part * each, end, TOKENS):
-        token = first + tl.arange(0, TOKENS)
-        seen = token < end
-        if MASKED:
-            seen = tl.load(mask + row * mask_b + token, mask=seen, other=0) != 0
-        read = seen[:, None] & there[None, :]
-        keys = tl.load(k + row * k_b + of_k * k_h + token[:, None] * k_t + d[None, :], mask=read, other=0.0)
-        values = tl.load(v + row * v_b + of_k * v_h + token[:, None] * v_t + d[None, :], mask=read, other=0.0)
+        key = first + tl.arange(0, TOKENS)
+        seen, keys, values = _read(
+            k, v, mask, key, end, row, of_k, d, there, mask_b, k_b, k_h, k_t, v_b, v_h, v_t, MASKED
+        )  # fmt: skip
         score = tl.where(seen, tl.sum(keys.to(tl.float32) * query[None, :], 1), _LOWEST)
         higher = tl.maximum(most, tl.max(score, 0))
         share = tl.where(seen, tl.exp(score - higher), 0.0)
@@ -96,12 +107,9 @@ def _many_kernel(
     made = tl.zeros((BLOCK, WIDTH), tl.float32)
     for first in range(0, keys, BLOCK):
         key = first + tl.arange(0, BLOCK)
-        seen = key < keys
-        if MASKED:
-            seen = tl.load(mask + row * mask_b + key, mask=seen, other=0) != 0
-        read = seen[:, None] & there[None, :]
-        of_keys = tl.load(k + row * k_b + of_k * k_h + key[:, None] * k_t + d[None, :], mask=read, other=0.0)
-        values = tl.load(v + row * v_b + of_k * v_h + key[:, None] * v_t + d[None, :], mask=read, other=0.0)
+        seen, of_keys, values = _read(
+            k, v, mask, key, keys, row, of_k, d, there, mask_b, k_b, k_h, k_t, v_b, v_h, v_t, MASKED
+        )  # fmt: skip
         score = tl.where(seen[None, :], tl.dot(query, of_keys.T) * factor, _LOWEST)
         higher = tl.maximum(most, tl.max(score, 1))
         share = tl.where(seen[None, :], tl.exp2(score - higher[:, None]), 0.0)
@@ -153,8 +161,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, factor: float, 
 
 @triton.jit
 def _put_kernel(
-    k, v, keys, values, at, heads, length, k_width, v_width, k_b, k_h, k_t, v_b, v_h, v_t,
-    WIDTH: tl.constexpr,
+    k, v, keys, values, at, heads, length, k_width, v_width, k_b, k_h, k_t, v_b, v_h, v_t, WIDTH: tl.constexpr
 ):  # fmt: skip
     """keys, values [rows, heads, length, width] at [tokens] = k, v; programs: heads of all rows, tokens."""
     slot, token = tl.program_id(0).to(tl.int64), tl.program_id(1)

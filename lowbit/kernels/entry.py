@@ -277,13 +277,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, factor: float |
     keys = k.shape[2]
     hidden = mask is not None and (mask.shape[1:] != (1, 1, keys) or len(mask) not in (1, rows))
     if not k.shape == v.shape == (rows, k.shape[1], keys, width) or heads % k.shape[1] or hidden:
-        raise ValueError(
-            f"q, k, v and mask of shapes {_shapes(q, k, v, *([] if mask is None else [mask]))} do not belong together"
-        )
+        raise ValueError(f"q, k, v and mask of shapes {_shapes(q, k, v, mask)} do not belong together")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     seen = None if mask is None else mask[:, 0, 0].contiguous()
     return ops.attend(q, k, v, seen, width**-0.5 if factor is None else factor)
 
 
-def _shapes(*tensors: Tensor) -> str:
-    return ", ".join(str(list(part.shape)) for part in tensors)
+def _shapes(*tensors: Tensor | None) -> str:
+    return ", ".join(str(list(part.shape)) for part in tensors if part is not None)

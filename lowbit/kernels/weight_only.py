@@ -56,7 +56,7 @@ def _instructions(fmt: Format, dtype: torch.dtype) -> tuple[str | None, ...]:
         return f"lop3.b32 $0, t, 0x{mask * twice:08x}, {other}, 0xea;"
 
     found: list[str | None] = []
-    for plane, (_, place) in enumerate(_places(fmt, mantissa)):
+    for plane, (_, place) in enumerate(_places(fmt, dtype)):
         at = plane * low
         if fmt.kind == "bcq":
             for bit in range(fmt.bits):
@@ -74,14 +74,17 @@ def _instructions(fmt: Format, dtype: torch.dtype) -> tuple[str | None, ...]:
     return tuple(found)
 
 
-def _places(fmt: Format, mantissa: int) -> list[tuple[int, int]]:
-    """For every plane: by how much words are shifted to the right, and at which bit its code then lies.
+def _places(fmt: Format, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """For every plane of integers: by how much words are shifted to the right, and at which bit its code then lies.
 
-    A code need not lie at the lowest bit of the mantissa, but within it, so several planes share a shift.
+    A code need not lie at the lowest bit of the mantissa, but within it, so several planes share a shift. All are 0 of other
+    formats, and in the interpreter, where codes are cut out without instructions.
     """
-    bits = container(fmt)
+    bits, mantissa = container(fmt), 10 if dtype == torch.float16 else 7
+    if INTERPRETED or fmt.kind != "int":
+        return [(0, 0)] * planes_of(bits)
     low = 2 if bits == 3 else bits
-    each = max(1, (mantissa - bits) // low + 1) if fmt.kind == "int" else 1
+    each = max(1, (mantissa - bits) // low + 1)
     return [(plane // each * each * low, plane % each * low) for plane in range(planes_of(bits))]
 
 
@@ -458,9 +461,7 @@ def _how_to_read(name: str, width: int, group: int, scaled: bool, asymmetric: bo
     bits = container(fmt)
     tile = planes_of(bits) * width
     bias = 2 ** (fmt.exponent - 1) - 1 if fmt.exponent else 0
-    places = [(0, 0)] * planes_of(bits)  # of codes that are cut out without instructions
-    if fmt.kind == "int" and _instructions(fmt, dtype)[0] is not None:
-        places = _places(fmt, 10 if dtype == torch.float16 else 7)
+    places = _places(fmt, dtype)
     return {
         "ASM": _instructions(fmt, dtype),
         "SHIFTS": tuple(f"shr.b32 $0, $1, {shift};" if shift else None for shift, _ in places),

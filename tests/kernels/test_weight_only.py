@@ -60,7 +60,7 @@ def test_instructions(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     if bits > mantissa:
         assert set(instructions) == {None}
         return
-    places = weight_only._places(FORMATS[f"int{bits}"], mantissa)
+    places = weight_only._places(FORMATS[f"int{bits}"], dtype)
     low = 2 if bits == 3 else bits
     for plane, (text, (shift, place)) in enumerate(zip(instructions, places, strict=True)):
         for code in range(2**bits):
