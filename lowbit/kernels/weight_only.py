@@ -135,12 +135,12 @@ def _centred(w, z, BASE: tl.constexpr, PLACE: tl.constexpr):
 
 @triton.jit
 def _inputs(x, m, k, rows, inner, end, WHOLE: tl.constexpr):
-    """x transposed: columns k of rows m, which are 0 from `end` on; WHOLE: all are before it."""
-    place = m[None, :].to(tl.int64) * inner + k[:, None]
+    """x transposed: columns k [., rows or 1] of rows m, which are 0 from `end` [1, rows] or one for all on; WHOLE: all are
+    before it."""
     here = m[None, :] < rows
     if not WHOLE:
-        here = here & (k[:, None] < end)
-    return tl.load(x + place, mask=here, other=0.0)
+        here = here & (k < end)
+    return tl.load(x + (m[None, :].to(tl.int64) * inner + k), mask=here, other=0.0)
 
 
 @triton.jit
@@ -150,7 +150,8 @@ def _tile(
     CODED: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     SPAN: tl.constexpr, SCALED: tl.constexpr, ASYMMETRIC: tl.constexpr, SCALE_SUMS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """total [outputs n, rows m] plus the product of a tile and the columns of x from `start` on.
+    """total [outputs n, rows m] plus the product of a tile (of one for each output) and the columns of x from `start` on
+    (one for all, or [1, rows]).
 
     A tile has spans of SPAN columns that share a scale; a span has whole planes.
     """
@@ -164,18 +165,26 @@ def _tile(
     j = tl.arange(0, WIDTH)
     there = n < columns
     z = tl.full((BLOCK_N,), 1 << (BITS - 1), dtype)
+    group = 0
+    if GROUP > 0:
+        group = tl.minimum(tile * (PLANES * WIDTH) // GROUP, groups - 1)
+    if SCALED and KIND != "bcq":  # before what waits for the words, with which they then arrive
+        s = tl.load(scale + group * columns + n, mask=there, other=0.0)
+    if ASYMMETRIC:
+        z = tl.load(zero + group * columns + n, mask=there, other=0.0)
     place = n.to(tl.int64) + tile * columns
     word = tl.load(words + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0)
     third = word
     if BITS == 3:
         third = tl.load(high + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0).to(tl.int16)
     for span in tl.static_range(PLANES * WIDTH // SPAN):
-        group = tl.minimum((start + span * SPAN) // GROUP, groups - 1) if GROUP > 0 else 0
+        if span > 0:
+            group = tl.minimum((tile * (PLANES * WIDTH) + span * SPAN) // GROUP, groups - 1)
         if KIND == "bcq":
             for bit in tl.static_range(CODED + 1):
                 sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                 for plane in tl.static_range(span * EACH, span * EACH + EACH):
-                    values = _inputs(x, m, start + plane * WIDTH + j, rows, inner, end, WHOLE)
+                    values = _inputs(x, m, start + (plane * WIDTH + j)[:, None], rows, inner, end, WHOLE)
                     if bit == CODED:
                         w = tl.full((BLOCK_N, WIDTH), 1.0, dtype)
                     else:
@@ -189,14 +198,14 @@ def _tile(
                 else:
                     total -= sums * alpha[:, None]
         else:
-            if SCALED:
+            if SCALED and span > 0:
                 s = tl.load(scale + group * columns + n, mask=there, other=0.0)
-            if ASYMMETRIC:
+            if ASYMMETRIC and span > 0:
                 z = tl.load(zero + group * columns + n, mask=there, other=0.0)
             if SCALE_SUMS:
                 sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for plane in tl.static_range(span * EACH, span * EACH + EACH):
-                values = _inputs(x, m, start + plane * WIDTH + j, rows, inner, end, WHOLE)
+                values = _inputs(x, m, start + (plane * WIDTH + j)[:, None], rows, inner, end, WHOLE)
                 w = _unpacked(word, third, HALF, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE, SHIFTS)
                 w = _centred(w, z[:, None], BASE, PLACES[plane]) if KIND == "int" else w * tl.full((1, 1), FACTOR, dtype)
                 if SCALE_SUMS:
@@ -217,29 +226,46 @@ def _kernel(
     ASM: tl.constexpr, SHIFTS: tl.constexpr, PLACES: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
     CODED: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     SPAN: tl.constexpr, SCALED: tl.constexpr, ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr, STEP: tl.constexpr,
-    WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr,
+    STEP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """out [rows, columns] = x [rows, inner] W^T; programs: blocks of columns, blocks of rows, parts of K.
 
-    A step has STEP tiles. WHOLE: steps fill each part, and columns each tile.
+    Of SLICES, each is a part of K too: the left operand has the same columns of W for each, one below the other, the right one
+    the same rows of x, and of their product only the blocks on the diagonal are meant. A step has STEP tiles. WHOLE: steps
+    fill each part, and columns each tile.
     """
     TILE: tl.constexpr = (8 if BITS == 3 else 16 // BITS) * WIDTH
+    OUTPUTS: tl.constexpr = BLOCK_N // SLICES
+    ROWS: tl.constexpr = BLOCK_M // SLICES
     block_n, block_m, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    left, right = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    n = block_n * OUTPUTS + left % OUTPUTS
+    m = block_m * ROWS + right % ROWS
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    each = (tiles + parts - 1) // parts
-    last = tl.minimum(tiles, part * each + each)
-    end = tl.minimum(inner, last * TILE)  # what a step of several tiles reads beyond counts as 0
-    for first in range(part * each, last, STEP):
+    each = tl.cdiv(tiles, parts * SLICES)
+    if SLICES == 1:
+        of_words = part * each
+        of_x = of_words * TILE
+    else:
+        of_words = (part * SLICES + left // OUTPUTS) * each
+        of_x = ((part * SLICES + right // ROWS) * (each * TILE))[None, :]
+    end = tl.minimum(inner, of_x + each * TILE)  # what a step of several tiles reads beyond counts as 0
+    for first in range(0, each, STEP):
         for inside in tl.static_range(STEP):
-            tile = first + inside if WHOLE else tl.minimum(first + inside, tiles - 1)
+            tile = of_words + (first + inside)
+            if not WHOLE:
+                tile = tl.minimum(tile, tiles - 1)
             total = _tile(
-                total, x, words, high, scale, zero, tile, (first + inside) * TILE, n, m, rows, columns, inner, end, groups,
+                total, x, words, high, scale, zero, tile, of_x + (first + inside) * TILE, n, m, rows, columns, inner, end, groups,
                 ASM, SHIFTS, PLACES, KIND, BITS, CODED, MANTISSA, FACTOR, WIDTH, GROUP, SPAN, SCALED, ASYMMETRIC, SCALE_SUMS,
                 WHOLE,
             )  # fmt: skip
+    if SLICES > 1:
+        total = tl.where((left // OUTPUTS)[:, None] == (right // ROWS)[None, :], total, 0.0)
+        total = tl.sum(tl.sum(total.reshape(SLICES, OUTPUTS, SLICES, ROWS), 2), 0)
+        n = block_n * OUTPUTS + tl.arange(0, OUTPUTS)
+        m = block_m * ROWS + tl.arange(0, ROWS)
     if SPLIT:
         finished, total = _added(total, scratch, counters, parts, part, block_m * tl.num_programs(0) + block_n)
         if finished:
@@ -339,13 +365,15 @@ INTERPRETED = not isinstance(_kernel, triton.runtime.JITFunction)
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of blocks, parts of K, warps, and stages of the pipeline."""
+    """Sizes of blocks, parts of K, warps, and stages of the pipeline; tiles of a step, and slices: parts of K in a block."""
 
     block_m: int
     block_n: int
     split: int
     warps: int = 4
     stages: int = 3
+    step: int = 1
+    slices: int = 1
 
 
 @cache
@@ -353,8 +381,9 @@ def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
     """What was fastest on an H100 (benchmarks/kernels.py --sweep), by classes of shapes."""
     wide = columns >= 8192
     if rows <= 16:
-        few = rows <= _FEW
-        config = Config(8 if few else 16, 64, min(8, power_up_to(7 * processors * 64 // columns)), stages=2 if few else 3)
+        few = rows <= 8
+        split = min(8, power_up_to(7 * processors * 64 // columns))
+        config = Config(8, 64, split, stages=2, step=2) if few else Config(16, 64, split)
     elif rows <= 64 and columns * inner <= 4096**2:
         config = Config(32 if rows <= 32 else 64, 64, 4)
     elif rows <= 64:
@@ -371,7 +400,6 @@ def power_up_to(limit: int) -> int:
     return 1 << max(0, limit.bit_length() - 1)
 
 
-_FEW, _STEP = 8, 2  # up to so many rows of x a step has so many tiles: there, instructions are what takes the time
 _CACHED = 40 * 2**20  # bytes of unpacked weights that stay in the L2 cache
 _SUMS = 2048  # of a block and warp, 64 a thread: two of them leave registers for the rest
 
@@ -393,10 +421,10 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | No
         config = config_for(rows, columns, inner, processors(x.device))
     how = _how(packed, x.dtype)
     tiles, tile = packed.words.shape[0], planes_of(container(FORMATS[packed.format])) * packed.words.shape[2]
-    split = min(config.split, tiles)
-    step = _STEP if rows <= _FEW else 1
-    grid = (-(-columns // config.block_n), -(-rows // config.block_m), split)
-    scratch = scratch_for(grid, config.block_n * config.block_m, x.device)
+    split, slices = min(config.split, tiles), config.slices
+    outputs, block = config.block_n // slices, config.block_m // slices
+    grid = (-(-columns // outputs), -(-rows // block), split)
+    scratch = scratch_for(grid, outputs * block, x.device)
     assert split == 1 or grid[0] * grid[1] <= len(packed.counters), (grid, len(packed.counters))
     _kernel[grid](
         *(x, packed.words, packed.high, packed.scale, packed.zero, packed.outer, bias, residual, out, scratch, packed.counters),
@@ -406,10 +434,11 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | No
         ADDED=residual is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        SLICES=slices,
         SPLIT=split > 1,
         SCALE_SUMS=packed.scale is not None and config.block_m * config.block_n <= _SUMS * config.warps,
-        STEP=step,
-        WHOLE=inner % (step * split * tile) == 0,
+        STEP=config.step,
+        WHOLE=inner % (config.step * split * slices * tile) == 0,
         num_warps=config.warps,
         num_stages=config.stages,
     )

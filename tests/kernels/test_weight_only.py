@@ -27,7 +27,8 @@ def test_product(scheme: str) -> None:
     x, bias, residual = (torch.randn(*shape, dtype=torch.float16) for shape in ((5, 384), (rows,), (5, rows)))
     packed = pack_planes(q, torch.float16)
     wanted = reference.linear(x.double(), dequantize(q), bias, residual)
-    for config in (Config(16, 64, 1), Config(16, 64, 2), Config(128, 128, 1)):
+    configs = Config(16, 64, 1, step=2), Config(16, 64, 2), Config(128, 128, 1), Config(8, 64, 2, slices=4), Config(8, 128, 1, slices=8)
+    for config in configs:
         assert error(linear(x, packed, bias, residual, config=config), wanted) < 1e-3, config
     assert torch.equal(dense(packed, torch.float16), unpack(packed).half())
 
