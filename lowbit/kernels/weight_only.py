@@ -219,19 +219,19 @@ def _tile(
     return total
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "groups", "parts"])
+@triton.jit(do_not_specialize=["rows", "tiles", "groups", "parts", "each"])
 def _kernel(
     x, words, high, scale, zero, outer, bias, residual, out, scratch, counters,
-    rows, columns, inner, tiles, groups, parts,
+    rows, columns, inner, tiles, groups, parts, each,
     ASM: tl.constexpr, SHIFTS: tl.constexpr, PLACES: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
     CODED: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     SPAN: tl.constexpr, SCALED: tl.constexpr, ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr,
     STEP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, columns] = x [rows, inner] W^T; programs: blocks of columns, blocks of rows, parts of K.
+    """out [rows, columns] = x [rows, inner] W^T; programs: blocks of columns, blocks of rows, parts of K of `each` tiles.
 
-    Of SLICES, each is a part of K too: the left operand has the same columns of W for each, one below the other, the right one
+    Each of SLICES is a part of K too: the left operand has the same columns of W for each, one below the other, the right one
     the same rows of x, and of their product only the blocks on the diagonal are meant. A step has STEP tiles. WHOLE: steps
     fill each part, and columns each tile.
     """
@@ -243,7 +243,6 @@ def _kernel(
     n = block_n * OUTPUTS + left % OUTPUTS
     m = block_m * ROWS + right % ROWS
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    each = tl.cdiv(tiles, parts * SLICES)
     if SLICES == 1:
         of_words = part * each
         of_x = of_words * TILE
@@ -429,6 +428,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | No
     _kernel[grid](
         *(x, packed.words, packed.high, packed.scale, packed.zero, packed.outer, bias, residual, out, scratch, packed.counters),
         *(rows, columns, inner, tiles, 1 if packed.scale is None else packed.scale.shape[0], split),
+        -(-tiles // (split * slices)),
         **how,
         BIASED=bias is not None,
         ADDED=residual is not None,
