@@ -70,8 +70,9 @@ PRODUCERS: dict[str, tuple[int, Callable[..., Any]]] = {  # bytes an element wit
     "plain": (3, lambda x, y, w: entry.plain(x)),
 }
 SWEEP = {
-    8: [Config(m, n, s, stages=p) for m in (8, 16) for n in (64, 128) for s in (1, 2, 4, 8) for p in (4, 6)],
-    16: [Config(16, n, s, stages=p) for n in (64, 128) for s in (1, 2, 4, 8) for p in (3, 4, 6)],
+    1: [Config(8, n, s, n // 32, p, k) for n in (64, 128) for s in (1, 2, 4, 8) for p in (3, 4) for k in (1, 2, 4, 8)],
+    4: [Config(8, n, s, n // 32, p, k) for n in (64, 128) for s in (1, 2, 4, 8) for p in (3, 4) for k in (1, 2)],
+    16: [Config(16 * k, n, s, 4, p, k) for n in (64, 128) for s in (1, 2, 4, 8) for p in (3, 4) for k in (1, 2)],
     64: [Config(m, n, s, stages=p) for m in (32, 64) for n in (64, 128) for s in (1, 2, 4, 8) for p in (3, 5)],
     256: [Config(m, n, s, w, p) for m in (64, 128, 256) for n in (64, 128) for s in (1, 2, 4) for w, p in ((4, 3), (8, 4))],
     8192: [Config(m, n, 1, w, p) for m in (128, 256) for n in (128, 256) for w in (4, 8) for p in (3, 4)],

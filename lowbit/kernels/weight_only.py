@@ -5,19 +5,22 @@ the weights are unpacked (see `packed` for their layout in planes of columns).
 
 A code becomes a float without a conversion. Integers are put into the mantissa of 1024 (float16) or 128 (bfloat16), at its end
 or before, which makes that number plus the code times a power of two, from which one instruction makes the code less its zero
-point, exactly. The bits of a small float
-are moved to where the larger format has them, which makes it too small by a power of two. A binary plane becomes -1 and 1: the
-sign of a one. Planes are multiplied one by one and their sums added with their factors, the offset being that of a plane of
-ones: no weight is ever rounded (LUT-GEMM, Park et al., ICLR 2024, has tables of sums instead, for one row of x).
+point, exactly. The bits of a small float are moved to where the larger format has them, which makes it too small by a power of
+two. A binary plane becomes -1 and 1: the sign of a one. Planes are multiplied one by one and their sums added with their
+factors, the offset being that of a plane of ones: no weight is ever rounded (LUT-GEMM, Park et al., ICLR 2024, has tables of
+sums instead, for one row of x).
 
 Scales multiply the sum of a group where registers hold two sums, else the weights: for these, ptxas runs products one after the
 other (warning C7515). From `rows_of_cublas` rows on, the weights are unpacked to memory, a part that stays in the L2 cache at a
 time, and cuBLAS multiplies, which it does that much faster. x and words are not read by the copy engine: waiting for it doubles
 the instructions of a step, of which there are as many as the memory allows.
 
-Where x has few rows, K is split over programs; partial sums go to scratch memory, and the last program to finish adds them in
-their order. No floating-point atomics: the same input gives the same bits. One matrix must not be multiplied in two streams at
-the same time: its counters say which program is the last.
+Where x has few rows, K is split within a program: the left operand is the same outputs at several parts of K, one below the
+other, the right one the same rows of x at these parts, beside each other, and of the product only the blocks on the diagonal
+count. A tensor core's instruction has at least 8 columns, so for one row of x 8 such slices cost nothing. Beyond, K is split
+over programs; partial sums go to scratch memory, and the last program to finish adds them in their order. No floating-point
+atomics: the same input gives the same bits. One matrix must not be multiplied in two streams at the same time: its counters
+say which program is the last.
 """
 
 from dataclasses import dataclass, replace
@@ -144,8 +147,26 @@ def _inputs(x, m, k, rows, inner, end, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _scales(
+    scale, zero, first, n, columns, groups,
+    GROUP: tl.constexpr, SCALED: tl.constexpr, ASYMMETRIC: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Scales and zero points of outputs n in the group of a column (one for all, or for each output)."""
+    dtype: tl.constexpr = tl.float16 if HALF else tl.bfloat16
+    there = n < columns
+    group = tl.minimum(first // GROUP, groups - 1) if GROUP > 0 else 0
+    s = tl.full(n.shape, 1.0, dtype)
+    z = tl.full(n.shape, 1 << (BITS - 1), dtype)
+    if SCALED:
+        s = tl.load(scale + group * columns + n, mask=there, other=0.0)
+    if ASYMMETRIC:
+        z = tl.load(zero + group * columns + n, mask=there, other=0.0)
+    return s, z
+
+
+@triton.jit
 def _tile(
-    total, x, words, high, scale, zero, tile, start, n, m, rows, columns, inner, end, groups,
+    total, s, z, x, words, high, scale, zero, tile, start, n, m, rows, columns, inner, end, groups,
     ASM: tl.constexpr, SHIFTS: tl.constexpr, PLACES: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
     CODED: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     SPAN: tl.constexpr, SCALED: tl.constexpr, ASYMMETRIC: tl.constexpr, SCALE_SUMS: tl.constexpr, WHOLE: tl.constexpr,
@@ -153,7 +174,7 @@ def _tile(
     """total [outputs n, rows m] plus the product of a tile (of one for each output) and the columns of x from `start` on
     (one for all, or [1, rows]).
 
-    A tile has spans of SPAN columns that share a scale; a span has whole planes.
+    A tile has spans of SPAN columns that share a scale; a span has whole planes. s, z: scales and zero points, if it has one.
     """
     PLANES: tl.constexpr = 8 if BITS == 3 else 16 // BITS
     EACH: tl.constexpr = SPAN // WIDTH
@@ -162,25 +183,17 @@ def _tile(
     dtype = x.dtype.element_ty
     HALF: tl.constexpr = dtype == tl.float16
     BASE: tl.constexpr = 0 if ASM[0] is None else (1024 if HALF else 128)
+    TILE: tl.constexpr = PLANES * WIDTH
     j = tl.arange(0, WIDTH)
     there = n < columns
-    z = tl.full((BLOCK_N,), 1 << (BITS - 1), dtype)
-    group = 0
-    if GROUP > 0:
-        group = tl.minimum(tile * (PLANES * WIDTH) // GROUP, groups - 1)
-    if SCALED and KIND != "bcq":  # before what waits for the words, with which they then arrive
-        s = tl.load(scale + group * columns + n, mask=there, other=0.0)
-    if ASYMMETRIC:
-        z = tl.load(zero + group * columns + n, mask=there, other=0.0)
     place = n.to(tl.int64) + tile * columns
     word = tl.load(words + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0)
     third = word
     if BITS == 3:
         third = tl.load(high + place[:, None] * WIDTH + j[None, :], mask=there[:, None], other=0).to(tl.int16)
-    for span in tl.static_range(PLANES * WIDTH // SPAN):
-        if span > 0:
-            group = tl.minimum((tile * (PLANES * WIDTH) + span * SPAN) // GROUP, groups - 1)
+    for span in tl.static_range(TILE // SPAN):
         if KIND == "bcq":
+            group = tl.minimum((tile * TILE + span * SPAN) // GROUP, groups - 1) if GROUP > 0 else 0
             for bit in tl.static_range(CODED + 1):
                 sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                 for plane in tl.static_range(span * EACH, span * EACH + EACH):
@@ -198,10 +211,10 @@ def _tile(
                 else:
                     total -= sums * alpha[:, None]
         else:
-            if SCALED and span > 0:
-                s = tl.load(scale + group * columns + n, mask=there, other=0.0)
-            if ASYMMETRIC and span > 0:
-                z = tl.load(zero + group * columns + n, mask=there, other=0.0)
+            if SPAN < TILE:
+                s, z = _scales(
+                    scale, zero, tile * TILE + span * SPAN, n, columns, groups, GROUP, SCALED, ASYMMETRIC, HALF, BITS
+                )  # fmt: skip
             if SCALE_SUMS:
                 sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for plane in tl.static_range(span * EACH, span * EACH + EACH):
@@ -227,15 +240,17 @@ def _kernel(
     CODED: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     SPAN: tl.constexpr, SCALED: tl.constexpr, ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr, SCALE_SUMS: tl.constexpr,
-    STEP: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """out [rows, columns] = x [rows, inner] W^T; programs: blocks of columns, blocks of rows, parts of K of `each` tiles.
 
     Each of SLICES is a part of K too: the left operand has the same columns of W for each, one below the other, the right one
-    the same rows of x, and of their product only the blocks on the diagonal are meant. A step has STEP tiles. WHOLE: steps
-    fill each part, and columns each tile.
+    the same rows of x, and of their product only the blocks on the diagonal are meant. WHOLE: tiles fill each part, and
+    columns each tile.
     """
     TILE: tl.constexpr = (8 if BITS == 3 else 16 // BITS) * WIDTH
+    SINGLE: tl.constexpr = KIND != "bcq" and SPAN == TILE  # one scale a tile
+    HALF: tl.constexpr = x.dtype.element_ty == tl.float16
     OUTPUTS: tl.constexpr = BLOCK_N // SLICES
     ROWS: tl.constexpr = BLOCK_M // SLICES
     block_n, block_m, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -249,17 +264,22 @@ def _kernel(
     else:
         of_words = (part * SLICES + left // OUTPUTS) * each
         of_x = ((part * SLICES + right // ROWS) * (each * TILE))[None, :]
-    end = tl.minimum(inner, of_x + each * TILE)  # what a step of several tiles reads beyond counts as 0
-    for first in range(0, each, STEP):
-        for inside in tl.static_range(STEP):
-            tile = of_words + (first + inside)
-            if not WHOLE:
-                tile = tl.minimum(tile, tiles - 1)
-            total = _tile(
-                total, x, words, high, scale, zero, tile, of_x + (first + inside) * TILE, n, m, rows, columns, inner, end, groups,
-                ASM, SHIFTS, PLACES, KIND, BITS, CODED, MANTISSA, FACTOR, WIDTH, GROUP, SPAN, SCALED, ASYMMETRIC, SCALE_SUMS,
-                WHOLE,
-            )  # fmt: skip
+    end = tl.minimum(inner, of_x + each * TILE)  # beyond is what other parts have, and counts as 0
+    HAS_S: tl.constexpr = SINGLE and SCALED
+    HAS_Z: tl.constexpr = SINGLE and ASYMMETRIC
+    s, z = _scales(scale, zero, of_words * TILE, n, columns, groups, GROUP, HAS_S, HAS_Z, HALF, BITS)
+    for at in range(0, each):
+        tile = of_words + at
+        next_s, next_z = s, z
+        if SINGLE and GROUP > 0:  # ahead, because what is this small does not go through the pipeline
+            next_s, next_z = _scales(scale, zero, (tile + 1) * TILE, n, columns, groups, GROUP, HAS_S, HAS_Z, HALF, BITS)
+        if not WHOLE:
+            tile = tl.minimum(tile, tiles - 1)
+        total = _tile(
+            total, s, z, x, words, high, scale, zero, tile, of_x + at * TILE, n, m, rows, columns, inner, end, groups,
+            ASM, SHIFTS, PLACES, KIND, BITS, CODED, MANTISSA, FACTOR, WIDTH, GROUP, SPAN, SCALED, ASYMMETRIC, SCALE_SUMS, WHOLE,
+        )  # fmt: skip
+        s, z = next_s, next_z
     if SLICES > 1:
         total = tl.where((left // OUTPUTS)[:, None] == (right // ROWS)[None, :], total, 0.0)
         total = tl.sum(tl.sum(total.reshape(SLICES, OUTPUTS, SLICES, ROWS), 2), 0)
@@ -364,26 +384,39 @@ INTERPRETED = not isinstance(_kernel, triton.runtime.JITFunction)
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of blocks, parts of K, warps, and stages of the pipeline; tiles of a step, and slices: parts of K in a block."""
+    """Sizes of blocks, parts of K, warps, stages of the pipeline; slices: parts of K within a block."""
 
     block_m: int
     block_n: int
     split: int
     warps: int = 4
     stages: int = 3
-    step: int = 1
     slices: int = 1
+
+
+_OF_FEW = (  # rows, and how many programs there should be for each multiprocessor
+    (1, Config(8, 64, 1, warps=2, slices=8), 2.0),
+    (4, Config(8, 64, 1, warps=2, slices=2), 7.0),
+    (8, Config(8, 128, 1), 3.5),
+    (16, Config(32, 128, 1, slices=2), 3.5),
+)
 
 
 @cache
 def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
-    """What was fastest on an H100 (benchmarks/kernels.py --sweep), by classes of shapes."""
+    """What was fastest on an H100 or H200 (benchmarks/kernels.py --sweep), by classes of shapes."""
     wide = columns >= 8192
     if rows <= 16:
-        few = rows <= 8
-        split = min(8, power_up_to(7 * processors * 64 // columns))
-        config = Config(8, 64, split, stages=2, step=2) if few else Config(16, 64, split)
-    elif rows <= 64 and columns * inner <= 4096**2:
+        config, share = next((config, share) for most, config, share in _OF_FEW if rows <= most)
+        tiles = -(-inner // 128)
+        if rows == 1 and (-(-tiles // 8) * 2 > -(-tiles // 4) or columns > 16384 and tiles < 64):
+            config = replace(config, slices=4)  # eight would be of unequal size, or have too little to do
+        blocks, of_slice = -(-columns * config.slices // config.block_n), -(-tiles // config.slices)
+        most = max(1, int(share * processors / blocks))
+        # Of the upper half of what fills the GPU, the number of parts that wastes the fewest tiles
+        split = min(range(max(1, most // 2), most + 1), key=lambda s: (-(-of_slice // s) * s, -s))
+        return replace(config, split=min(split, of_slice))
+    if rows <= 64 and columns * inner <= 4096**2:
         config = Config(32 if rows <= 32 else 64, 64, 4)
     elif rows <= 64:
         config = Config(32 if rows <= 32 else 64, 128, power_up_to(2 * processors * 128 // columns))
@@ -437,8 +470,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | No
         SLICES=slices,
         SPLIT=split > 1,
         SCALE_SUMS=packed.scale is not None and config.block_m * config.block_n <= _SUMS * config.warps,
-        STEP=config.step,
-        WHOLE=inner % (config.step * split * slices * tile) == 0,
+        WHOLE=inner % (split * slices * tile) == 0,
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -27,7 +27,7 @@ def test_product(scheme: str) -> None:
     x, bias, residual = (torch.randn(*shape, dtype=torch.float16) for shape in ((5, 384), (rows,), (5, rows)))
     packed = pack_planes(q, torch.float16)
     wanted = reference.linear(x.double(), dequantize(q), bias, residual)
-    configs = Config(16, 64, 1, step=2), Config(16, 64, 2), Config(128, 128, 1), Config(8, 64, 2, slices=4), Config(8, 128, 1, slices=8)
+    configs = Config(16, 64, 1), Config(16, 64, 2), Config(128, 128, 1), Config(8, 64, 2, slices=4), Config(8, 128, 1, slices=8)
     for config in configs:
         assert error(linear(x, packed, bias, residual, config=config), wanted) < 1e-3, config
     assert torch.equal(dense(packed, torch.float16), unpack(packed).half())
@@ -99,9 +99,10 @@ def test_the_same_bits_again() -> None:
 
 def test_configurations_fill_a_gpu() -> None:
     """Few rows: as many parts of K as keep all processors busy; many rows: none. There is a counter for each block."""
-    for columns, inner in ((4096, 4096), (11008, 4096), (28672, 8192)):
-        for rows in (1, 16, 64, 256, 2048):
+    for columns, inner in ((4096, 4096), (4096, 11008), (11008, 4096), (28672, 8192)):
+        for rows in (1, 2, 7, 16, 64, 256, 2048):
             config = config_for(rows, columns, inner, 132)
-            blocks = -(-columns // config.block_n) * -(-rows // config.block_m)
+            of_block = config.block_m // config.slices, config.block_n // config.slices
+            blocks = -(-columns // of_block[1]) * -(-rows // of_block[0])
             assert config.split * blocks >= 120 and (rows < 2048 or config.split == 1)
             assert config.split == 1 or blocks <= -(-columns // 16) * 16
