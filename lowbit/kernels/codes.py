@@ -148,7 +148,7 @@ _OF_SMALL = (  # with how many there must be for each multiprocessor
 
 @cache
 def config_for(rows: int, columns: int, inner: int, processors: int, *, four: bool = False, stepped: bool = False) -> Config:
-    """What was fastest on an H100 (benchmarks/kernels.py --sweep), by classes of shapes.
+    """What was fastest on an H100 or H200 (benchmarks/kernels.py --sweep), by classes of shapes.
 
     four: weights are of 4 bits. stepped: the sums of steps are scaled, which takes registers for two sums.
     """
@@ -158,7 +158,9 @@ def config_for(rows: int, columns: int, inner: int, processors: int, *, four: bo
             if blocks >= share * processors:
                 return config
         return replace(config, split=max(1, min(power_up_to(2 * processors // blocks), inner // 2048)))
-    if rows <= 64:
+    if rows <= 16 and four and not stepped and columns < 12288:
+        config = Config(16, 64, power_up_to(2 * processors * 64 // columns), warps=2, stages=4)
+    elif rows <= 64:
         block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
         wide = columns >= (8192 if four and rows <= 16 else 12288 if four else 16384 if rows <= 16 else 2**30)
         block_n = 128 if wide else 64

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowbit.formats import Format
 
 _COLUMNS = 1024  # of a block of floats that need nothing of the rest of their row
-_EACH = 512  # columns of a warp
+_EACH = 512  # columns of a warp; twice as many where there is one more reduction, in which warps wait for each other
 _ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it rounds to whole numbers, half to even
 
 
@@ -147,5 +147,5 @@ def rows(
         GROUP=group or block,
         GROUPS=scale.shape[-1],
         BLOCK=block,
-        num_warps=min(16, max(1, block // _EACH)),
+        num_warps=min(16, max(1, block // (2 * _EACH if producer == "layer_norm" else _EACH))),
     )
