@@ -88,8 +88,8 @@ def on_operators(mixer: Mixer, hidden: Tensor, points: dict[str, Static], first:
     found = [prefilled(codes, dt[:, :first], z[:, :first], cache, scan, torch.float32)]
     held = torch.full((len(hidden),), first % CHUNK, dtype=torch.int32)
     for t in range(first, hidden.shape[1]):
-        codes = convolved(conv_in[:, t : t + 1], cache, weight, bias, in_scale, scan)
-        found.append(stepped(codes[:, 0], dt[:, t], z[:, t], cache, held, scan, torch.float32).unsqueeze(1))
+        y = stepped(conv_in[:, t], dt[:, t], z[:, t], cache, weight, bias, in_scale, held, scan, torch.float32)
+        found.append(y.unsqueeze(1))
         held = (held + 1) % CHUNK
     gated = torch.cat(found, 1).unflatten(-1, (mixer.norm_groups(), -1))
     return (gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + m.norm.variance_epsilon)).flatten(-2) * m.norm.weight
@@ -146,14 +146,15 @@ def test_operators_are_registered_as_torch_asks_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     of, cache, codes, dt = some_scan()
     held, parts, checks = torch.tensor([2, 3], dtype=torch.int32), kernels.parts(of), ("test_schema", "test_faketensor")
-    conv = (torch.randn(2, 3, 24), cache.past, torch.randn(24, 4), None, 0.1, of.scales)
-    torch.library.opcheck(kernels.conv, conv, test_utils=checks)
+    x, how = torch.randn(2, 3, 24), (torch.randn(24, 4), None, 0.1)
+    torch.library.opcheck(kernels.conv, (x, cache.past, *how, of.scales, 2), test_utils=checks)
     torch.library.opcheck(kernels.scan, (codes, dt, None, cache.state, *parts, torch.float16), test_utils=checks)
-    step = (codes[:, 0], dt[:, 0], None, *cache[1:], held, *parts, torch.float16)
+    step = (x[:, 0], dt[:, 0], None, *cache, *how, held, *parts, torch.float16)
     torch.library.opcheck(kernels.step, step, test_utils=checks)
     run = torch.compile(stepped, backend="aot_eager", fullgraph=True)
     both = [Cache(*(part.clone() for part in cache)) for _ in range(2)]
-    found = [f(codes[:, 0], dt[:, 0], None, own, held, of, torch.float32) for f, own in zip((run, stepped), both, strict=True)]
+    given = (x[:, 0], dt[:, 0], None)
+    found = [f(*given, own, *how, held, of, torch.float32) for f, own in zip((run, stepped), both, strict=True)]
     assert torch.equal(*found) and all(torch.equal(*pair) for pair in zip(*both, strict=True))
     assert not torch.equal(both[0].tokens, cache.tokens)
 
