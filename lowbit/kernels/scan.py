@@ -241,7 +241,7 @@ def _step_kernel(
     kept: tl.constexpr = channels + GROUPS * N
     width: tl.constexpr = kept + GROUPS * N
     within, j, i = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N), tl.arange(0, _RUN)
-    inside, there = within < P, j < N
+    inside, there = (within < P) | (P % BLOCK_P == 0), j < N
     c = head * P + within
     b_at = channels + group * N
     both = inside[:, None] & there[None, :]
@@ -253,22 +253,23 @@ def _step_kernel(
     x_places = tokens + i[:, None] * kept + c[None, :]
     b_places = tokens + i[:, None] * kept + (b_at + j)[None, :]
 
-    # All is read before anything is computed: nothing but the scales of the state waits for another read.
+    # All is read before anything is computed: nothing but the scales of the state waits for another read, and these are needed
+    # last. Tokens come after the others because they go on to shared memory, behind whose barriers no read may start earlier.
     count = tl.load(held + row)
     label = tl.load(labels + c, mask=inside, other=0)
     of_c = _parts_of(conv_in, past, weight, bias, scales, kept + group * N + j, there, TAPS, SLOTS, BIASED)
     of_b = _parts_of(conv_in, past, weight, bias, scales, b_at + j, there, TAPS, SLOTS, BIASED)
     of_x = _parts_of(conv_in, past, weight, bias, scales, c, inside, TAPS, SLOTS, BIASED)
-    old = tl.full((_RUN,), True, tl.int1) if ALL else i < count
-    b = tl.load(b_places, mask=old[:, None] & there[None, :], other=0)
-    raw = tl.load(steps + i, mask=old, other=0.0)
-    x = tl.load(x_places, mask=old[:, None] & inside[None, :], other=0)
-    h = tl.load(place, mask=both, other=0)
     dt_new = tl.load(dt + row * dt_stride + head).to(tl.float32)
     a, skip, offset = tl.load(A + head), tl.load(D + head), tl.load(dt_bias + head)
     b_scale, c_scale = tl.load(scales + b_at), tl.load(scales + kept + group * N)
     if GATED:
         gate = tl.load(z + row * z_stride + c, mask=inside, other=0.0).to(tl.float32)
+    h = tl.load(place, mask=both, other=0)
+    old = tl.full((_RUN,), True, tl.int1) if ALL else i < count
+    raw = tl.load(steps + i, mask=old, other=0.0)
+    b = tl.load(b_places, mask=old[:, None] & there[None, :], other=0)
+    x = tl.load(x_places, mask=old[:, None] & inside[None, :], other=0)
     step_of_state = tl.load(state_scale + label[:, None] * N + j[None, :], mask=both, other=1.0)
 
     c_in, c_new = _convolved(of_c, count, in_scale, TAPS, SLOTS)
@@ -310,15 +311,19 @@ def _step_kernel(
         tl.store(tokens + count * kept + b_at + j, b_new.to(tl.int8), mask=there)  # by every program, which then reads it
         tl.debug_barrier()
         x_codes = tl.load(x_places, mask=inside[None, :], other=0).to(tl.float32)
-        grows = tl.trans(x_codes * tl.where(i == count, share_new, share)[:, None])
+        share = tl.where(i == count, share_new, share)
+        most = tl.maximum(tl.max(share, 0), 1e-30)
+        grows = tl.trans(x_codes * (share / most)[:, None])  # up to 128; in two float16, exact to a float32's digits or nearly
+        upper = grows.to(tl.float16)
+        lower = (grows - upper.to(tl.float32)).to(tl.float16)
         for n0 in range(0, N, 32):
             k = n0 + tl.arange(0, 32)[None, :]
             here = inside[:, None] & (k < N)
             own = state + (row * channels + c)[:, None] * N + k
-            b_codes = tl.load(tokens + i[:, None] * kept + b_at + k, mask=k < N, other=0).to(tl.float32)
+            b_codes = tl.load(tokens + i[:, None] * kept + b_at + k, mask=k < N, other=0).to(tl.float16)
             unit = tl.load(state_scale + label[:, None] * N + k, mask=here, other=1.0)
             end = tl.load(own, mask=here, other=0).to(tl.float32) * unit * fades
-            end += tl.dot(grows, b_codes, input_precision="tf32x3") * of_x[4][:, None]
+            end += tl.dot(lower, b_codes, tl.dot(upper, b_codes)) * (of_x[4] * most)[:, None]
             tl.debug_barrier()  # all of this state has been read
             tl.store(own, _coded(end, unit).to(tl.int8), mask=here)
 
