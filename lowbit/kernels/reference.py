@@ -157,8 +157,8 @@ def conv(
 
     Args:
         x: [batch, l, width], int8 codes or floats, which are quantized.
-        past: int8 [batch, width, slots], the inputs before, that of token t in slot t % slots: a ring of at least as many as the
-            kernel has, a power of two and at most CHUNK.
+        past: int8 [batch, width, slots], the inputs before, that of token t in slot t % slots: a ring of at least as many as
+            the kernel has, a power of two and at most CHUNK.
         weight: float32 [width, kernel]. bias: float32 [width]. in_scale: of x. scales: float32 [width], of what comes out.
         held: the first token of x is number `held`, modulo CHUNK.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowbit.formats import FORMATS
 from lowbit.kernels.reference import Scan
-from lowbit.kernels.weight_only import processors
+from lowbit.kernels.weight_only import INTERPRETED, processors
 from lowbit.ssm import CHUNK
 
 _ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it rounds to whole numbers, half to even
@@ -231,7 +231,8 @@ def _step_kernel(
     conv_in, dt, z, past, weight, bias, A, D, dt_bias, scales, state_scale, labels, state, tokens, steps, held, out,
     in_scale, low, high, z_scale, dt_scale, row_stride, dt_stride, z_stride,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, SLOTS: tl.constexpr,
-    BIASED: tl.constexpr, GATED: tl.constexpr, ALL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BIASED: tl.constexpr, GATED: tl.constexpr, ALL: tl.constexpr, SAME: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [batch, channels]; past: words [batch, width]; the rest of the cache as in `reference.step`. Programs as above, which
     convolve B and C each for itself. ALL: tokens are read before it is known how many are held."""
@@ -250,11 +251,14 @@ def _step_kernel(
     tokens += row * _RUN * kept
     steps += (row * HEADS + head) * _RUN
     place = state + (row * channels + c)[:, None] * N + j[None, :]
-    x_places = tokens + i[:, None] * kept + c[None, :]
+    q = tl.arange(0, BLOCK_P)
+    fours = tl.program_id(0) * BLOCK_P + q // 4 * 4 + q % 4
+    x_places = tokens + i[:, None] * kept + (head * P + fours)[None, :]
     b_places = tokens + i[:, None] * kept + (b_at + j)[None, :]
 
     # All is read before anything is computed: nothing but the scales of the state waits for another read, and these are needed
-    # last. Tokens come after the others because they go on to shared memory, behind whose barriers no read may start earlier.
+    # last. No read moves past the barrier, and no computation out of the condition, which always holds; compilers would have
+    # some of it wait for the first reads before the last ones start.
     count = tl.load(held + row)
     label = tl.load(labels + c, mask=inside, other=0)
     of_c = _parts_of(conv_in, past, weight, bias, scales, kept + group * N + j, there, TAPS, SLOTS, BIASED)
@@ -267,65 +271,68 @@ def _step_kernel(
         gate = tl.load(z + row * z_stride + c, mask=inside, other=0.0).to(tl.float32)
     h = tl.load(place, mask=both, other=0)
     old = tl.full((_RUN,), True, tl.int1) if ALL else i < count
-    raw = tl.load(steps + i, mask=old, other=0.0)
     b = tl.load(b_places, mask=old[:, None] & there[None, :], other=0)
+    raw = tl.load(steps + i, mask=old, other=0.0)
     x = tl.load(x_places, mask=old[:, None] & inside[None, :], other=0)
-    step_of_state = tl.load(state_scale + label[:, None] * N + j[None, :], mask=both, other=1.0)
+    tl.debug_barrier()
+    if count < _RUN:
+        step_of_state = tl.load(state_scale + label[:, None] * N + j[None, :], mask=both, other=1.0)
+        if SAME is not None:  # else they go to shared memory, and wait for it, as soon as they are there
+            b = tl.inline_asm_elementwise(SAME, "=r,r", [b], dtype=tl.int8, is_pure=False, pack=4)
 
-    c_in, c_new = _convolved(of_c, count, in_scale, TAPS, SLOTS)
-    b_in, b_new = _convolved(of_b, count, in_scale, TAPS, SLOTS)
-    x_in, x_new = _convolved(of_x, count, in_scale, TAPS, SLOTS)
-    step = tl.where(i < count, _time_step(raw, offset, dt_scale, low, high), 0.0)
-    step_new = _time_step(dt_new, offset, dt_scale, low, high)
-    decay = tl.cumsum(step * a, 0)
-    before = tl.sum(step * a, 0)
-    share = step * tl.exp(before - decay + step_new * a) * b_scale  # of a token in the state now
-    share_new = step_new * b_scale
-    fades = tl.exp(before + step_new * a)
+        c_in, c_new = _convolved(of_c, count, in_scale, TAPS, SLOTS)
+        b_in, b_new = _convolved(of_b, count, in_scale, TAPS, SLOTS)
+        x_in, x_new = _convolved(of_x, count, in_scale, TAPS, SLOTS)
+        step = tl.where(i < count, _time_step(raw, offset, dt_scale, low, high), 0.0)
+        step_new = _time_step(dt_new, offset, dt_scale, low, high)
+        decay = tl.cumsum(step * a, 0)
+        before = tl.sum(step * a, 0)
+        share = step * tl.exp(before - decay + step_new * a) * b_scale  # of a token in the state now
+        share_new = step_new * b_scale
+        fades = tl.exp(before + step_new * a)
 
-    # A tensor core takes 16 rows or more. Those of the scores are equal; their products with shares are split in two, a row
-    # each, because a tensor core takes 10 bits of a mantissa.
-    rows = tl.arange(0, 16)[:, None]
-    same = tl.broadcast_to(c_new.to(tl.int8)[None, :], (16, BLOCK_N))
-    weights = tl.dot(same, tl.trans(b), out_dtype=tl.int32).to(tl.float32) * share[None, :]
-    high = weights.to(tl.bfloat16).to(tl.float32)
-    weights = tl.where(rows == 0, high, tl.where(rows == 1, weights - high, 0.0))
-    y = tl.sum(tl.dot(weights, x.to(tl.float32), input_precision="tf32"), 0)
-    y += x_new * (tl.sum(b_new * c_new, 0) * share_new)
-    y = y * of_x[4] + tl.sum(h.to(tl.float32) * (step_of_state * c_new[None, :]), 1) * fades
-    y = y * c_scale + x_new * of_x[4] * skip
-    if GATED:
-        g = _known(gate, z_scale)
-        y *= g * tl.sigmoid(g)
-    tl.store(out + row * channels + c, y.to(out.dtype.element_ty), mask=inside)
-    ring = past.to(tl.pointer_type(tl.int8)) + (count & (SLOTS - 1))  # a slot that no program uses what it reads of
-    tl.store(tokens + count * kept + c, x_new.to(tl.int8), mask=inside)
-    tl.store(ring + c * SLOTS, x_in, mask=inside)
-    if tl.program_id(0) == 0:
-        tl.store(steps + count, dt_new)
-        if head % (HEADS // GROUPS) == 0:
-            tl.store(tokens + count * kept + b_at + j, b_new.to(tl.int8), mask=there)
-            tl.store(ring + (b_at + j) * SLOTS, b_in, mask=there)
-            tl.store(ring + (kept + group * N + j) * SLOTS, c_in, mask=there)
-    if count + 1 == _RUN:  # rare; what it needs is read again, so that registers need not hold it
-        tl.store(tokens + count * kept + b_at + j, b_new.to(tl.int8), mask=there)  # by every program, which then reads it
-        tl.debug_barrier()
-        x_codes = tl.load(x_places, mask=inside[None, :], other=0).to(tl.float32)
-        share = tl.where(i == count, share_new, share)
-        most = tl.maximum(tl.max(share, 0), 1e-30)
-        grows = tl.trans(x_codes * (share / most)[:, None])  # up to 128; in two float16, exact to a float32's digits or nearly
-        upper = grows.to(tl.float16)
-        lower = (grows - upper.to(tl.float32)).to(tl.float16)
-        for n0 in range(0, N, 32):
-            k = n0 + tl.arange(0, 32)[None, :]
-            here = inside[:, None] & (k < N)
-            own = state + (row * channels + c)[:, None] * N + k
-            b_codes = tl.load(tokens + i[:, None] * kept + b_at + k, mask=k < N, other=0).to(tl.float16)
-            unit = tl.load(state_scale + label[:, None] * N + k, mask=here, other=1.0)
-            end = tl.load(own, mask=here, other=0).to(tl.float32) * unit * fades
-            end += tl.dot(lower, b_codes, tl.dot(upper, b_codes)) * (of_x[4] * most)[:, None]
-            tl.debug_barrier()  # all of this state has been read
-            tl.store(own, _coded(end, unit).to(tl.int8), mask=here)
+        same = tl.broadcast_to(c_new.to(tl.int8)[None, :], (16, BLOCK_N))  # the fewest rows of a tensor core
+        scores = tl.max(tl.dot(same, tl.trans(b), out_dtype=tl.int32), 0).to(tl.float32)
+        y = tl.sum(x.to(tl.float32) * (scores * share)[:, None], 0)
+        y += x_new * (tl.sum(b_new * c_new, 0) * share_new)
+        y = y * of_x[4] + tl.sum(h.to(tl.float32) * (step_of_state * c_new[None, :]), 1) * fades
+        y = y * c_scale + x_new * of_x[4] * skip
+        if GATED:
+            g = _known(gate, z_scale)
+            y *= g * tl.sigmoid(g)
+        tl.store(out + row * channels + c, y.to(out.dtype.element_ty), mask=inside)
+        ring = past.to(tl.pointer_type(tl.int8)) + (count & (SLOTS - 1))  # a slot that no program uses what it reads of
+        tl.store(tokens + count * kept + c, x_new.to(tl.int8), mask=inside)
+        tl.store(ring + c * SLOTS, x_in, mask=inside)
+        if tl.program_id(0) == 0:
+            tl.store(steps + count, dt_new)
+            if head % (HEADS // GROUPS) == 0:
+                tl.store(tokens + count * kept + b_at + j, b_new.to(tl.int8), mask=there)
+                tl.store(ring + (b_at + j) * SLOTS, b_in, mask=there)
+                tl.store(ring + (kept + group * N + j) * SLOTS, c_in, mask=there)
+        if count + 1 == _RUN:  # rare; what it needs is read again, so that registers need not hold it
+            tl.store(tokens + count * kept + b_at + j, b_new.to(tl.int8), mask=there)  # by every program, which then reads it
+            tl.debug_barrier()
+            x_codes = tl.load(x_places, mask=inside[None, :], other=0).to(tl.float32)
+            share = tl.where(i == count, share_new, share)
+            most = tl.maximum(tl.max(share, 0), 1e-30)
+            grows = tl.trans(
+                x_codes * (share / most)[:, None]
+            )  # up to 128; in two float16, exact to a float32's digits or nearly
+            upper = grows.to(tl.float16)
+            lower = (grows - upper.to(tl.float32)).to(tl.float16)
+            for n0 in range(0, N, 32):
+                of_tile = n0 + tl.arange(0, 32)
+                k = of_tile[None, :]
+                b_place = tokens + i[None, :] * kept + b_at + of_tile[:, None]
+                here = inside[:, None] & (k < N)
+                own = state + (row * channels + c)[:, None] * N + k
+                b_codes = tl.trans(tl.load(b_place, mask=(of_tile < N)[:, None], other=0).to(tl.float16))
+                unit = tl.load(state_scale + label[:, None] * N + k, mask=here, other=1.0)
+                end = tl.load(own, mask=here, other=0).to(tl.float32) * unit * fades
+                end += tl.dot(lower, b_codes, tl.dot(upper, b_codes)) * (of_x[4] * most)[:, None]
+                tl.debug_barrier()  # all of this state has been read
+                tl.store(own, _coded(end, unit).to(tl.int8), mask=here)
 
 
 def step(
@@ -354,6 +361,7 @@ def step(
         BIASED=bias is not None,
         GATED=z is not None,
         ALL=prod(programs) < 4 * processors(conv_in.device),
+        SAME=None if INTERPRETED else "mov.b32 $0, $1;",
         BLOCK_P=block_p,
         BLOCK_N=max(32, triton.next_power_of_2(n)),
         num_warps=8 if block_p == 64 else 4,
