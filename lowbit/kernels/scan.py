@@ -1,4 +1,4 @@
-"""A Mamba2 mixer between its projections, in int8: the convolution, the scan of many tokens, and that of one more.
+"""A Mamba2 mixer between its projections, in int8: convolution and scan of many tokens, and both in one kernel for one more.
 
 The state is rounded at the end of every run of `ssm.CHUNK` tokens only, so rounding makes runs depend on one another: a program
 of the scan has some channels of a head, walks over runs, and has their state as codes in memory. Within a run all is products
@@ -6,8 +6,10 @@ of the scan has some channels of a head, walks over runs, and has their state as
 
 A step reads the state of the last boundary and x, B and dt of the tokens since, to which it adds its own; it writes a state
 only when these fill a run. Reading half a run on average costs a quarter of writing every state would, at a state size of 128.
-How many tokens there are is read from memory, so that a CUDA graph of a step serves all steps. Programs write only what no
-other program reads; nothing is added atomically.
+How many tokens there are is read from memory, so that a CUDA graph of a step serves all steps. A step of one sequence is bound
+by the time that reads take, one after another, so no read of it but that of the state's scales waits for another, and every
+program convolves its own x and the B and C of its group. That needs no order among programs: what one of them writes, no other
+one uses in that step. Nothing is added atomically.
 """
 
 from math import prod
@@ -294,9 +296,9 @@ def _step_kernel(
         same = tl.broadcast_to(c_new.to(tl.int8)[None, :], (16, BLOCK_N))  # the fewest rows of a tensor core
         scores = tl.max(tl.dot(same, tl.trans(b), out_dtype=tl.int32), 0).to(tl.float32)
         y = tl.sum(x.to(tl.float32) * (scores * share)[:, None], 0)
-        y += x_new * (tl.sum(b_new * c_new, 0) * share_new)
-        y = y * of_x[4] + tl.sum(h.to(tl.float32) * (step_of_state * c_new[None, :]), 1) * fades
-        y = y * c_scale + x_new * of_x[4] * skip
+        of_new = x_new * (tl.sum(b_new * c_new, 0) * share_new * c_scale + skip)
+        y = (y * c_scale + of_new) * of_x[4]
+        y += tl.sum(h.to(tl.float32) * (step_of_state * c_new[None, :]), 1) * (fades * c_scale)
         if GATED:
             g = _known(gate, z_scale)
             y *= g * tl.sigmoid(g)
