@@ -233,11 +233,12 @@ def _step_kernel(
     conv_in, dt, z, past, weight, bias, A, D, dt_bias, scales, state_scale, labels, state, tokens, steps, held, out,
     in_scale, low, high, z_scale, dt_scale, row_stride, dt_stride, z_stride,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, SLOTS: tl.constexpr,
-    BIASED: tl.constexpr, GATED: tl.constexpr, ALL: tl.constexpr, SAME: tl.constexpr,
+    BIASED: tl.constexpr, GATED: tl.constexpr, ALL: tl.constexpr, AS_IS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [batch, channels]; past: words [batch, width]; the rest of the cache as in `reference.step`. Programs as above, which
-    convolve B and C each for itself. ALL: tokens are read before it is known how many are held."""
+    convolve B and C each for itself. ALL: tokens are read before it is known how many are held. AS_IS: of assembly, what copies
+    a register; None in the interpreter."""
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // (HEADS // GROUPS)
     channels: tl.constexpr = HEADS * P
@@ -253,6 +254,7 @@ def _step_kernel(
     tokens += row * _RUN * kept
     steps += (row * HEADS + head) * _RUN
     place = state + (row * channels + c)[:, None] * N + j[None, :]
+    # Of x a thread has four channels, in several tokens, which it adds up by itself; how these are counted says so.
     q = tl.arange(0, BLOCK_P)
     fours = tl.program_id(0) * BLOCK_P + q // 4 * 4 + q % 4
     x_places = tokens + i[:, None] * kept + (head * P + fours)[None, :]
@@ -279,8 +281,8 @@ def _step_kernel(
     tl.debug_barrier()
     if count < _RUN:
         step_of_state = tl.load(state_scale + label[:, None] * N + j[None, :], mask=both, other=1.0)
-        if SAME is not None:  # else they go to shared memory, and wait for it, as soon as they are there
-            b = tl.inline_asm_elementwise(SAME, "=r,r", [b], dtype=tl.int8, is_pure=False, pack=4)
+        if AS_IS is not None:  # else B would go on to shared memory, which waits for it, right behind its read
+            b = tl.inline_asm_elementwise(AS_IS, "=r,r", [b], dtype=tl.int8, is_pure=False, pack=4)
 
         c_in, c_new = _convolved(of_c, count, in_scale, TAPS, SLOTS)
         b_in, b_new = _convolved(of_b, count, in_scale, TAPS, SLOTS)
@@ -303,7 +305,7 @@ def _step_kernel(
             g = _known(gate, z_scale)
             y *= g * tl.sigmoid(g)
         tl.store(out + row * channels + c, y.to(out.dtype.element_ty), mask=inside)
-        ring = past.to(tl.pointer_type(tl.int8)) + (count & (SLOTS - 1))  # a slot that no program uses what it reads of
+        ring = past.to(tl.pointer_type(tl.int8)) + (count & (SLOTS - 1))  # no program needs what is in this slot
         tl.store(tokens + count * kept + c, x_new.to(tl.int8), mask=inside)
         tl.store(ring + c * SLOTS, x_in, mask=inside)
         if tl.program_id(0) == 0:
@@ -318,9 +320,7 @@ def _step_kernel(
             x_codes = tl.load(x_places, mask=inside[None, :], other=0).to(tl.float32)
             share = tl.where(i == count, share_new, share)
             most = tl.maximum(tl.max(share, 0), 1e-30)
-            grows = tl.trans(
-                x_codes * (share / most)[:, None]
-            )  # up to 128; in two float16, exact to a float32's digits or nearly
+            grows = tl.trans(x_codes * (share / most)[:, None])  # up to 128, and into two float16, as float32 takes registers
             upper = grows.to(tl.float16)
             lower = (grows - upper.to(tl.float32)).to(tl.float16)
             for n0 in range(0, N, 32):
@@ -363,8 +363,9 @@ def step(
         BIASED=bias is not None,
         GATED=z is not None,
         ALL=prod(programs) < 4 * processors(conv_in.device),
-        SAME=None if INTERPRETED else "mov.b32 $0, $1;",
+        AS_IS=None if INTERPRETED else "mov.b32 $0, $1;",
         BLOCK_P=block_p,
         BLOCK_N=max(32, triton.next_power_of_2(n)),
         num_warps=8 if block_p == 64 else 4,
+        maxnreg=128,  # two programs of 8 warps at once
     )
