@@ -34,7 +34,7 @@ from lowbit.decoding import Decoder
 from lowbit.kernel_bench import prepared, time_of
 from lowbit.kernels import entry, mixer, reference
 from lowbit.kernels.entry import Rows, linear
-from lowbit.kernels.mixer import Cache, convolved, stepped
+from lowbit.kernels.mixer import Cache, stepped
 from lowbit.kernels.reference import Scan
 from lowbit.recipe import Step, read_recipe
 from lowbit.report import table
@@ -95,26 +95,26 @@ def checked(shape: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], tuple[Te
     weight, bias = torch.randn(width, KERNEL, device=DEVICE), torch.randn(width, device=DEVICE)
     made = torch.randn(batch, length, channels + width + heads, device=DEVICE, dtype=torch.float16)
     z, x, dt = made.split([channels, width, heads], -1)
-    past, state, codes = (random_codes(batch, *size) for size in ((KERNEL - 1, width), (channels, n), (length, width)))
-    tokens, steps = random_codes(batch, CHUNK, channels + groups * n), torch.randn(batch, CHUNK, heads, device=DEVICE)
-    first = codes[:, 0], dt[:, 0], z[:, 0]
+    past, state, codes = (random_codes(batch, *size) for size in ((width, KERNEL), (channels, n), (length, width)))
+    tokens, steps = random_codes(batch, CHUNK, channels + groups * n), torch.randn(batch, heads, CHUNK, device=DEVICE)
+    first, how = (x[:, 0], dt[:, 0], z[:, 0]), (weight, bias, 0.02)
 
     def convolution(x: Tensor) -> tuple[Tensor, ...]:
         kept = past.clone()
-        return mixer.conv(x, kept, weight, bias, 0.02, of.scales), kept
+        return mixer.conv(x, kept, *how, of.scales, 5), kept
 
     def one_more(held: Tensor) -> tuple[Tensor, ...]:
-        cache = Cache(past, state.clone(), tokens.clone(), steps.clone())
-        return stepped(*first, cache, held, of, torch.float32), *cache[1:]
+        cache = Cache(*(part.clone() for part in (past, state, tokens, steps)))
+        return stepped(*first, cache, *how, held, of, torch.float32), *cache
 
     for part in (x, x[:, :1]):
-        wanted = reference.conv(part, past, weight, bias, 0.02, of.scales)
+        wanted = reference.conv(part, past, *how, of.scales, 5)
         yield f"conv of {part.shape[1]}", partial(convolution, part), wanted
     run = partial(mixer.scan, codes, dt, z, state, *mixer.parts(of), torch.float32)
     yield f"scan of {length}", run, reference.scan(codes, dt, z, state, of)
     for name, last in (("step at an end", CHUNK - 1), ("step", 17)):
         held = (last - torch.arange(batch, device=DEVICE, dtype=torch.int32)).remainder(CHUNK)
-        y, cache = reference.step(*first, (state, tokens, steps), held, of)
+        y, cache = reference.step(*first, (past, state, tokens, steps), *how, held, of)
         yield name, partial(one_more, held), (y, *cache)
 
 
@@ -153,10 +153,9 @@ class Layer:
 
     def __call__(self, hidden: Tensor, held: Tensor) -> Tensor:
         """hidden [batch, width], after one more token."""
-        made = linear(self._normed(hidden, 0), self.in_proj)[:, None]
-        z, conv_in, dt = made[..., : sum(self.sizes)].split(self.sizes, -1)
-        codes = convolved(conv_in, self.cache, self.weight, None, 0.03, self.scan)
-        y = stepped(codes[:, 0], dt[:, 0], z[:, 0], self.cache, held, self.scan, torch.float32)
+        made = linear(self._normed(hidden, 0), self.in_proj)
+        z, conv_in, dt = made[:, : sum(self.sizes)].split(self.sizes, -1)
+        y = stepped(conv_in, dt, z, self.cache, self.weight, None, 0.03, held, self.scan, torch.float32)
         return linear(self._normed(y, 1), self.out_proj, residual=hidden)
 
     def _normed(self, x: Tensor, which: int) -> Rows:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowbit.arch import Arch, Site
 from lowbit.export import QuantizedSource
-from lowbit.kernels.mixer import Cache, convolved, prefilled, scan_of, stepped
+from lowbit.kernels.mixer import LONGEST, Cache, convolved, prefilled, scan_of, stepped
 from lowbit.kernels.reference import Scan
 from lowbit.ssm import CHUNK, Mixer
 from lowbit.unit import Static
@@ -48,6 +48,8 @@ class ScanMixer(nn.Module):
         sample = torch.linspace(-4, 4, 9, device=m.A_log.device)
         if not torch.allclose(m.act(sample), F.silu(sample), atol=1e-5):
             raise ValueError(f"its activation is {m.act}, not SiLU")
+        if m.conv1d.kernel_size[0] > LONGEST:
+            raise ValueError(f"its convolution has more than {LONGEST} taps")
         low, high = getattr(m, "time_step_limit", (0.0, float("inf")))
         self.scan: Scan = scan_of(
             A=-m.A_log.float().exp(), D=m.D, dt_bias=m.dt_bias, groups=mixer.groups, limits=(float(low), float(high)),
@@ -78,16 +80,16 @@ class ScanMixer(nn.Module):
         layer = None if cache_params is None else cache_params.layers[self.layer]
         fresh = layer is None or not layer.has_previous_state[0]
         cache = self._empty(batch) if layer is None else self._kept(layer, batch)
-        codes = convolved(conv_in, cache, self.weight, self.bias, self.in_scale, self.scan)
-        if attention_mask is not None:
-            codes = codes * attention_mask[:, -length:, None].to(codes.dtype)
         counts: Any = None if layer is None else cache_params.layers[self.first].recurrent_states[_HELD]
-        if fresh:
-            y = prefilled(codes, dt, z, cache, self.scan, torch.float32)
-        elif length == 1:
-            y = stepped(codes[:, 0], dt[:, 0], z[:, 0], cache, counts, self.scan, torch.float32).unsqueeze(1)
+        how = (self.weight, self.bias, self.in_scale)
+        if length == 1 and not fresh and attention_mask is None:
+            y = stepped(conv_in[:, 0], dt[:, 0], z[:, 0], cache, *how, counts, self.scan, torch.float32).unsqueeze(1)
         else:
-            y = prefilled(codes, dt, z, cache, self.scan, torch.float32, held=int(counts[0]))
+            held = 0 if fresh else int(counts[0])
+            codes = convolved(conv_in, cache, *how, self.scan, held=held)
+            if attention_mask is not None:
+                codes = codes * attention_mask[:, -length:, None].to(codes.dtype)
+            y = prefilled(codes, dt, z, cache, self.scan, torch.float32, held=held)
         if counts is not None and self.last:
             counts.add_(length).remainder_(CHUNK)
         return self.out_proj(self.norm(y))

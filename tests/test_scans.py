@@ -117,13 +117,18 @@ def test_scans_beyond_float16(rules: tuple[Rule, ...], tmp_path: Path) -> None:
     assert torch.finfo(torch.float16).max < max(scanned) < torch.inf
 
 
-def test_scans_without_a_kernel_are_simulated(tmp_path: Path) -> None:
-    """Mamba's, and those with points in other formats, on packed weights all the same; said, and never a graph."""
-    tokens = tiny.tokens(2, 20)
-    reasons = {"mamba": "no kernel for the scans of Mamba", "mamba2": "the kernels of scans need int8 state"}
-    for name, reason in reasons.items():
-        left = [Rule(match=r"\.state$", scheme="float")] if name == "mamba2" else []
-        out = quamba(name, tmp_path / name, "w8a8", *left)
+def test_scans_without_a_kernel_are_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mamba's, those with points in other formats and those with long convolutions, on packed weights all the same; said, and
+    never a graph."""
+    tokens, left = tiny.tokens(2, 20), [Rule(match=r"\.state$", scheme="float")]
+    cases: list[tuple[str, list[Rule], int, str]] = [
+        ("mamba", [], scans.LONGEST, "no kernel for the scans of Mamba"),
+        ("mamba2", left, scans.LONGEST, "the kernels of scans need int8 state"),
+        ("mamba2", [], 3, "its convolution has more than 3 taps"),
+    ]
+    for case, (name, rules, longest, reason) in enumerate(cases):
+        monkeypatch.setattr(scans, "LONGEST", longest)
+        out = quamba(name, tmp_path / str(case), "w8a8", *rules)
         with pytest.warns(UserWarning, match=f"3 scans simulated: .*{reason}"):
             model = runtime.load(out, dtype=torch.float16, kernels=True)
         with torch.no_grad():

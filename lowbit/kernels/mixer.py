@@ -2,8 +2,9 @@
 
     scales = scan_of(...)                                    # once a layer
     cache = Cache.empty(scales, batch, kernel, device)       # once a sequence
-    codes = convolved(projected[..., a:b], cache, ...)       # then, for the first tokens and for every token after them:
-    y = prefilled(codes, dt, z, cache, scales)  or  stepped(codes[:, 0], dt[:, 0], z[:, 0], cache, held, scales)
+    codes = convolved(projected[..., a:b], cache, ...)       # then, for the first tokens, or for several more:
+    y = prefilled(codes, dt, z, cache, scales)
+    y = stepped(projected[:, 0, a:b], dt[:, 0], z[:, 0], cache, ...)   # for every token after them
 
 Everything is in `reference`; what is kept between calls changes in place, as CUDA graphs need it.
 """
@@ -20,14 +21,17 @@ from lowbit.kernels.reference import Scan
 from lowbit.ssm import CHUNK
 from lowbit.unit import Static
 
+LONGEST = 8  # taps of a convolution: a step reads its inputs of a channel as one word
+
 
 class Cache(NamedTuple):
     """What a mixer keeps of sequences.
 
     Attributes:
-        past: int8 [batch, kernel - 1, width], the last inputs of the convolution.
+        past: int8 [batch, width, slots], the last inputs of the convolution; a ring, see `reference.conv`. A step writes a slot
+            that it does not need, so every program of its kernel may read what another one replaces.
         state: int8 [batch, channels, n], at the last end of a full run of tokens.
-        tokens: int8 [batch, CHUNK, channels + groups * n], x and B of the tokens since. steps: float32 [batch, CHUNK, heads],
+        tokens: int8 [batch, CHUNK, channels + groups * n], x and B of the tokens since. steps: float32 [batch, heads, CHUNK],
             their dt before its bias.
     """
 
@@ -40,9 +44,10 @@ class Cache(NamedTuple):
     def empty(cls, of: Scan, batch: int, kernel: int, device: torch.device | str) -> "Cache":
         """Before the first token, for a convolution of `kernel` tokens."""
         (channels, width, _), heads, n = of.sizes, len(of.A), of.state_scale.shape[1]
-        shapes = ((kernel - 1, channels + 2 * width), (channels, n), (CHUNK, channels + width))
+        slots = 1 << (kernel - 1).bit_length()
+        shapes = ((channels + 2 * width, slots), (channels, n), (CHUNK, channels + width))
         past, state, tokens = (torch.zeros(batch, *shape, dtype=torch.int8, device=device) for shape in shapes)
-        return cls(past, state, tokens, torch.zeros(batch, CHUNK, heads, device=device))
+        return cls(past, state, tokens, torch.zeros(batch, heads, CHUNK, device=device))
 
 
 def scan_of(
@@ -86,9 +91,12 @@ def scan_of(
     )
 
 
-def convolved(x: Tensor, cache: Cache, weight: Tensor, bias: Tensor | None, in_scale: float, of: Scan) -> Tensor:
-    """x, B and C as codes [batch, l, width] of what in_proj made [batch, l, width]; see `reference.conv`."""
-    return conv(x, cache.past, weight, bias, in_scale, of.scales)
+def convolved(
+    x: Tensor, cache: Cache, weight: Tensor, bias: Tensor | None, in_scale: float, of: Scan, *, held: int = 0
+) -> Tensor:
+    """x, B and C as codes [batch, l, width] of what in_proj made [batch, l, width], before which every sequence has `held`
+    tokens; see `reference.conv`."""
+    return conv(x, cache.past, weight, bias, in_scale, of.scales, held)
 
 
 def prefilled(
@@ -98,20 +106,24 @@ def prefilled(
     `(held + l) % CHUNK`; see `reference.scan`."""
     if held:  # they go before, without C and z, and what comes of them is left out
         codes = torch.cat([F.pad(cache.tokens[:, :held], (0, codes.shape[2] - cache.tokens.shape[2])), codes], 1)
-        dt = torch.cat([cache.steps[:, :held], dt.float()], 1)
+        dt = torch.cat([cache.steps[..., :held].mT, dt.float()], 1)
         z = None if z is None else F.pad(z, (0, 0, held, 0))
     y, state = scan(codes, dt, z, cache.state, *parts(of), dtype)
     after = codes.shape[1] % CHUNK
     cache.state.copy_(state)
     cache.tokens[:, :after] = codes[:, codes.shape[1] - after :, : cache.tokens.shape[2]]
-    cache.steps[:, :after] = dt[:, dt.shape[1] - after :]
+    cache.steps[..., :after] = dt[:, dt.shape[1] - after :].mT
     return y[:, held:]
 
 
-def stepped(codes: Tensor, dt: Tensor, z: Tensor | None, cache: Cache, held: Tensor, of: Scan, dtype: torch.dtype) -> Tensor:
+def stepped(
+    x: Tensor, dt: Tensor, z: Tensor | None, cache: Cache, weight: Tensor, bias: Tensor | None, in_scale: float, held: Tensor,
+    of: Scan, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """y [batch, channels] of one more token of every sequence, of which `held` int32 [batch] are held before, and one more
-    after, modulo CHUNK, which the caller counts: it is the same in every layer. See `reference.step`."""
-    return step(codes, dt, z, *cache[1:], held, *parts(of), dtype)
+    after, modulo CHUNK, which the caller counts: it is the same in every layer. x: what in_proj made of x, B and C [batch,
+    width]. See `reference.step`."""
+    return step(x, dt, z, *cache, weight, bias, in_scale, held, *parts(of), dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
@@ -131,22 +143,22 @@ def _scan(tensors: list[Tensor], groups: int, numbers: list[float]) -> Scan:
 
 
 @operator("past")
-def conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, in_scale: float, scales: Tensor) -> Tensor:
-    """The codes of `reference.conv`; `past` becomes the last ones."""
+def conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, in_scale: float, scales: Tensor, held: int) -> Tensor:
+    """The codes of `reference.conv`; the last inputs come into `past`."""
     if not _by_kernel(x):
-        out, after = reference.conv(x, past, weight, bias, in_scale, scales)
+        out, after = reference.conv(x, past, weight, bias, in_scale, scales, held)
         past.copy_(after)
         return out.contiguous()
     from lowbit.kernels import scan as kernel
 
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     with torch.cuda.device_of(x):
-        kernel.conv(x if x.stride(-1) == 1 else x.contiguous(), past, weight, bias, in_scale, scales, out)
+        kernel.conv(x if x.stride(-1) == 1 else x.contiguous(), past, weight, bias, in_scale, scales, held, out)
     return out
 
 
 @fake(conv)
-def _(x, past, weight, bias, in_scale, scales):
+def _(x, past, weight, bias, in_scale, scales, held):
     return torch.empty(x.shape, dtype=torch.int8, device=x.device)
 
 
@@ -178,27 +190,28 @@ def _(codes, dt, z, state, tensors, groups, numbers, dtype):
     return _empty_scan(codes, state, dtype)
 
 
-@operator("state", "tokens", "steps")
+@operator("past", "state", "tokens", "steps")
 def step(
-    codes: Tensor, dt: Tensor, z: Tensor | None, state: Tensor, tokens: Tensor, steps: Tensor, held: Tensor,
-    tensors: list[Tensor], groups: int, numbers: list[float], dtype: torch.dtype,
+    x: Tensor, dt: Tensor, z: Tensor | None, past: Tensor, state: Tensor, tokens: Tensor, steps: Tensor, weight: Tensor,
+    bias: Tensor | None, in_scale: float, held: Tensor, tensors: list[Tensor], groups: int, numbers: list[float],
+    dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The y of `reference.step`, in `dtype`; the cache becomes that with this token."""
     of = _scan(tensors, groups, numbers)
-    cache = (state, tokens, steps)
-    if not _by_kernel(codes):
-        y, after = reference.step(codes, dt, z, cache, held, of)
+    cache = (past, state, tokens, steps)
+    if not _by_kernel(x):
+        y, after = reference.step(x, dt, z, cache, weight, bias, in_scale, held, of)
         for part, value in zip(cache, after, strict=True):
             part.copy_(value)
         return y.to(dtype)
     from lowbit.kernels import scan as kernel
 
-    out = codes.new_empty(len(codes), state.shape[1], dtype=dtype)
-    with torch.cuda.device_of(codes):
-        kernel.step(codes, dt, z, cache, held, of, out)
+    out = x.new_empty(len(x), state.shape[1], dtype=dtype)
+    with torch.cuda.device_of(x):
+        kernel.step(x, dt, z, cache, weight, bias, in_scale, held, of, out)
     return out
 
 
 @fake(step)
-def _(codes, dt, z, state, tokens, steps, held, tensors, groups, numbers, dtype):
-    return codes.new_empty(len(codes), state.shape[1], dtype=dtype)
+def _(x, dt, z, past, state, tokens, steps, weight, bias, in_scale, held, tensors, groups, numbers, dtype):
+    return x.new_empty(len(x), state.shape[1], dtype=dtype)

@@ -151,20 +151,25 @@ class Scan:
 
 
 def conv(
-    x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, in_scale: float, scales: Tensor
+    x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, in_scale: float, scales: Tensor, held: int
 ) -> tuple[Tensor, Tensor]:
     """SiLU of a causal convolution of each channel, between int8 codes.
 
     Args:
-        x: [batch, l, width], int8 codes or floats, which are quantized. past: int8 [batch, kernel - 1, width], those before.
+        x: [batch, l, width], int8 codes or floats, which are quantized.
+        past: int8 [batch, width, slots], the inputs before, that of token t in slot t % slots: a ring of at least as many as
+            the kernel has, a power of two and at most CHUNK.
         weight: float32 [width, kernel]. bias: float32 [width]. in_scale: of x. scales: float32 [width], of what comes out.
+        held: the first token of x is number `held`, modulo CHUNK.
 
     Returns:
-        codes [batch, l, width], the last kernel - 1 codes of x.
+        codes [batch, l, width]; past with the last inputs.
     """
-    seen = torch.cat([past, x if x.dtype == torch.int8 else _codes(x.float(), in_scale)], 1)
-    made = F.silu(causal_conv(seen.float() * in_scale, weight.unsqueeze(1), bias))[:, past.shape[1] :]
-    return _codes(made, scales), seen[:, x.shape[1] :]
+    slots, length = past.shape[2], x.shape[1]
+    new = x if x.dtype == torch.int8 else _codes(x.float(), in_scale)
+    seen = torch.cat([past.roll(-held, -1).mT, new], 1)
+    made = F.silu(causal_conv(seen.float() * in_scale, weight.unsqueeze(1), bias))[:, slots:]
+    return _codes(made, scales), seen[:, length:].mT.roll(held + length, -1)
 
 
 def scan(codes: Tensor, dt: Tensor, z: Tensor | None, state: Tensor, of: Scan) -> tuple[Tensor, Tensor]:
@@ -193,29 +198,32 @@ def scan(codes: Tensor, dt: Tensor, z: Tensor | None, state: Tensor, of: Scan) -
 
 
 def step(
-    codes: Tensor, dt: Tensor, z: Tensor | None, cache: tuple[Tensor, Tensor, Tensor], held: Tensor, of: Scan
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """One more token of every sequence.
+    conv_in: Tensor, dt: Tensor, z: Tensor | None, cache: tuple[Tensor, Tensor, Tensor, Tensor], weight: Tensor,
+    bias: Tensor | None, in_scale: float, held: Tensor, of: Scan,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
+    """The convolution and the scan of one more token of every sequence.
 
     Args:
-        codes, dt, z: as for `scan`, without the axis of tokens.
-        cache: the state; int8 [batch, CHUNK, channels + groups * n], x and B of the tokens since it was rounded; float32
-            [batch, CHUNK, heads], their dt.
+        conv_in, weight, bias, in_scale: as for `conv`; dt, z: as for `scan`; without the axis of tokens.
+        cache: past, as for `conv`; the state; int8 [batch, CHUNK, channels + groups * n], x and B of the tokens since it was
+            rounded; float32 [batch, heads, CHUNK], their dt.
         held: int32 [batch], how many these are, less than CHUNK.
 
     Returns:
         y float32 [batch, channels], the cache with this token.
     """
-    state, tokens, steps = (part.clone() for part in cache)
+    past, state, tokens, steps = (part.clone() for part in cache)
     found = []
     for row, count in enumerate(held.tolist()):
-        tokens[row, count], steps[row, count] = codes[row, : tokens.shape[-1]], dt[row].float()
-        seen = F.pad(tokens[row, : count + 1], (0, codes.shape[-1] - tokens.shape[-1]))
-        seen[-1] = codes[row]
-        y, state[row : row + 1] = scan(seen[None], steps[row : row + 1, : count + 1], None, state[row : row + 1], of)
+        one = slice(row, row + 1)
+        codes, past[one] = conv(conv_in[one, None], past[one], weight, bias, in_scale, of.scales, count)
+        tokens[row, count], steps[row, :, count] = codes[0, 0, : tokens.shape[-1]], dt[row].float()
+        seen = F.pad(tokens[one, : count + 1], (0, codes.shape[-1] - tokens.shape[-1]))
+        seen[:, -1] = codes[0]
+        y, state[one] = scan(seen, steps[one, :, : count + 1].mT, None, state[one], of)
         found.append(y[0, -1])
     y = torch.stack(found)
-    return y if z is None else y * F.silu(_known(z, of.z_scale)), (state, tokens, steps)
+    return y if z is None else y * F.silu(_known(z, of.z_scale)), (past, state, tokens, steps)
 
 
 def _codes(values: Tensor, scale: Tensor | float) -> Tensor:

@@ -88,8 +88,8 @@ def on_operators(mixer: Mixer, hidden: Tensor, points: dict[str, Static], first:
     found = [prefilled(codes, dt[:, :first], z[:, :first], cache, scan, torch.float32)]
     held = torch.full((len(hidden),), first % CHUNK, dtype=torch.int32)
     for t in range(first, hidden.shape[1]):
-        codes = convolved(conv_in[:, t : t + 1], cache, weight, bias, in_scale, scan)
-        found.append(stepped(codes[:, 0], dt[:, t], z[:, t], cache, held, scan, torch.float32).unsqueeze(1))
+        y = stepped(conv_in[:, t], dt[:, t], z[:, t], cache, weight, bias, in_scale, held, scan, torch.float32)
+        found.append(y.unsqueeze(1))
         held = (held + 1) % CHUNK
     gated = torch.cat(found, 1).unflatten(-1, (mixer.norm_groups(), -1))
     return (gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + m.norm.variance_epsilon)).flatten(-2) * m.norm.weight
@@ -132,6 +132,36 @@ def test_a_loaded_model_on_interpreted_kernels(tmp_path: Path, monkeypatch: pyte
     assert kl(wanted, torch.cat([first.logits, *steps], 1)) < 1e-3
 
 
+@pytest.mark.parametrize("interpreted", [False, True])
+@pytest.mark.parametrize("kernel", [2, 3, 4, 5])
+def test_tokens_in_parts(kernel: int, interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefills shorter and longer than the convolution and steps between them are all tokens at once, and what they keep is."""
+    if interpreted:
+        pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+    of, *_ = some_scan()
+    parts_of_it = (1, 1, 2, 1, 20, 1, 37, 1, 1, 3)  # the end of a run is that of a step
+    x, dt = torch.randn(2, sum(parts_of_it), 24), torch.randn(2, sum(parts_of_it), 2)
+    how = (torch.randn(24, kernel), torch.randn(24), 0.03)
+    whole, cache = (Cache.empty(of, 2, kernel, "cpu") for _ in range(2))
+    wanted = prefilled(convolved(x, whole, *how, of), dt, None, whole, of, torch.float32)
+    found, held = [], 0
+    for new, dt_new in zip(x.split(parts_of_it, 1), dt.split(parts_of_it, 1), strict=True):
+        if new.shape[1] == 1 and found:
+            counts = torch.full((2,), held, dtype=torch.int32)
+            found.append(stepped(new[:, 0], dt_new[:, 0], None, cache, *how, counts, of, torch.float32).unsqueeze(1))
+        else:
+            codes = convolved(new, cache, *how, of, held=held)
+            found.append(prefilled(codes, dt_new, None, cache, of, torch.float32, held=held))
+        held = (held + new.shape[1]) % CHUNK
+    assert float((torch.cat(found, 1) - wanted).norm() / wanted.norm()) < 2e-3
+    last = (held - torch.arange(1, kernel)) % whole.past.shape[2]
+    assert torch.equal(cache.past[..., last], whole.past[..., last]) and whole.past[..., last].any()
+    assert (cache.state.int() - whole.state.int()).abs().max() <= 1 and cache.state.any()
+    assert (cache.tokens[:, :held].int() - whole.tokens[:, :held].int()).abs().max() <= 1
+    assert torch.equal(cache.steps[..., :held], whole.steps[..., :held])
+
+
 def some_scan() -> tuple[Scan, Cache, Tensor, Tensor]:
     """A scan, its cache, codes of three tokens and their dt."""
     of = Scan(
@@ -146,14 +176,15 @@ def test_operators_are_registered_as_torch_asks_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     of, cache, codes, dt = some_scan()
     held, parts, checks = torch.tensor([2, 3], dtype=torch.int32), kernels.parts(of), ("test_schema", "test_faketensor")
-    conv = (torch.randn(2, 3, 24), cache.past, torch.randn(24, 4), None, 0.1, of.scales)
-    torch.library.opcheck(kernels.conv, conv, test_utils=checks)
+    x, how = torch.randn(2, 3, 24), (torch.randn(24, 4), None, 0.1)
+    torch.library.opcheck(kernels.conv, (x, cache.past, *how, of.scales, 2), test_utils=checks)
     torch.library.opcheck(kernels.scan, (codes, dt, None, cache.state, *parts, torch.float16), test_utils=checks)
-    step = (codes[:, 0], dt[:, 0], None, *cache[1:], held, *parts, torch.float16)
+    step = (x[:, 0], dt[:, 0], None, *cache, *how, held, *parts, torch.float16)
     torch.library.opcheck(kernels.step, step, test_utils=checks)
     run = torch.compile(stepped, backend="aot_eager", fullgraph=True)
     both = [Cache(*(part.clone() for part in cache)) for _ in range(2)]
-    found = [f(codes[:, 0], dt[:, 0], None, own, held, of, torch.float32) for f, own in zip((run, stepped), both, strict=True)]
+    given = (x[:, 0], dt[:, 0], None)
+    found = [f(*given, own, *how, held, of, torch.float32) for f, own in zip((run, stepped), both, strict=True)]
     assert torch.equal(*found) and all(torch.equal(*pair) for pair in zip(*both, strict=True))
     assert not torch.equal(both[0].tokens, cache.tokens)
 
