@@ -91,11 +91,12 @@ def linear_floats(
     packed = _packed(words, high, scale, zero, outer, sums, counters, layout, fmt, x.shape[-1])
     if not _by_kernel(x):
         return reference.linear(x, unpack(packed), bias, residual)
-    from lowbit.kernels import weight_only
+    from lowbit.kernels import binary, weight_only
 
-    added = None if residual is None else _flat(residual).contiguous()
+    flat, added = _flat(x).contiguous(), None if residual is None else _flat(residual).contiguous()
+    kernel = binary if binary.takes(len(flat), packed) else weight_only
     with torch.cuda.device_of(x):
-        out = weight_only.linear(_flat(x).contiguous(), packed, bias, added)
+        out = kernel.linear(flat, packed, bias, added)
     return out.view(*x.shape[:-1], -1)
 
 

@@ -3,7 +3,9 @@
 Two layouts. With float inputs, codes lie in tiles [tiles, out, words]; a word of 16 bits holds the codes of columns that are
 `width` apart, so that one mask over a register of words gives the weights of consecutive columns, and each word is loaded
 once. With 4 bits and a width of 32, word j of a tile holds columns j, 32 + j, 64 + j, 96 + j. Of 3 bits, two are in words
-of 16 bits and the third in bytes. With quantized inputs, codes of 8 bits lie in rows, and those of 4 bits in such tiles, in
+of 16 bits and the third in bytes. In binary coding the bits of one plane lie beside each other: byte i of a word holds those of
+plane i of columns j, 16 + j to 112 + j, the third and fourth plane are in bytes or words of their own, and of a single plane a
+word holds 16 columns. With quantized inputs, codes of 8 bits lie in rows, and those of 4 bits in such tiles, in
 words of 8 bits: byte j holds columns j (low half) and 64 + j.
 
 Scales are of 16 bits under a float32 factor for each output, a power of two where there are groups, so that neither range
@@ -34,7 +36,7 @@ class Packed:
     Attributes:
         words: the codes: int16 [tiles, out, width] (of 3 bits the two lower ones), or for quantized inputs int8 or
             float8_e4m3fn [out, in padded], int8 [tiles, out, width].
-        high: int8 [tiles, out, width], the third bit; else None.
+        high: int8 [tiles, out, width], the third bit; of four binary planes int16, the two upper ones; else None.
         scale: [groups, out]; of BCQ [groups, planes + 1, out], the offset last; None: one scale a row, which is `outer`.
         zero: [groups, out]: what is taken from codes, which for float inputs are counted from 0; None: half of their range.
         outer: float32 [out], the second factor of every scale.
@@ -75,7 +77,9 @@ class Packed:
 
 
 def container(fmt: Format) -> int:
-    """Bits in which a code is kept: 2, 3, 4 or 8; of BCQ also 1."""
+    """Bits in which a code is kept: 2, 3, 4 or 8; of BCQ 1, 2, or 3 where bits are in two tensors, of which there may be 4."""
+    if fmt.kind == "bcq":
+        return min(fmt.bits, 3)
     return fmt.bits if fmt.bits <= 4 else 8
 
 
@@ -129,8 +133,13 @@ def pack_planes(q: QTensor, dtype: torch.dtype) -> Packed:
     codes = _counted(q.codes, fmt, bits)
     tiles = F.pad(codes, (0, -columns % (planes * width))).view(rows, -1, planes, width).permute(1, 0, 3, 2)
     low = 2 if bits == 3 else bits
-    words = _joined(tiles & (2**low - 1), low, torch.int16)
-    high = _joined(tiles >> 2, 1, torch.int8) if bits == 3 else None
+    if fmt.kind == "bcq":
+        words = _joined(_plane_by_plane(tiles, 0, low), 1, torch.int16)
+        above = torch.int8 if fmt.bits == 3 else torch.int16
+        high = _joined(_plane_by_plane(tiles, 2, fmt.bits), 1, above) if bits == 3 else None
+    else:
+        words = _joined(tiles & (2**low - 1), low, torch.int16)
+        high = _joined(tiles >> 2, 1, torch.int8) if bits == 3 else None
     zero = None
     if q.zero is not None:
         zero = (_expanded(q.zero, q.spec, rows).to(torch.int32) + 2 ** (bits - 1)).T.to(dtype).contiguous()
@@ -232,9 +241,14 @@ def _codes(packed: Packed) -> Tensor:
         bits = container(fmt)
         low = 2 if bits == 3 else bits
         shifts = torch.arange(planes_of(bits), device=words.device)
-        codes = (words.to(torch.int32)[..., None] >> (shifts * low)) & (2**low - 1)
-        if packed.high is not None:
-            codes += ((packed.high.to(torch.int32)[..., None] >> shifts) & 1) << 2
+        pair = [part.to(torch.int32)[..., None] for part in (words, packed.high) if part is not None]
+        if fmt.kind == "bcq":
+            planes = [((pair[i // 2] >> (shifts + i % 2 * 8)) & 1) << i for i in range(fmt.bits)]
+            codes = torch.stack(planes).sum(0, dtype=torch.int32)
+        else:
+            codes = (pair[0] >> (shifts * low)) & (2**low - 1)
+            if bits == 3:
+                codes += ((pair[1] >> shifts) & 1) << 2
         codes = codes.permute(1, 0, 3, 2).reshape(rows, -1)
         if fmt.kind == "float":  # the sign back from the top of the container
             codes = (codes & (2 ** (bits - 1) - 1)) | ((codes >> (bits - 1)) << (fmt.bits - 1))
@@ -260,6 +274,11 @@ def _counted(codes: Tensor, fmt: Format, bits: int) -> Tensor:
         top = fmt.bits - 1
         return (codes & (2**top - 1)) | ((codes >> top) << (bits - 1))
     return codes
+
+
+def _plane_by_plane(codes: Tensor, first: int, last: int) -> Tensor:
+    """Bits `first` to `last` of codes [..., columns]: [..., bits * columns], all columns of a bit beside each other."""
+    return torch.cat([(codes >> bit) & 1 for bit in range(first, last)], -1)
 
 
 def _joined(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

@@ -7,8 +7,8 @@ A code becomes a float without a conversion. Integers are put into the mantissa 
 or before, which makes that number plus the code times a power of two, from which one instruction makes the code less its zero
 point, exactly. The bits of a small float are moved to where the larger format has them, which makes it too small by a power of
 two. A binary plane becomes -1 and 1: the sign of a one. Planes are multiplied one by one and their sums added with their
-factors, the offset being that of a plane of ones: no weight is ever rounded (LUT-GEMM, Park et al., ICLR 2024, has tables of
-sums instead, for one row of x).
+factors, the offset being that of a plane of ones: no weight is ever rounded. One row of x is multiplied by tables of sums
+instead, see `binary`.
 
 Scales multiply the sum of a group where registers hold two sums, else the weights: for these, ptxas runs products one after the
 other (warning C7515). From `rows_of_cublas` rows on, the weights are unpacked to memory, a part that stays in the L2 cache at a
@@ -63,8 +63,8 @@ def _instructions(fmt: Format, dtype: torch.dtype) -> tuple[str | None, ...]:
         at = plane * low
         if fmt.kind == "bcq":
             for bit in range(fmt.bits):
-                source, place = ("$2", plane) if bit == 2 and bits == 3 else ("$1", at + bit)
-                found.append(_scoped(moved(source, 15 - place) + kept(0x8000, f"0x{one * twice:08x}")))
+                source = "$2" if bit >= 2 else "$1"
+                found.append(_scoped(moved(source, 15 - (plane + bit % 2 * 8)) + kept(0x8000, f"0x{one * twice:08x}")))
         elif fmt.kind == "int":
             base = 0x6400 if half else 0x4300
             code = f"lop3.b32 $0, $1, 0x{(2**low - 1 << place) * twice:08x}, 0x{base * twice:08x}, 0xea;"
@@ -110,13 +110,14 @@ def _unpacked(
             w = tl.inline_asm_elementwise(ASM[AT], "=&r,r,r", [word, third], dtype=dtype, is_pure=True, pack=2)
         else:
             w = tl.inline_asm_elementwise(ASM[AT], "=&r,r", [word], dtype=dtype, is_pure=True, pack=2)
+    elif KIND == "bcq":
+        bits = third if BIT >= 2 else word
+        w = (1 - 2 * ((bits >> (PLANE + BIT % 2 * 8)) & 1)).to(dtype)
     else:
         code = (word >> (PLANE * LOW)) & ((1 << LOW) - 1)
         if BITS == 3:
             code = code | (((third >> PLANE) & 1) << 2)
-        if KIND == "bcq":
-            w = (1 - 2 * ((code >> BIT) & 1)).to(dtype)
-        elif KIND == "int":
+        if KIND == "int":
             w = code.to(dtype) + BASE
         else:
             UP: tl.constexpr = (10 if HALF else 7) - MANTISSA

@@ -9,7 +9,7 @@ import os
 
 # Triton decides when a kernel is defined, so they are imported now, before a test without the interpreter can be the first.
 if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton") is not None:
-    for _name in ("attention", "codes", "rope", "rows", "scan", "weight_only"):
+    for _name in ("attention", "binary", "codes", "rope", "rows", "scan", "weight_only"):
         importlib.import_module(f"lowbit.kernels.{_name}")
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import min_dot_size

@@ -76,6 +76,25 @@ def test_instructions(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyP
             assert (values * 2.0**-place - less).tolist() == [code - 3, other - 3], (plane, code)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+def test_instructions_of_binary_planes(planes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 where a bit is 0, -1 where it is 1: those of a binary plane lie beside each other, the upper planes in other words."""
+    monkeypatch.setattr(weight_only, "INTERPRETED", False)
+    instructions = weight_only._instructions.__wrapped__(FORMATS[f"bcq{planes}"], dtype)
+    each = 16 if planes == 1 else 8
+    assert len(instructions) == each * planes
+    for at, text in enumerate(instructions):
+        column, bit = divmod(at, planes)
+        for first in (0, 1):
+            plain = [0xA5A5 & ~(1 << column + bit % 2 * 8) | b << column + bit % 2 * 8 for b in (first, 1 - first)]
+            words = [0x5A5A5A5A, 0x5A5A5A5A]
+            words[bit // 2] = plain[0] | plain[1] << 16
+            found = run_ptx(text, words)
+            values = torch.tensor([found & 0xFFFF, found >> 16], dtype=torch.int32).to(torch.int16).view(dtype)
+            assert values.tolist() == [1 - 2 * first, 2 * first - 1], (column, bit)
+
+
 def test_odd_shapes() -> None:
     """More parts than tiles, rows that fill no block, none at all."""
     q = quantized("w4a16-g64-asym", 50, 320)
