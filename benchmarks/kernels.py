@@ -78,7 +78,7 @@ SWEEP = {
     256: [Config(m, n, s, w, p) for m in (64, 128, 256) for n in (64, 128) for s in (1, 2, 4) for w, p in ((4, 3), (8, 4))],
     8192: [Config(m, n, 1, w, p) for m in (128, 256) for n in (128, 256) for w in (4, 8) for p in (3, 4)],
 }
-SWEEP_OF_TABLES = [Config(1, n, s, w) for n, w in ((128, 4), (256, 8), (512, 8), (512, 16)) for s in (1, 2, 3, 4, 6, 8, 12, 16)]
+SWEEP_OF_TABLES = [Config(1, n, s, w) for n, w in ((64, 2), (128, 4), (256, 4), (256, 8)) for s in (1, 2, 3, 4, 6, 8, 12, 16)]
 SWEEP_OF_CODES = {
     16: [Config(16, n, s, stages=p) for n in (64, 128) for s in (1, 2, 4, 8) for p in (4, 6)],
     64: [Config(m, n, s, stages=p) for m in (32, 64) for n in (64, 128) for s in (1, 2, 4) for p in (3, 5)],

@@ -7,6 +7,7 @@ The floor is bytes over the read bandwidth or operations over the rate of a larg
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -148,7 +149,7 @@ def gemlite(m: int, inner: int, out: int) -> float:
     scales = torch.rand(out * inner // 128, 1, device=DEVICE, dtype=torch.float16)
     layer.pack(torch.randint(0, 16, (out, inner), device=DEVICE, dtype=torch.uint8), scales, torch.full_like(scales, 8))
     x = torch.randn(m, inner, device=DEVICE, dtype=torch.float16)
-    return time_of([partial(layer, x)] * 4)
+    return time_of([partial(each, x) for each in [layer, *(deepcopy(layer) for _ in range(copies_of(out * inner // 2) - 1))]])
 
 
 def torchao(m: int, inner: int, out: int) -> float:

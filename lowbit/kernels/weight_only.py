@@ -374,7 +374,8 @@ def _unpack_kernel(
                 value = value * tl.load(scale + group * columns + n, mask=there, other=0.0).to(tl.float32)[:, None]
         value = value * o[:, None]
         here = there[:, None] & (k[None, :] < inner)
-        tl.store(out + (n - start)[:, None].to(tl.int64) * inner + k[None, :], value.to(dtype), mask=here)
+        at = out + (n - start)[:, None].to(tl.int64) * inner + k[None, :]
+        tl.store(at, value.to(dtype), mask=here, eviction_policy="evict_last")  # a product reads it next
 
 
 INTERPRETED = not isinstance(_kernel, triton.runtime.JITFunction)

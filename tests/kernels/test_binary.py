@@ -82,5 +82,5 @@ def test_configurations_fill_a_gpu() -> None:
     for columns, inner in ((4096, 4096), (11008, 4096), (4096, 11008), (13824, 5120), (28672, 8192)):
         config = binary.config_for(columns, inner, 132)
         blocks, steps = -(-columns // config.block_n), inner // 128
-        assert 120 <= blocks * config.split <= 264 and -(-steps // -(-steps // config.split)) == config.split
+        assert 120 <= blocks * config.split <= 7 * 132 and -(-steps // -(-steps // config.split)) == config.split
         assert blocks <= -(-columns // 16) * 16
