@@ -26,11 +26,11 @@ def test_product(scheme: str) -> None:
     rows, columns = (128 if "block" in scheme else 72), 384
     q, inputs = quantized(scheme, rows, columns), parse_scheme(scheme).input
     assert inputs is not None
-    x = reference.quantize_rows(torch.randn(5, columns) + 0.3, inputs)
-    bias, residual = torch.randn(rows, dtype=torch.float16), torch.randn(5, rows, dtype=torch.float16)
-    packed = pack_codes(q, inputs, torch.float16)
-    wanted = reference.linear(reference.dequantize_rows(x).double(), dequantize(q), bias, residual)
-    for config in (Config(16, 64, 1), Config(32, 64, 3)):
+    packed, bias = pack_codes(q, inputs, torch.float16), torch.randn(rows, dtype=torch.float16)
+    for few, config in ((5, Config(16, 64, 1)), (5, Config(16, 64, 3)), (17, Config(32, 64, 3)), (17, Config(16, 64, 1))):
+        x = reference.quantize_rows(torch.randn(few, columns) + 0.3, inputs)
+        residual = torch.randn(few, rows, dtype=torch.float16)
+        wanted = reference.linear(reference.dequantize_rows(x).double(), dequantize(q), bias, residual)
         assert error(linear(x, packed, bias, residual, torch.float16, config=config), wanted) < 5e-4, config
 
 
