@@ -396,20 +396,32 @@ class Config:
     slices: int = 1
 
 
-_OF_FEW = (  # rows, and how many programs there should be for each multiprocessor
-    (1, Config(8, 64, 1, warps=2, slices=8), 2.0),
-    (4, Config(8, 64, 1, warps=2, slices=2), 7.0),
-    (8, Config(8, 128, 1), 3.5),
-    (16, Config(32, 128, 1, slices=2), 3.5),
-)
+_OF_FEW = {  # whether weights are plain -> rows, and how many programs there should be for each multiprocessor
+    True: (
+        (1, Config(8, 64, 1, warps=2, slices=8), 2.0),
+        (4, Config(8, 64, 1, warps=2, slices=2), 7.0),
+        (8, Config(8, 128, 1), 3.5),
+        (16, Config(32, 128, 1, slices=2), 3.5),
+    ),
+    False: (
+        (1, Config(8, 64, 1, slices=8), 2.0),
+        (4, Config(8, 64, 1, slices=2), 7.0),
+        (8, Config(8, 64, 1), 7.0),
+        (16, Config(16, 64, 1), 7.0),
+    ),
+}
 
 
 @cache
-def config_for(rows: int, columns: int, inner: int, processors: int) -> Config:
-    """What was fastest on an H100 or H200 (benchmarks/kernels.py --sweep), by classes of shapes."""
+def config_for(rows: int, columns: int, inner: int, processors: int, *, plain: bool = True) -> Config:
+    """What was fastest on an H100 or H200 (benchmarks/kernels.py --sweep), by classes of shapes.
+
+    plain: integers of 2, 4 or 8 bits with at most two scales a tile. For others two warps have too few registers, and larger
+    blocks too many instructions.
+    """
     wide = columns >= 8192
     if rows <= 16:
-        config, share = next((config, share) for most, config, share in _OF_FEW if rows <= most)
+        config, share = next((config, share) for most, config, share in _OF_FEW[plain] if rows <= most)
         tiles = -(-inner // 128)
         if rows == 1 and (-(-tiles // 8) * 2 > -(-tiles // 4) or columns > 16384 and tiles < 64):
             config = replace(config, slices=4)  # eight would be of unequal size, or have too little to do
@@ -451,10 +463,11 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None, residual: Tensor | No
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if not rows:
         return out
+    how, fmt = _how(packed, x.dtype), FORMATS[packed.format]
+    tiles, tile = packed.words.shape[0], planes_of(container(fmt)) * packed.words.shape[2]
     if config is None:
-        config = config_for(rows, columns, inner, processors(x.device))
-    how = _how(packed, x.dtype)
-    tiles, tile = packed.words.shape[0], planes_of(container(FORMATS[packed.format])) * packed.words.shape[2]
+        plain = fmt.kind == "int" and container(fmt) != 3 and tile <= 2 * how["SPAN"]
+        config = config_for(rows, columns, inner, processors(x.device), plain=plain)
     split, slices = min(config.split, tiles), config.slices
     outputs, block = config.block_n // slices, config.block_m // slices
     grid = (-(-columns // outputs), -(-rows // block), split)

@@ -120,8 +120,9 @@ def test_configurations_fill_a_gpu() -> None:
     """Few rows: as many parts of K as keep all processors busy; many rows: none. There is a counter for each block."""
     for columns, inner in ((4096, 4096), (4096, 11008), (11008, 4096), (28672, 8192)):
         for rows in (1, 2, 7, 16, 64, 256, 2048):
-            config = config_for(rows, columns, inner, 132)
-            of_block = config.block_m // config.slices, config.block_n // config.slices
-            blocks = -(-columns // of_block[1]) * -(-rows // of_block[0])
-            assert config.split * blocks >= 120 and (rows < 2048 or config.split == 1)
-            assert config.split == 1 or blocks <= -(-columns // 16) * 16
+            for plain in (True, False):
+                config = config_for(rows, columns, inner, 132, plain=plain)
+                of_block = config.block_m // config.slices, config.block_n // config.slices
+                blocks = -(-columns // of_block[1]) * -(-rows // of_block[0])
+                assert config.split * blocks >= 120 and (rows < 2048 or config.split == 1)
+                assert config.split == 1 or blocks <= -(-columns // 16) * 16
