@@ -52,40 +52,25 @@ def _less_zeros(w, zero, n, k, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _block(of, row, column, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, COPIED: tl.constexpr):
-    """[HEIGHT, WIDTH] of a matrix [rows, columns] from a place on, 0 outside; COPIED: by the copy engine, by its descriptor."""
-    if COPIED:
-        part = of.load([row, column])
-    else:
-        i, j = row + tl.arange(0, HEIGHT)[:, None], column + tl.arange(0, WIDTH)[None, :]
-        part = tl.load(of + (i.to(tl.int64) * columns + j), mask=(i < rows) & (j < columns), other=0)
-    return part
-
-
-@triton.jit
-def _step(x, words, zero, acc, n0, m0, k, n, rows, columns, inner, ASM: tl.constexpr, FOUR: tl.constexpr,
-          ASYMMETRIC: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-          COPIED: tl.constexpr):  # fmt: skip
+def _step(x, words, zero, acc, n0, m0, k, n, columns, ASM: tl.constexpr, FOUR: tl.constexpr, ASYMMETRIC: tl.constexpr,
+          GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """acc plus the product of BLOCK_K columns from k on."""
     if FOUR:
         HALF: tl.constexpr = BLOCK_K // 2
-        tile = k // BLOCK_K * columns
-        pair = _block(words, tile + n0, 0, tile + columns, HALF, BLOCK_N, HALF, COPIED)
+        pair = words.load([k // BLOCK_K * columns + n0, 0])
         if HALF < _LEAST_K:
             w = tl.join(_half(pair, 0, ASM), _half(pair, 1, ASM)).permute(0, 2, 1).reshape(BLOCK_N, BLOCK_K)
             if ASYMMETRIC:
                 w = _less_zeros(w, zero, n, k, columns, GROUP)
-            acc = tl.dot(w, _block(x, m0, k, rows, inner, BLOCK_M, BLOCK_K, COPIED).T, acc, out_dtype=acc.dtype)
+            acc = tl.dot(w, x.load([m0, k]).T, acc, out_dtype=acc.dtype)
         else:
             for half in tl.static_range(2):
                 w = _half(pair, half, ASM)
                 if ASYMMETRIC:
                     w = _less_zeros(w, zero, n, k, columns, GROUP)
-                part = _block(x, m0, k + half * HALF, rows, inner, BLOCK_M, HALF, COPIED)
-                acc = tl.dot(w, part.T, acc, out_dtype=acc.dtype)
+                acc = tl.dot(w, x.load([m0, k + half * HALF]).T, acc, out_dtype=acc.dtype)
     else:
-        w = _block(words, n0, k, columns, inner, BLOCK_N, BLOCK_K, COPIED)
-        acc = tl.dot(w, _block(x, m0, k, rows, inner, BLOCK_M, BLOCK_K, COPIED).T, acc, out_dtype=acc.dtype)
+        acc = tl.dot(words.load([n0, k]), x.load([m0, k]).T, acc, out_dtype=acc.dtype)
     return acc
 
 
@@ -96,7 +81,6 @@ def _kernel(
     ASM: tl.constexpr, FOUR: tl.constexpr, FLOAT: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
     STEPS: tl.constexpr, ASYMMETRIC: tl.constexpr, X_ASYMMETRIC: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, BAND: tl.constexpr,
-    COPIED: tl.constexpr,
 ):  # fmt: skip
     """out [rows, columns] = x [rows, inner] W^T; programs: blocks, parts of K. BAND columns of blocks at a time share x."""
     block, part = tl.program_id(0), tl.program_id(1)
@@ -117,12 +101,11 @@ def _kernel(
         for step in range(first, last):
             k = step * BLOCK_K
             if FLOAT:
-                value = _step(x, words, zero, tl.zeros((BLOCK_N, BLOCK_M), OF), n0, m0, k, n, rows, columns, inner, ASM, FOUR,
-                              ASYMMETRIC, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, COPIED)  # fmt: skip
+                value = _step(x, words, zero, tl.zeros((BLOCK_N, BLOCK_M), OF), n0, m0, k, n, columns, ASM, FOUR, ASYMMETRIC,
+                              GROUP, BLOCK_N, BLOCK_K)  # fmt: skip
             else:
                 start = tl.full((BLOCK_N, BLOCK_M), _BITS_OF_ROUNDS, OF)
-                acc = _step(x, words, zero, start, n0, m0, k, n, rows, columns, inner, ASM, FOUR, ASYMMETRIC, GROUP, BLOCK_M,
-                            BLOCK_N, BLOCK_K, COPIED)  # fmt: skip
+                acc = _step(x, words, zero, start, n0, m0, k, n, columns, ASM, FOUR, ASYMMETRIC, GROUP, BLOCK_N, BLOCK_K)
                 value = (acc.to(tl.float32, bitcast=True) - _ROUNDS) * UNIT
             x_group = k // X_GROUP if X_GROUP > 0 else 0
             if X_ASYMMETRIC:
@@ -139,8 +122,7 @@ def _kernel(
         acc = tl.zeros((BLOCK_N, BLOCK_M), OF)
         for step in range(first, last):
             k = step * BLOCK_K
-            acc = _step(x, words, zero, acc, n0, m0, k, n, rows, columns, inner, ASM, FOUR, ASYMMETRIC, GROUP, BLOCK_M,
-                        BLOCK_N, BLOCK_K, COPIED)  # fmt: skip
+            acc = _step(x, words, zero, acc, n0, m0, k, n, columns, ASM, FOUR, ASYMMETRIC, GROUP, BLOCK_N, BLOCK_K)
         total = acc.to(tl.float32) * UNIT
         if X_ASYMMETRIC:
             z = tl.load(x_zero + m, mask=m < rows, other=0.0) * (part == 0)
@@ -155,7 +137,6 @@ def _kernel(
         _write(total, outer, bias, residual, out, n, m, rows, columns, BIASED, ADDED)
 
 
-_FEW = 8  # rows up to which codes of 4 bits are read without descriptors: 4 to 12 % faster than by the copy engine
 _SMALL = 2**22  # weights of a matrix, as encoders have them: blocks as large as leave enough of them
 _OF_SMALL = (  # with how many there must be for each multiprocessor
     (Config(128, 128, 1, warps=8, stages=3), 1.5),
@@ -220,21 +201,17 @@ def linear(
     if inner % ALIGNED:
         codes = F.pad(codes.view(torch.int8), (0, -inner % ALIGNED)).view(codes.dtype)
     half = block_k // 2 if four else block_k
+    described = TensorDescriptor.from_tensor(codes, [config.block_m, max(half, _LEAST_K.value)])
     words = packed.words.flatten(0, 1) if four else packed.words
-    copied = not (four and rows <= _FEW)
-    matrices: tuple[Tensor | TensorDescriptor, ...] = codes, words
-    if copied:
-        blocks_of = [config.block_m, max(half, _LEAST_K.value)], [config.block_n, half]
-        matrices = tuple(map(TensorDescriptor.from_tensor, (codes, words), blocks_of))
     split = min(config.split, -(-inner // block_k))
     blocks = -(-columns // config.block_n) * -(-rows // config.block_m)
     scratch = scratch_for((blocks, 1, split), config.block_n * config.block_m, codes.device)
     assert split == 1 or blocks <= len(packed.counters), (blocks, len(packed.counters))
     x_groups = x.scale.shape[-1]
     _kernel[(blocks, split)](
-        *matrices,
+        *(described, TensorDescriptor.from_tensor(words, [config.block_n, half])),
         *(x.scale, x.zero, packed.scale, packed.zero, packed.outer, packed.sums, bias, residual, out, scratch, packed.counters),
-        *(rows, columns, codes.shape[1], split, x_groups),
+        *(rows, columns, inner, split, x_groups),
         ASM=(None, None) if INTERPRETED else (_LOWER, _UPPER),
         FOUR=four,
         FLOAT=fmt.kind == "float",
@@ -250,7 +227,6 @@ def linear(
         BLOCK_K=block_k,
         SPLIT=split > 1,
         BAND=8,
-        COPIED=copied,
         num_warps=config.warps,
         num_stages=config.stages,
     )
