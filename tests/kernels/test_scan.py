@@ -61,11 +61,11 @@ def test_convolution(length: int, coded: bool) -> None:
     in_scale, scales = 0.03, random_scan().scales
     _, x, _ = projected(length, 5, WIDTH, HEADS)
     x = codes(BATCH, length, WIDTH) if coded else x * 2
-    past, weight, bias = codes(BATCH, 3, WIDTH), torch.randn(WIDTH, 4), torch.randn(WIDTH)
-    for given in (bias, None):
-        wanted, after = reference.conv(x, past, weight, given, in_scale, scales)
+    past, weight, bias = codes(BATCH, WIDTH, 4), torch.randn(WIDTH, 4), torch.randn(WIDTH)
+    for given, held in ((bias, 0), (None, 5)):
+        wanted, after = reference.conv(x, past, weight, given, in_scale, scales, held)
         found, kept = poisoned(BATCH, length, WIDTH, dtype=torch.int8), past.clone()
-        scan.conv(x, kept, weight, given, in_scale, scales, found)
+        scan.conv(x, kept, weight, given, in_scale, scales, held, found)
         near(found, wanted)
         near(kept, after)
 
@@ -91,17 +91,18 @@ def test_steps(gated: bool) -> None:
     of = random_scan(rounded=gated)
     held = torch.tensor([CHUNK - 1, 17], dtype=torch.int32)
     state, tokens = codes(BATCH, CHANNELS, N), codes(BATCH, CHUNK, CHANNELS + GROUPS * N)
-    steps = torch.randn(BATCH, CHUNK, HEADS)
+    past, steps = codes(BATCH, WIDTH, 4), torch.randn(BATCH, HEADS, CHUNK)
     for row, count in enumerate(held.tolist()):
-        steps[row, count:] = float("nan")  # slots not filled yet
-    given = codes(BATCH, WIDTH)
-    z, _, dt = (part[:, 0] for part in projected(1, CHANNELS, WIDTH, HEADS))
+        steps[row, :, count:] = float("nan")  # slots not filled yet
+    z, conv_in, dt = (part[:, 0] for part in projected(1, CHANNELS, WIDTH, HEADS))
     z = z if gated else None
-    wanted, after = reference.step(given, dt, z, (state, tokens, steps), held, of)
-    found, cache = poisoned(*wanted.shape), (state.clone(), tokens.clone(), steps.clone())
-    scan.step(given, dt, z, cache, held, of, found)
+    how = torch.randn(WIDTH, 4), torch.randn(WIDTH) if gated else None, 0.03
+    wanted, after = reference.step(conv_in, dt, z, (past, state, tokens, steps), *how, held, of)
+    found, cache = poisoned(*wanted.shape), tuple(part.clone() for part in (past, state, tokens, steps))
+    scan.step(conv_in, dt, z, cache, *how, held, of, found)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.std()))
-    near(cache[0], after[0])
-    assert torch.equal(cache[0][1], state[1]) and not torch.equal(cache[0][0], state[0])
-    assert torch.equal(cache[1], after[1])
-    assert torch.equal(cache[2].nan_to_num(), after[2].nan_to_num())
+    for part, expected in zip(cache[:3], after[:3], strict=True):
+        near(part, expected)
+    assert torch.equal(cache[1][1], state[1]) and not torch.equal(cache[1][0], state[0])
+    assert not torch.equal(cache[0], past) and not torch.equal(cache[2], tokens)
+    assert torch.equal(cache[3].nan_to_num(), after[3].nan_to_num())
