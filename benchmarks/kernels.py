@@ -190,9 +190,8 @@ def check_floats() -> list[dict[str, Any]]:
 def run(matrix: Prepared, rows: torch.Tensor | reference.Quantized, config: Config) -> torch.Tensor:
     """A product by a configuration."""
     if isinstance(rows, torch.Tensor):
-        if binary.takes(len(rows), matrix.packed):
-            return binary.linear(rows, matrix.packed, None, None, config=config)
-        return weight_only.linear(rows, matrix.packed, None, None, config=config)
+        kernel = binary if binary.takes(len(rows), matrix.packed) else weight_only
+        return kernel.linear(rows, matrix.packed, None, None, config=config)
     return codes.linear(rows, matrix.packed, None, None, matrix.dtype, config=config)
 
 

@@ -114,7 +114,7 @@ def conv(
     if not replaces:
         last = x[:, -slots:]
         if x.dtype.is_floating_point:
-            last = (last.float() / in_scale).round_().clamp_(FORMATS["int8"].min, FORMATS["int8"].max)
+            last = FORMATS["int8"].round(last.float() / in_scale)
         past.copy_(last.mT.roll((held + length) % slots, -1))
 
 

@@ -351,8 +351,8 @@ def _unpack_kernel(
     for plane in tl.static_range(PLANES):
         first = (tile * PLANES + plane) * WIDTH
         k = first + j
-        group = tl.minimum(first // GROUP, groups - 1) if GROUP > 0 else 0
         if KIND == "bcq":
+            group = tl.minimum(first // GROUP, groups - 1) if GROUP > 0 else 0
             alphas = scale + group * (CODED + 1) * columns + n
             value = tl.load(alphas + CODED * columns, mask=there, other=0.0).to(tl.float32)[:, None] + tl.zeros(
                 (1, WIDTH), tl.float32
@@ -362,16 +362,11 @@ def _unpack_kernel(
                 value -= w.to(tl.float32) * tl.load(alphas + bit * columns, mask=there, other=0.0).to(tl.float32)[:, None]
         else:
             w = _unpacked(word, third, HALF, ASM, plane, KIND, BITS, MANTISSA, plane, 0, BASE, SHIFTS)
-            if KIND != "int":
-                w = w * tl.full((1, 1), FACTOR, dtype)
-            elif ASYMMETRIC:
-                z = tl.load(zero + group * columns + n, mask=there, other=0.0)
-                w = _centred(w, z[:, None], BASE, PLACES[plane])
-            else:
-                w = _centred(w, tl.full((1, 1), 1 << (BITS - 1), dtype), BASE, PLACES[plane])
+            s, z = _scales(scale, zero, first, n, columns, groups, GROUP, SCALED, ASYMMETRIC, HALF, BITS)
+            w = _centred(w, z[:, None], BASE, PLACES[plane]) if KIND == "int" else w * tl.full((1, 1), FACTOR, dtype)
             value = w.to(tl.float32)
             if SCALED:
-                value = value * tl.load(scale + group * columns + n, mask=there, other=0.0).to(tl.float32)[:, None]
+                value = value * s.to(tl.float32)[:, None]
         value = value * o[:, None]
         here = there[:, None] & (k[None, :] < inner)
         at = out + (n - start)[:, None].to(tl.int64) * inner + k[None, :]
