@@ -1,5 +1,6 @@
 """Files that appear under their name whole or not at all, whenever the process is killed: JSON and safetensors."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -35,6 +36,12 @@ def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
     """Write tensors as safetensors, marked as PyTorch's as transformers expects."""
     with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

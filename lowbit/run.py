@@ -41,7 +41,7 @@ from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, Site, return_freed_memory
 from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
 from lowbit.export import NATIVE, QuantizedSource, check_export, encode, encode_static, load, quantized_sites, write_config
-from lowbit.files import TEMPORARY, replacing, save_shard, write_json
+from lowbit.files import TEMPORARY, replacing, save_shard, sha256_of, write_json
 from lowbit.methods.embed import Rounded
 from lowbit.parallel import Team, join, judging, launch, parallel_step, say_step, shares, train
 from lowbit.qtensor import QTensor, Scheme, check_shape
@@ -1252,9 +1252,17 @@ def _report(
             "bits_per_parameter": 8 * shards / parameters,
         },
         "adapter": ADAPTER if (folder / ADAPTER).is_dir() else None,
+        "files": _hashes(folder),
         "gate": gate,
         "evaluations": [],
     }
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of the checkpoint by its path in the folder; the journal and the report itself are left out."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {name: sha256_of(path) for name, path in names.items() if not name.startswith(".work/")}
 
 
 def _record_of(table: Rounded) -> LinearRecord:
