@@ -2,6 +2,7 @@
 #
 #   make demo        quantize the small model of demo/ and show what it cost
 #   make test        checks, then all tests that need no GPU, engines included
+#   make test-avx2   the same on the paths for processors with AVX2 alone
 #   make test-fast   the fast tests alone, about a minute
 #   make check       ruff, formatting, types
 #   make format      let ruff fix what it can
@@ -30,7 +31,7 @@ AO_STAMP := $(AO)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast check format bench clean
+.PHONY: help demo test test-avx2 test-fast check format bench clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -67,6 +68,10 @@ demo: $(STAMP)
 
 test: check $(VLLM_STAMP) $(AO_STAMP)
 	LOWBIT_VLLM_PYTHON='$(CURDIR)/$(VLLM_VENV)/bin/python' LOWBIT_TORCHAO='$(CURDIR)/$(AO)' $(PYTEST) -m "not gpu" $(ARGS)
+
+# The same on the paths for processors with AVX2 alone: of torch, of oneDNN, and vLLM's library for them.
+test-avx2:
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 LOWBIT_VLLM_ISA=avx2 $(MAKE) test
 
 test-fast: $(STAMP)
 	$(PYTEST) $(ARGS)

@@ -186,7 +186,8 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     four, nearest, eight = "w4a16-g32-gptq", "w4a16-g32-rtn", "w8a8-rtn"
     assert 0.03 < relative[four] < 0.5 and relative[nearest] < 0.8 and 0.003 < relative[eight] < 0.12
     assert relative[eight] < relative[four] / 2
-    assert 0 < 4 * divergence[eight] < divergence[four] < divergence[nearest] < 0.5
+    # 8 bits that went wrong would be no better than 4; with experts, a token that changes its expert costs as much as rounding
+    assert 0 < 2 * divergence[eight] < divergence[four] < divergence[nearest] < 0.5
 
 
 def assert_complete(out: Path, source: Source, report: dict[str, Any], format: str) -> None:

@@ -3,8 +3,10 @@
 lowbit.load in float32 is the reference, because evaluation and the gate use it. Where weights alone are quantized,
 transformers must give its logits; vLLM computes in bfloat16, so it gets a bound on KL(lowbit || vLLM). Quantized inputs are
 chaotic: noise of 1e-6 that crosses one rounding boundary moves others, and two right implementations of W8A8 differ by nearly
-as much as either differs from the float model. The bounds are three to five times what was measured, and a test shows that
-they would not let another model pass.
+as much as either differs from the float model. A test shows that the bounds would not let another model pass.
+
+What vLLM computes on a CPU depends on the processor: with AVX2 alone its library has no product with 4-bit weights and no FP8
+cache, and without VNNI its int8 products saturate. The tests ask the build (vllm_cpu.py) and skip what it lacks.
 """
 
 import json
@@ -76,7 +78,7 @@ CASES = {
     "w4a16-g64-asym": case("w4a16-g64-asym", "rtn", INT4, 8e-4, 0.25),
     "w4a16-channel": case("w4a16-channel", "rtn", INT4, 8e-4, 0.25),
     "w4a8": case("w4a8", "rtn", ("CompressedTensorsWNA8Int", "CPUWNA16LinearKernel"), 8e-4, 0.25, float_inputs=True),
-    "w8a8": case("w8a8", "gptq", INT8, 1.2e-2, 0.5),
+    "w8a8": case("w8a8", "gptq", INT8, 2.5e-2, 0.5),  # products that saturate: 0.009, exact ones: 0.003
     "fp8": case("fp8", "rtn", FP8, 2e-2, 0.5),
     "mixed": Case(MIXED, INT8, INT4, 4e-3, 0.5),
     "head": Case(HEAD, INT4, INT4, 8e-4, 0.25, head=INT4),
@@ -89,7 +91,35 @@ TRANSFORMERS_ONLY = {
     "w3a16": short_recipe(scheme="w3a16", engine="transformers"),
     "w8a8-astatic": short_recipe(scheme="w8a8-astatic", method="gptq", data=CALIBRATION, engine="transformers"),
 }
+# What vLLM's library for a processor may lack.
+ABILITIES = {"int4": "product with 4-bit weights (AVX-512)", "fp8_cache": "FP8 key-value cache (AVX-512 or AMX)"}
 each_case = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture(scope="session")
+def abilities(vllm_python: Path) -> dict[str, bool]:
+    """What vLLM's library for this processor computes, see `vllm_cpu.abilities`."""
+    done = subprocess.run(
+        [vllm_python, WORKER.with_name("vllm_cpu.py")], env=outside_of_here(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def outside_of_here() -> dict[str, str]:
+    """The environment for a process of another Python."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
+def needs_int4(case: Case) -> bool:
+    """Whether vLLM multiplies with 4-bit weights."""
+    return INT4[1] in (case.attention[1], case.mlp[1])
+
+
+def skip_without(ability: str, abilities: dict[str, bool]) -> None:
+    """Skip a test whose kernel is not in vLLM's library for this processor."""
+    if not abilities[ability]:
+        pytest.skip(f"vLLM's library for this processor has no {ABILITIES[ability]}")
 
 
 @dataclass(frozen=True)
@@ -154,13 +184,19 @@ def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
 
 @pytest.fixture(scope="module")
 def in_vllm(
-    vllm_python: Path, checkpoint: Callable[[str], Path], prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+    vllm_python: Path,
+    abilities: dict[str, bool],
+    checkpoint: Callable[[str], Path],
+    prompts: list[list[int]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Result]:
-    """What vLLM computes from the checkpoints, each run once."""
+    """What vLLM computes from the checkpoints, each run once; skips the test where vLLM has no kernel for one."""
     known: dict[str, Result] = {}
     folder = tmp_path_factory.mktemp("vllm")
 
     def get(name: str) -> Result:
+        if needs_int4(CASES[name]):
+            skip_without("int4", abilities)
         if name not in known:
             known[name] = run_vllm(vllm_python, checkpoint(name), prompts, folder / f"{name}.safetensors")
         return known[name]
@@ -173,8 +209,7 @@ def run_vllm(python: Path, checkpoint: Path, prompts: list[list[int]], out: Path
     asked = out.with_name("prompts.json")
     asked.write_text(json.dumps(prompts))
     command = [python, WORKER, checkpoint, asked, out, "--generate", str(NEW)]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=out.parent, env=outside_of_here(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
     tensors = load_file(out)
     return Result(
@@ -229,15 +264,18 @@ def test_vllm_computes_what_lowbit_measured(
 
 
 @pytest.mark.engine
-def test_vllm_runs_the_projections_of_mamba2(vllm_python: Path, tmp_path: Path) -> None:
-    """One state group: with several, vLLM's gated norm is over each, transformers' over all channels, of float models too."""
+def test_vllm_runs_the_projections_of_mamba2(vllm_python: Path, abilities: dict[str, bool], tmp_path: Path) -> None:
+    """One state group: with several, vLLM's gated norm is over each, transformers' over all channels, of float models too.
+
+    Another checkpoint of the model would be at 0.09 (4-bit weights). Products that saturate are at 0.008, others at 0.001.
+    """
     tiny.save("mamba2", tmp_path / "model", dtype=torch.bfloat16)
     lowbit.quantize(str(tmp_path / "model"), tmp_path / "out", recipe=short_recipe(scheme="w8a8", method="rtn"))
     prompts = tiny.tokens(2, 48).tolist()
     result = run_vllm(vllm_python, tmp_path / "out", prompts, tmp_path / "found.safetensors")
     assert result.record["schemes"] == [INT8[0]] and result.record["kernels"] == [INT8[1]]
     expected = logprobs(lowbit.load(str(tmp_path / "out"), dtype=torch.float32), prompts)
-    assert divergence(expected, result.logprobs) < 3e-3
+    assert divergence(expected, result.logprobs) < (3e-3 if abilities["exact_int8"] else 3e-2)
 
 
 @pytest.mark.engine
@@ -257,11 +295,12 @@ def test_vllm_uses_quantized_kernels(name: str, in_vllm: Callable[[str], Result]
 
 @pytest.mark.engine
 def test_the_bounds_tell_models_apart(
-    in_vllm: Callable[[str], Result], reference: Callable[[str], Any], prompts: list[list[int]]
+    abilities: dict[str, bool], in_vllm: Callable[[str], Result], reference: Callable[[str], Any], prompts: list[list[int]]
 ) -> None:
     """No result would pass for that of another checkpoint, nor for the float model's, the 8-bit ones among themselves apart."""
     references = {other: logprobs(reference(other), prompts) for other in (*CASES, "float")}
-    table = {name: {other: divergence(references[other], in_vllm(name).logprobs) for other in references} for name in CASES}
+    run = [name for name in CASES if abilities["int4"] or not needs_int4(CASES[name])]
+    table = {name: {other: divergence(references[other], in_vllm(name).logprobs) for other in references} for name in run}
     print(json.dumps(table, indent=1))
     for name, row in table.items():
         others = [other for other in row if other != name and not {name, other} <= set(EIGHT_BIT)]
@@ -363,18 +402,24 @@ def test_without_an_environment(variables: dict[str, str], outcome: str, message
 
 @pytest.mark.engine
 def test_fp8_cache(
-    vllm_python: Path, demo_model: Path, prompts: list[list[int]], tmp_path: Path, reference: Callable[[str], Any]
+    vllm_python: Path,
+    abilities: dict[str, bool],
+    demo_model: Path,
+    prompts: list[list[int]],
+    tmp_path: Path,
+    reference: Callable[[str], Any],
 ) -> None:
     """vLLM takes the scales of a checkpoint for its key-value cache, and stays near the model with a simulated one.
 
     Measured: KL(lowbit || vLLM) 0.011, with a float cache on both sides 0.0002; the simulated cache alone costs 0.0034.
     """
+    skip_without("fp8_cache", abilities)
+    skip_without("int4", abilities)
     recipe = short_recipe(scheme="w4a16-g64", kv_cache="fp8", data=CALIBRATION)
     lowbit.quantize(str(demo_model), tmp_path / "checkpoint", recipe=recipe)
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     command = [vllm_python, WORKER, tmp_path / "checkpoint", tmp_path / "prompts.json", tmp_path / "out.safetensors"]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=tmp_path, env=outside_of_here(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
     record = json.loads((tmp_path / "out.json").read_text())
     attention = record["layers"]["model.layers.0.self_attn.attn"]

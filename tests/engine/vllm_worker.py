@@ -2,7 +2,8 @@
 
     python vllm_worker.py CHECKPOINT PROMPTS.json OUT.safetensors [--dtype D] [--generate N] [--kv-cache-dtype X]
 
-For an environment that has vLLM and not lowbit: imports vllm, torch, safetensors and the standard library only.
+For an environment that has vLLM and not lowbit: imports vllm, torch, safetensors, the standard library and vllm_cpu.py beside
+it, whose LOWBIT_VLLM_ISA chooses vLLM's library.
 PROMPTS.json is a list of lists of token ids. For prompt i, OUT.safetensors holds
 
     logprobs.{i}   float32 [length - 1, vocabulary]: row t is the distribution of token t + 1 given tokens 0..t
@@ -20,16 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",  # for the one sampled token that is never fed back; main() checks the rest
-    VLLM_NO_USAGE_STATS="1",
-    HF_HUB_OFFLINE="1",
-)
 _BEGIN = time.perf_counter()
+os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # for the one sampled token that is never fed back; main() checks the rest
 
+import vllm_cpu  # noqa: E402, I001 (sets what vllm reads when it is imported)
 import torch  # noqa: E402
 import vllm  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -157,6 +152,7 @@ def main() -> None:
         "functions": used("function"),
         "layers": layers,
         "threads": torch.get_num_threads(),
+        "abilities": vllm_cpu.abilities(),
         "seconds": {"import": _IMPORTED - _BEGIN, "start": started - start, "run": done - started},
     }
     partial, record_partial = (path.with_name(path.name + ".partial") for path in (args.out, record_out))
