@@ -565,7 +565,8 @@ def usable_steps(step: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _power_of_two(largest: Tensor, reach: float, fmt: Format, rule: Rule) -> Tensor:
-    """The power of two that brings magnitudes of up to `largest` into those of up to `reach`, the format's maximum."""
+    """The power of two that brings magnitudes of up to `largest` into those of up to `reach`, the format's maximum; NaN where
+    `largest` is not finite, so that all of its block is NaN."""
     if rule == "ceil":
         mantissa, exponent = torch.frexp(largest / reach)
         exponent = exponent - (mantissa == 0.5).int()
@@ -575,7 +576,8 @@ def _power_of_two(largest: Tensor, reach: float, fmt: Format, rule: Rule) -> Ten
             kept = fmt.bits - 2 if fmt.kind == "int" else fmt.mantissa
             exponent = exponent + (mantissa >= 1 - 2.0 ** -(kept + 2)).int()
         exponent = exponent - 1 - fmt.top_exponent
-    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent.clamp(-126, 127)), 1.0)
+    power = torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent.clamp(-126, 127)), 1.0)
+    return torch.where(largest.isfinite(), power, torch.nan)
 
 
 def _params_from_range(
@@ -659,7 +661,7 @@ def fake_quantize_input(x: Tensor, spec: Spec, largest: float | None = None) -> 
 
     Scales are largest magnitude / format.max (integers: symmetric, or with a zero point over the range that contains 0) of
     each token, each group of a token, or (static) of the whole calibration data; powers of two by the rule of the spec; E4M3
-    under a power of two from `largest`.
+    under a power of two from `largest`. What shares a scale with an infinity or a NaN becomes NaN, so that an overflow is seen.
 
     Args:
         x: [..., features], any float dtype; the result has the same shape and dtype.
@@ -681,6 +683,7 @@ def fake_quantize_input(x: Tensor, spec: Spec, largest: float | None = None) -> 
         outer = _outer(reach, reach, spec, largest)
         assert outer is not None
         scale = FP8_E4M3.round(reach / fmt.max / outer).clamp_(min=2.0**-9) * outer
+        scale = torch.where(reach.isfinite(), scale, torch.nan)  # as E4M3, which has no infinity, has it
     elif spec.symmetric:
         scale = reach.clamp_(min=1e-12) / fmt.max
     else:
