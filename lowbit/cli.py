@@ -283,7 +283,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         print(f"  {name:{wide[0]}}  {scheme:{wide[1]}}  {made.costs[name]:.3e}")
     ratio = "" if made.ppl_ratio is None else f"; {made.ppl_ratio:.4f} times the perplexity on calibration text"
     print(
-        f"{out}: {made.bits:.3f} bits a weight, {made.output_bytes / 1e6:.2f} MB of weight files{ratio}. "
+        f"{out}: {made.bits:.3f} bits a weight, {made.output_bytes / 1e6:.2f} MB of weight files{ratio}; {made.mix}. "
         f"Measured costs are in {sensitivities}."
     )
 
