@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lowbit.source import FLOAT_DTYPES, Source
+from lowbit.source import FLOAT_DTYPES, Source, refused_code
 from lowbit.ssm import Mixer, is_mixer, point
 
 if TYPE_CHECKING:
@@ -684,21 +685,40 @@ def _empty_model(source: Source) -> "PreTrainedModel":
     import transformers
     from accelerate import init_empty_weights
 
+    path, trusted = source.folder / "config.json", source.trust_remote_code
     try:
-        config = transformers.AutoConfig.from_pretrained(source.folder)
+        config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trusted)
     except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{source.folder}: transformers cannot read this config: {str(error).splitlines()[0]}") from error
+        if not trusted and "trust_remote_code" in str(error):
+            raise refused_code(path) from error
+        raise ValueError(f"{path}: transformers cannot read this config: {str(error).splitlines()[0]}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder-decoder; lowbit quantizes decoders and encoders, not both in one")
     for key, value in source.overrides.items():
         setattr(config, key, value)
     config._experts_implementation = "eager"
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
+    build = _builder(config, trusted)
     with init_empty_weights(include_buffers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: Any = kind(config) if kind is not None else transformers.AutoModelForCausalLM.from_config(config)
+        model: Any = build(config)
     return model.eval().requires_grad_(False)
+
+
+def _builder(config: Any, trusted: bool) -> Callable[[Any], Any]:
+    """What makes a model of a config: the class that `architectures` names, or what the auto class for causal models takes.
+
+    trusted: classes that `auto_map` names in files of the model's folder are taken before those of transformers.
+    """
+    import transformers
+
+    name = (config.architectures or [""])[0]
+    own = getattr(config, "auto_map", None) or {} if trusted else {}
+    auto = next((key for key, reference in own.items() if key.startswith("AutoModel") and reference.endswith(f".{name}")), None)
+    if auto is None and hasattr(transformers, name):
+        return getattr(transformers, name)
+    made = getattr(transformers, auto or "AutoModelForCausalLM").from_config
+    # In the dtype of the config, as is the default, buffers such as rotary frequencies would be rounded to it.
+    return partial(made, trust_remote_code=trusted, dtype=torch.float32)
 
 
 def _matrix_dtype(source: Source, dtype: torch.dtype, device: torch.device) -> torch.dtype:

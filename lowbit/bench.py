@@ -133,13 +133,14 @@ def bench_model(model: Any, *, rows: int, prompt: int, tokens: int, compiled: bo
 def bench(
     models: Sequence[str], *, batches: Sequence[int] = (1, 16), prompt: int = 512, tokens: int = 64, device: str = "cpu",
     dtype: torch.dtype | None = None, compiled: bool = False, peers: Sequence[str] = (),
-    progress: Callable[[str, int, int], None] | None = None,
+    trust_remote_code: bool = False, progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Time models one after the other, the first being what others are compared with.
 
     Args:
         models: folders or hub ids; quantized ones run on the kernels.
         peers: of PEERS, which quantize the first model, too.
+        trust_remote_code: run the Python code in the models' folders, see `runtime.load`.
 
     Returns:
         "bandwidth", bytes a second, and "rows": for each model and batch what `bench_model` gives, "model" (or the peer), the
@@ -150,16 +151,17 @@ def bench(
         raise ValueError(f"no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
     if "torchao-int4" in peers and torch.device(device).type != "cuda":
         raise ValueError("the kernel of torchao-int4 is one for GPUs; leave it out, or give --device cuda")
-    if peers and isinstance(export.open_checkpoint(models[0]), export.QuantizedSource):
+    opened = {name: export.open_checkpoint(name, trust_remote_code=trust_remote_code) for name in models}
+    if peers and isinstance(opened[models[0]], export.QuantizedSource):
         raise ValueError(f"{models[0]} is quantized already, so that {peers[0]} cannot do it; name the original first")
     where = torch.device(device)
     speed = bandwidth(where)
     rows: list[dict[str, Any]] = []
     jobs = [(name, None) for name in models] + [(models[0], peer) for peer in peers]
     for i, (name, peer) in enumerate(jobs):
-        quantized = isinstance(export.open_checkpoint(name), export.QuantizedSource)
+        quantized = isinstance(opened[name], export.QuantizedSource)
         given = (torch.bfloat16 if where.type == "cuda" else None) if dtype is None else dtype
-        model: Any = runtime.load(name, device=device, dtype=given, kernels=quantized)
+        model: Any = runtime.load(name, device=device, dtype=given, kernels=quantized, trust_remote_code=trust_remote_code)
         if not model.can_generate():
             raise ValueError(f"{name} is a {type(model).__name__}, which does not generate text")
         if peer is not None:

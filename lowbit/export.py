@@ -465,9 +465,9 @@ class QuantizedSource(Source):
         parameters: names of quantized parameters among the points, by the source's tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         self.native = (folder / NATIVE_FILE).exists()
-        super().__init__(folder, NATIVE if self.native else STEM)
+        super().__init__(folder, NATIVE if self.native else STEM, trust_remote_code=trust_remote_code)
         self.stored = self.tensors
         self.corrections = read_adapter(folder)
         self.modules = self._native_modules() if self.native else self._library_modules()
@@ -710,14 +710,16 @@ def _spec_of(args: Any) -> Spec:
     )
 
 
-def open_checkpoint(model: str, revision: str | None = None) -> Source:
-    """Open a float checkpoint (folder or hub id) or a quantized one (folder, either format)."""
+def open_checkpoint(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
+    """Open a float checkpoint (folder or hub id) or a quantized one (folder, either format); see `source.open_source`."""
     folder = Path(model).expanduser()
     quantized = (folder / NATIVE_FILE).exists() or (
         (folder / "config.json").exists()
         and "quantization_config" in read_json(folder / "config.json", "the model's configuration")
     )
-    return QuantizedSource(folder) if quantized else open_source(model, revision)
+    if quantized:
+        return QuantizedSource(folder, trust_remote_code=trust_remote_code)
+    return open_source(model, revision, trust_remote_code=trust_remote_code)
 
 
 def quantized_sites(arch: Arch, source: QuantizedSource) -> dict[Site, Quantizer]:
@@ -732,7 +734,12 @@ def quantized_sites(arch: Arch, source: QuantizedSource) -> dict[Site, Quantizer
 
 
 def load(
-    model: str, *, revision: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load a checkpoint, quantized or not, as a transformers model with float weights.
 
@@ -744,11 +751,13 @@ def load(
         model: a folder written by `quantize` (compressed-tensors or lowbit format), another compressed-tensors folder, a
             float checkpoint or a hub id.
         dtype: of the parameters; the checkpoint's own by default.
+        trust_remote_code: run the Python code in the folder or repository, with the rights of this process, where
+            transformers does not know the model itself; only for sources you trust.
 
     Raises:
         ValueError: the folder is incomplete or in a format lowbit does not read.
     """
-    source = open_checkpoint(model, revision)
+    source = open_checkpoint(model, revision, trust_remote_code=trust_remote_code)
     arch = Arch(source, dtype or source.dtype())
     loaded: Any = arch.fill()
     loaded.to(device)

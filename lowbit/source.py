@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,13 @@ class Source:
         config: config.json as a dict.
         tensors: every tensor of every shard, by name.
         overrides: what the model's configuration must say instead of config.json.
+        trust_remote_code: whether Python code of the folder may run, for a model or a tokenizer that transformers lacks.
         unrounded: tensors that may be read in a wider dtype than is stored; of use where weights were rewritten.
     """
 
-    def __init__(self, folder: Path, stem: str = STEM) -> None:
+    def __init__(self, folder: Path, stem: str = STEM, *, trust_remote_code: bool = False) -> None:
         self.folder = folder
+        self.trust_remote_code = trust_remote_code
         self.config: dict[str, Any] = read_json(folder / "config.json", "the model's configuration")
         self._index = folder / index_name(stem)
         self.shards = _shards(folder, stem)
@@ -133,8 +136,12 @@ class Source:
                 raise ValueError(f"{self._index} says {name} is in {shard}, but it is not there; fetch {shard} again")
 
 
-def open_source(model: str, revision: str | None = None) -> Source:
+def open_source(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
     """Open a local folder, or fetch a hub id ("org/name", optionally at `revision`) into the hub's cache and open that.
+
+    Args:
+        trust_remote_code: let the Python code in the folder or repository run, with the rights of this process, where
+            transformers does not know the model or its tokenizer itself.
 
     Raises:
         ValueError: no such folder or hub model, no safetensors weights, missing, truncated or damaged files, or a model
@@ -142,28 +149,46 @@ def open_source(model: str, revision: str | None = None) -> Source:
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        folder = _fetch(model, revision)
+        folder = _fetch(model, revision, [*_HUB_PATTERNS, "*.py"] if trust_remote_code else _HUB_PATTERNS)
     elif revision is not None:
         raise ValueError(f"{model} is a local folder, which has no revisions; leave out --revision {revision}")
-    source = Source(folder)
+    source = Source(folder, trust_remote_code=trust_remote_code)
     if source.config.get("quantization_config"):
         method = source.config["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"{model} is quantized already ({method}); quantize the original checkpoint instead")
     return source
 
 
-def _fetch(model: str, revision: str | None) -> Path:
+def _fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise ValueError(f"{model} is neither a folder nor a hub id such as org/name") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{model} is not a local folder, and the hub did not deliver it: {str(error).splitlines()[0]}"
         ) from error
+
+
+def refused_code(file: Path) -> ValueError:
+    """The error for a config.json or tokenizer_config.json whose `auto_map` names code that may not run."""
+    code = ", ".join(sorted(set(_references(read_json(file, "a configuration of the model").get("auto_map")))))
+    return ValueError(
+        f"{file} asks for Python code that is not part of transformers ({code}); lowbit does not run it unless you give "
+        "--trust-remote-code (in Python trust_remote_code=True); it then has your rights, so do that only for sources you trust"
+    )
+
+
+def _references(auto_map: Any) -> Iterator[str]:
+    """The classes that an `auto_map` names, as "file.Class" or "org/name--file.Class"."""
+    if isinstance(auto_map, str):
+        yield auto_map
+    elif isinstance(auto_map, (dict, list)):
+        for value in auto_map.values() if isinstance(auto_map, dict) else auto_map:
+            yield from _references(value)
 
 
 def index_name(stem: str = STEM) -> str:
