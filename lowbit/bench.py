@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lowbit import export, runtime
 from lowbit.decoding import Decoder, reason_against, reason_against_graph
 from lowbit.kernels.entry import Prepared
+from lowbit.page import save_figure
 from lowbit.runtime import PackedLinear
 
 RUNS = 7
@@ -182,6 +183,11 @@ def bench(
     return {"device": device, "bandwidth": speed, "rows": rows}
 
 
+def _no_formula(text: str) -> str:
+    """Text for a label, which matplotlib would read as a formula between two dollars."""
+    return text.replace("$", r"\$")
+
+
 def plot(result: dict[str, Any], path: str) -> None:
     """Write a roofline picture of steps: tokens a second against tokens a byte read, under the measured bandwidth."""
     from matplotlib.figure import Figure
@@ -194,8 +200,10 @@ def plot(result: dict[str, Any], path: str) -> None:
         line = [min(intensity) / 2, max(intensity) * 2]
         axes.loglog(line, [x * result["bandwidth"] for x in line], "k--", label="read bandwidth")
         for row, x in zip(points, intensity, strict=True):
-            axes.loglog([x], [row["rows"] / row["step_seconds"]], "o", label=f"{row['model']}, batch {row['rows']}")
+            axes.loglog(
+                [x], [row["rows"] / row["step_seconds"]], "o", label=f"{_no_formula(row['model'])}, batch {row['rows']}"
+            )
         axes.legend(fontsize="small")
     axes.set_xlabel("tokens for each byte of weights read")
     axes.set_ylabel("tokens a second")
-    figure.savefig(path, bbox_inches="tight")
+    save_figure(figure, path)

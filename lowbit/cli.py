@@ -262,7 +262,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from lowbit.files import replacing
+    from lowbit.files import write_text
     from lowbit.planner import plan
 
     out = Path(arguments.out)
@@ -294,8 +294,7 @@ def _plan(arguments: argparse.Namespace) -> None:
             trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
-    with replacing(out) as temporary:
-        temporary.write_text(made.recipe.to_toml(), encoding="utf-8")
+    write_text(out, made.recipe.to_toml())
     wide = [max(map(len, column)) for column in (made.schemes, made.schemes.values())]
     for name, scheme in made.schemes.items():
         print(f"  {name:{wide[0]}}  {scheme:{wide[1]}}  {made.costs[name]:.3e}")
@@ -443,7 +442,10 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _bench(arguments: argparse.Namespace) -> None:
     from lowbit.bench import bench, plot
+    from lowbit.page import check_figure
 
+    if arguments.plot:
+        check_figure(arguments.plot)
     if arguments.models == ["kernels"]:
         _bench_kernels(arguments)
         return

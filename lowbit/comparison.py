@@ -31,7 +31,7 @@ from lowbit.allocate import useful
 from lowbit.data import DataSpec, evaluation_tokens, tokenizer_of
 from lowbit.evaluate import evaluate_model
 from lowbit.export import load
-from lowbit.files import replacing, write_json
+from lowbit.files import write_json, write_text
 from lowbit.page import comparison_page
 from lowbit.planner import candidates
 from lowbit.recipe import Recipe, short_recipe
@@ -151,8 +151,7 @@ def _written(
         "sensitivities": sensitivities,
     }
     write_json(out / "comparison.json", result)
-    with replacing(out / "comparison.html") as temporary:
-        temporary.write_text(comparison_page(result), encoding="utf-8")
+    write_text(out / "comparison.html", comparison_page(result))
     return result
 
 
@@ -232,8 +231,7 @@ def _quantized(out: Path, key: str, source: Source, recipe: Recipe, device: str,
     if recipe.data is not None and Path(recipe.data.source).is_file():
         written = replace(recipe, data=replace(recipe.data, source=str(Path(recipe.data.source).resolve())))
     path = out / f"{key}.toml"
-    with replacing(path) as temporary:
-        temporary.write_text(written.to_toml(), encoding="utf-8")
+    write_text(path, written.to_toml())
     command = [sys.executable, "-m", "lowbit", "quantize", str(source.folder), "--recipe", str(path)]
     command += ["--out", str(out / key), "--device", device]
     command += ["--trust-remote-code"] if source.trust_remote_code else []

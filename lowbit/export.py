@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lowbit.adapter import merged, read_adapter
 from lowbit.arch import Arch, Linear, Site, Tap, addresses
+from lowbit.files import write_json, write_text
 from lowbit.formats import FP4_E2M1, FP6_E2M3, FP8_E4M3
 from lowbit.kv import CacheSpec, simulate_cache
 from lowbit.packing import pack, unpack
@@ -335,7 +336,7 @@ def write_config(
             if linear.name in schemes
         }
         described = json.loads(original) | {"quantization_config": {"quant_method": NATIVE}}
-        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
         of_points = {
             point.name: {
                 "tensor": point.tensor,
@@ -347,16 +348,14 @@ def write_config(
             for point in block.points
             if (scheme := (points or {}).get(point.name)) is not None
         }
-        (folder / NATIVE_FILE).write_text(
-            json.dumps(
-                {"format": NATIVE, "version": _NATIVE_VERSION, "dtype": dtype, "linears": table, "points": of_points}, indent=1
-            )
-            + "\n"
+        write_json(
+            folder / NATIVE_FILE,
+            {"format": NATIVE, "version": _NATIVE_VERSION, "dtype": dtype, "linears": table, "points": of_points},
         )
         return ["config.json", NATIVE_FILE]
     config = json.loads(original)
     config["quantization_config"] = library_config(arch, schemes, kv_cache=kv_cache)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return ["config.json"]
 
 

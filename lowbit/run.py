@@ -640,7 +640,8 @@ def _assemble(
     for path in arch.source.side_files():
         target = folder / path.relative_to(arch.source.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        with replacing(target) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 # -------------------------------------------------------------------------------------------------------- the whole model
