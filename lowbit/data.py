@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lowbit.source import Source, read_json, refused_code
+from lowbit.source import Source, in_short, read_json, refused_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -132,10 +132,12 @@ def tokenizer_of(source: Source) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the library tokenizers raises plain Exception
         if not source.trust_remote_code and "trust_remote_code" in str(error):
             raise refused_code(described) from error
-        raise ValueError(f"{folder} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{folder} has no tokenizer that transformers can load: {in_short(error)}; fetch it again") from error
 
 
 def read_documents(spec: DataSpec) -> Iterator[str]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.adapter import merged, read_adapter
-from lowbit.arch import Arch, Linear, Site, Tap, addresses
+from lowbit.arch import Arch, Linear, Site, Tap, addresses, generation_of
 from lowbit.files import write_json, write_text
 from lowbit.formats import FP4_E2M1, FP6_E2M3, FP8_E4M3
 from lowbit.kv import CacheSpec, simulate_cache
@@ -774,10 +774,9 @@ def load(
 
 def restore_generation(model: Any, folder: Path) -> None:
     """Give a model the generation settings of its checkpoint, where it has any."""
-    if (folder / "generation_config.json").exists():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    settings = generation_of(folder)
+    if settings is not None:
+        model.generation_config = settings
 
 
 def quantize_inputs(model: Any, inputs: dict[Site, Quantizer]) -> None:

@@ -142,6 +142,7 @@ def quantize(
         raise ValueError(f"parallel = {parallel}: give the number of processes; deterministic is for two or more")
     source = open_source(model, revision, trust_remote_code=trust_remote_code)
     _check_apart(out, source.folder)
+    source.side_files()  # raises where one of them could not be copied
     arch = original = Arch(source, device=device)
     recipe.schemes(_candidates(arch, recipe), _points(arch), tied_head=arch.tied_head)
     data_used, solver_tokens = _calibration(recipe, source, out, device, say)
