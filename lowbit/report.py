@@ -13,11 +13,11 @@ PAGE_NAME = "report.html"
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write report.json, report.md and report.html into a checkpoint's folder."""
-    write_json(folder / JSON_NAME, report)
+    """Write report.md, report.html and, when these are there, report.json into a checkpoint's folder."""
     for name, text in ((MARKDOWN_NAME, markdown(report)), (PAGE_NAME, report_page(report))):
         with replacing(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    write_json(folder / JSON_NAME, report)
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
@@ -69,6 +69,8 @@ def markdown(report: dict[str, Any]) -> str:
             "folder; without them it is less accurate than measured here.",
             "",
         ]
+    notes = report.get("notes", [])
+    lines += ["## Notes", "", *(f"- {note}" for note in notes), ""] if notes else []
     lines += _evaluations(report["evaluations"])
     lines += _warnings(report["linears"])
     lines += [
