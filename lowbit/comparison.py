@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,8 +31,10 @@ from lowbit.data import DataSpec, evaluation_tokens, tokenizer_of
 from lowbit.evaluate import evaluate_model
 from lowbit.export import load
 from lowbit.files import write_json, write_text
+from lowbit.journal import WORK
 from lowbit.page import comparison_page
 from lowbit.planner import candidates
+from lowbit.processes import tied
 from lowbit.recipe import Recipe, short_recipe
 from lowbit.report import read_report
 from lowbit.run import Progress
@@ -90,6 +91,7 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     say = progress or (lambda stage, done, total: None)
     source = open_source(model, revision, trust_remote_code=trust_remote_code)
+    source.track()
     tokenizer = tokenizer_of(source)
     tokens = {text: evaluation_tokens(text, tokenizer) for text in texts}
     judge = _Judge(source, tokens, tokenizer, window, windows, device)
@@ -197,7 +199,7 @@ def _row(
 ) -> dict[str, Any]:
     """What was measured on a recipe's checkpoint, which is made where it is missing, until `end`."""
     folder, judged = out / key, out / f"{key}-{judge.key}.json"
-    if not folder.is_dir():
+    if not folder.is_dir() or (folder / WORK).exists():  # killed just before its journal was removed
         failure = _quantized(out, key, source, recipe, device, end, lock)
         if failure is not None:
             return {"key": key, "recipe": recipe.to_dict(), "failed": failure}
@@ -205,6 +207,11 @@ def _row(
         write_json(judged, judge.measured(folder))
     report = read_report(folder)
     assert report is not None
+    if report["model"]["fingerprint"] != source.fingerprint():
+        raise ValueError(
+            f"{source.folder} has changed during the comparison, so {folder} is of another model; delete that folder, put the "
+            "model back, or compare again"
+        )
     measured = json.loads(judged.read_text(encoding="utf-8"))
     return measured | {
         "key": key,
@@ -232,9 +239,9 @@ def _quantized(out: Path, key: str, source: Source, recipe: Recipe, device: str,
         written = replace(recipe, data=replace(recipe.data, source=str(Path(recipe.data.source).resolve())))
     path = out / f"{key}.toml"
     write_text(path, written.to_toml())
-    command = [sys.executable, "-m", "lowbit", "quantize", str(source.folder), "--recipe", str(path)]
-    command += ["--out", str(out / key), "--device", device]
-    command += ["--trust-remote-code"] if source.trust_remote_code else []
+    arguments = ["quantize", str(source.folder), "--recipe", str(path), "--out", str(out / key), "--device", device]
+    arguments += ["--trust-remote-code"] if source.trust_remote_code else []
+    command = tied("import sys; from lowbit.cli import main; sys.exit(main())", *arguments)
     seconds = None if end is None else end - time.monotonic()
     if seconds is not None and seconds <= 0:
         raise subprocess.TimeoutExpired(command, seconds)

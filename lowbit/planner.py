@@ -13,7 +13,8 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import exp, prod
 from pathlib import Path
@@ -28,11 +29,12 @@ from lowbit.arch import Arch
 from lowbit.data import DataSpec
 from lowbit.export import NATIVE, encode, reason_against
 from lowbit.files import write_json
+from lowbit.journal import differences, working_folder
 from lowbit.methods.embed import Rounded
 from lowbit.patterns import Matcher
 from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
-from lowbit.run import Progress, available_memory, differences, drawn, rewritten
+from lowbit.run import Progress, available_memory, drawn, rewritten
 from lowbit.sensitivity import (
     PER,
     SIGNALS,
@@ -157,6 +159,7 @@ def plan(
     )
     effort = effort or Effort()
     source = open_source(model, revision, trust_remote_code=trust_remote_code)
+    source.track()
     arch = rewritten(Arch(source, device=device), base, say)
     if isinstance(arch.source, Rounded) and max_ppl_ratio is not None:
         raise ValueError("embed is what a plan for max_ppl_ratio decides about itself; leave it out of the method")
@@ -190,13 +193,13 @@ def plan(
         if path is not None:
             write_json(path, job | {"decisions": measured})
 
-    with tempfile.TemporaryDirectory(prefix="lowbit-plan-") as folder:
+    with _hidden_states(path) as folder:
         whole, solved = None, None
         if max_ppl_ratio is not None or missing:
             say("loading the model", 0, 1)
             _check_memory(arch)
             if missing and signal == "kl":
-                solved = Solved(arch, given, solver, Path(folder))
+                solved = Solved(arch, given, solver, folder)
             whole = Whole(arch, judged, effort.subsets)
         found = known
         if whole is not None and missing:
@@ -217,7 +220,7 @@ def plan(
     began = time.monotonic()
     if max_ppl_ratio is not None:
         assert whole is not None
-        chosen, mix, ratio = _smallest(whole, choices, offered, base.steps, given, max_ppl_ratio, say)
+        chosen, mix, ratio = _smallest(whole, choices, offered, base.steps, given, max_ppl_ratio, path, say)
     elif size is not None:
         chosen, mix = choices.within(int(size) - choices.fixed)
     else:
@@ -235,6 +238,18 @@ def plan(
         mix=mix,
         seconds=time.monotonic() - began,
     )
+
+
+@contextmanager
+def _hidden_states(path: Path | None) -> Iterator[Path]:
+    """A folder for hidden states: beside the file of sensitivities, where what a killed plan left is found, else a temporary
+    one."""
+    if path is None:
+        with tempfile.TemporaryDirectory(prefix="lowbit-plan-") as folder:
+            yield Path(folder)
+    else:
+        with working_folder(path.with_name(path.name + ".work")) as folder:
+            yield folder
 
 
 def candidates(names: Iterable[str] | None, format: str, engine: str) -> dict[str, Scheme]:
@@ -397,6 +412,7 @@ def _smallest(
     steps: Sequence[Step],
     tokens: Tensor,
     most: float,
+    path: Path | None,
     say: Progress,
 ) -> tuple[list[str], Mix, float]:
     """The smallest mix whose perplexity, after `steps` on `tokens`, is at most `most` times that of the float model."""
@@ -409,7 +425,7 @@ def _smallest(
         say("trying budgets", trial, _TRIALS)
         middle = low if trial == 0 else (low + high) // 2  # first of all the smallest: it may do
         chosen, mix = choices.within(middle, headers=False)
-        ratio = exp(_loss(whole, choices.every, chosen, offered, steps, tokens) - base)
+        ratio = exp(_loss(whole, choices.every, chosen, offered, steps, tokens, path) - base)
         if ratio <= most:
             best, high = (chosen, mix, ratio), middle
             if trial == 0:
@@ -429,6 +445,7 @@ def _loss(
     offered: dict[str, Scheme],
     steps: Sequence[Step],
     tokens: Tensor,
+    path: Path | None,
 ) -> float:
     """The loss of the text with the whole model transformed and solved on `tokens` as a run would; then it is float again."""
     arch = whole.arch
@@ -439,8 +456,8 @@ def _loss(
     for step in _steps((), every, chosen):
         arch.source = METHODS[step.method].apply(arch, **step.options)
     schemes = {x.name: offered[name] for d, name in zip(every, chosen, strict=True) if name != FLOAT for x in d.linears}
-    with tempfile.TemporaryDirectory(prefix="lowbit-plan-") as folder:
-        stream = Stream(arch, tokens, Path(folder))
+    with _hidden_states(path) as folder:
+        stream = Stream(arch, tokens, folder)
         stream.start()
         for block in arch.blocks:
             mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}

@@ -14,10 +14,10 @@ PAGE_NAME = "report.html"
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write report.json, report.md and report.html into a checkpoint's folder."""
-    write_json(folder / JSON_NAME, report)
+    """Write report.md, report.html and, when these are there, report.json into a checkpoint's folder."""
     for name, text in ((MARKDOWN_NAME, markdown(report)), (PAGE_NAME, report_page(report))):
         write_text(folder / name, text)
+    write_json(folder / JSON_NAME, report)
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
@@ -81,6 +81,8 @@ def markdown(report: dict[str, Any]) -> str:
             "folder; without them it is less accurate than measured here.",
             "",
         ]
+    notes = report.get("notes", [])
+    lines += ["## Notes", "", *(f"- {note}" for note in notes), ""] if notes else []
     lines += _evaluations(report["evaluations"])
     lines += _warnings(report["linears"])
     lines += [

@@ -9,8 +9,8 @@ import json
 import math
 import os
 import stat
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from lowbit.files import sha256_of
 
 STEM = "model"  # shards are STEM.safetensors, or STEM-00001-of-00003.safetensors listed in STEM.safetensors.index.json
 _DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F64": 64, "C64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32}
@@ -27,8 +29,12 @@ FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 _DEEPEST = 100  # levels of a JSON file: enough for any configuration, too few to exhaust Python's stack
 _LONGEST = 255  # bytes of a file's name that file systems take
 _SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-_SAMPLES = 16  # places in every shard that the fingerprint reads
-_SAMPLE_BYTES = 65536
+# What a tokenizer is made of; which of them there are depends on its kind.
+TOKENIZER_FILES = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "special_tokens_map.json", "spiece.model",
+    "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+_CHUNK = 2**28  # bytes of tensors that are hashed at a time
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
 
 
@@ -55,6 +61,7 @@ class Source:
         tensors: every tensor of every shard, by name.
         overrides: what the model's configuration must say instead of config.json.
         trust_remote_code: whether Python code of the folder may run, for a model or a tokenizer that transformers lacks.
+        identities: size, times and inode of every shard when it was opened; see `track`.
         unrounded: tensors that may be read in a wider dtype than is stored; of use where weights were rewritten.
     """
 
@@ -65,6 +72,9 @@ class Source:
         self.config: dict[str, Any] = read_json(folder / "config.json", "the model's configuration")
         self._index = folder / index_name(stem)
         self.shards = _shards(folder, stem)
+        self.identities = {shard: _identity(folder / shard) for shard in self.shards}
+        self._hashes: dict[str, str] | None = None  # of tensors, while they are tracked
+        self._files: dict[str, str] = {}
         self.overrides: dict[str, Any] = {}
         self.unrounded: frozenset[str] = frozenset()
         self.tensors: dict[str, TensorInfo] = {}
@@ -79,20 +89,109 @@ class Source:
         """Read the named tensors in their stored dtype.
 
         Raises:
-            ValueError: a tensor cannot be read (a truncated or damaged shard).
+            ValueError: a tensor cannot be read (a truncated or damaged shard), or is tracked and has changed.
         """
         out: dict[str, Tensor] = {}
+        for shard, wanted in self._by_shard(names).items():
+            found = self._stored(shard, wanted)
+            if self._hashes is not None:
+                self._check(shard, found)
+            out |= found
+        return out
+
+    def _by_shard(self, names: Iterable[str]) -> dict[str, list[str]]:
         by_shard: dict[str, list[str]] = {}
         for name in names:
             by_shard.setdefault(self.tensors[name].shard, []).append(name)
-        for shard, wanted in by_shard.items():
-            try:
-                with safe_open(self.folder / shard, framework="pt") as file:
-                    for name in wanted:
-                        out[name] = file.get_tensor(name).clone()
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self.folder / shard} cannot be read ({error}); fetch this file again") from error
-        return out
+        return by_shard
+
+    def _stored(self, shard: str, names: list[str]) -> dict[str, Tensor]:
+        try:
+            with safe_open(self.folder / shard, framework="pt") as file:
+                return {name: file.get_tensor(name).clone() for name in names}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.folder / shard} cannot be read ({error}); fetch this file again") from error
+
+    def track(self, known: dict[str, Any] | None = None) -> None:
+        """From now on, keep the hash of every tensor that is read, and refuse one that is read again and is another one.
+
+        A tensor whose hash is known is hashed again only if the size, the times or the inode of its shard are others by then.
+
+        Args:
+            known: what `contents` gave for this folder, in another process.
+        """
+        self._hashes = dict(known["tensors"]) if known else {}
+        self.identities |= known["shards"] if known else {}
+        self._files = self._hashed_files()
+
+    def contents(self) -> dict[str, Any]:
+        """What tells this model from any other, as JSON: "tensors", their hashes, and "shards", see `identities`.
+
+        Tensors that were not read yet are read for it.
+        """
+        if self._hashes is None:
+            self.track()
+        assert self._hashes is not None
+        self._hashes |= self._hashed(name for name in self.tensors if name not in self._hashes)
+        return {"shards": dict(self.identities), "tensors": dict(self._hashes)}
+
+    def files(self) -> dict[str, str]:
+        """SHA-256 of config.json, the tokenizer's files and Python code, as they were when `track` was called."""
+        self._files = self._files or self._hashed_files()
+        return dict(self._files)
+
+    def changes(self, known: dict[str, Any]) -> list[str]:
+        """The tensors that are not what they were when `contents` gave `known`, are new or gone; and the changed `files`.
+
+        Tensors are read again only from shards whose size, times or inode changed. Where there is no change, the tensors
+        are tracked from now on, with these hashes.
+        """
+        hashes: dict[str, str] = known["tensors"]
+        now = {shard: _identity(self.folder / shard) for shard in self.shards}
+        changed = sorted(hashes.keys() ^ self.tensors.keys())
+        suspect = [name for name in hashes if name in self.tensors]
+        suspect = [name for name in suspect if known["shards"].get(shard := self.tensors[name].shard) != now[shard]]
+        changed += [name for name, found in self._hashed(suspect).items() if found != hashes[name]]
+        files = self._hashed_files()
+        changed += sorted(name for name in files.keys() | self.files().keys() if files.get(name) != self._files.get(name))
+        if not changed:
+            self.identities, self._hashes = now, dict(hashes)
+        return changed
+
+    def _check(self, shard: str, found: dict[str, Tensor]) -> None:
+        """Compare tensors that were just read with their hashes, or keep these."""
+        assert self._hashes is not None
+        same = _identity(self.folder / shard) == self.identities[shard]
+        unsure = {name: tensor for name, tensor in found.items() if not (same and name in self._hashes)}
+        for name, found_hash in _tensor_hashes(unsure).items():
+            if self._hashes.setdefault(name, found_hash) != found_hash:
+                raise ValueError(
+                    f"{self.folder / shard}: tensor {name} is not what it was when it was read before, so the model has "
+                    "changed; put the model back as it was and run the same command again, or start anew with --overwrite"
+                )
+
+    def _hashed(self, names: Iterable[str]) -> dict[str, str]:
+        """The hashes of tensors, which are in memory a few at a time."""
+        hashes: dict[str, str] = {}
+        for shard, wanted in self._by_shard(names).items():
+            for chunk in self._chunks(wanted):
+                hashes |= _tensor_hashes(self._stored(shard, chunk))
+        return hashes
+
+    def _chunks(self, names: list[str]) -> Iterator[list[str]]:
+        chunk: list[str] = []
+        size = 0
+        for name in names:
+            size += self.tensors[name].nbytes
+            if chunk and size > _CHUNK:
+                yield chunk
+                chunk, size = [], self.tensors[name].nbytes
+            chunk.append(name)
+        yield chunk
+
+    def _hashed_files(self) -> dict[str, str]:
+        names = sorted(path.name for path in self.folder.iterdir() if path.suffix == ".py" or path.name in TOKENIZER_FILES)
+        return {name: sha256_of(self.folder / name) for name in ("config.json", *names) if (self.folder / name).is_file()}
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -133,11 +232,15 @@ class Source:
         return FLOAT_DTYPES[most]
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes that tell two models apart without reading all of them: config, and each shard's header and samples."""
-        config = (self.folder / "config.json").read_bytes()
-        prints = {"config.json": hashlib.sha256(config).hexdigest()}
+        """Hashes that tell two models apart: of `files`, and for each shard of all its tensors with their names.
+
+        It is that of what was read, if the tensors are tracked; those that were not read yet are read for it.
+        """
+        hashes = self.contents()["tensors"]
+        prints = self.files()
         for shard in self.shards:
-            prints[shard] = _sampled_hash(self.folder / shard)
+            names = sorted(name for name, info in self.tensors.items() if info.shard == shard)
+            prints[shard] = hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in names).encode()).hexdigest()
         return prints
 
     def _check_index(self) -> None:
@@ -331,13 +434,24 @@ def _headers(folder: Path, shard: str) -> dict[str, TensorInfo]:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); fetch this file again") from error
 
 
-def _sampled_hash(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        header = struct.unpack("<Q", file.read(8))[0]
-        digest.update(file.read(header))
-        for i in range(_SAMPLES):
-            file.seek(8 + header + (size - 8 - header) * i // _SAMPLES)
-            digest.update(file.read(_SAMPLE_BYTES))
+def _identity(path: Path) -> list[int]:
+    """What is another after a file was written or replaced: size, times and inode."""
+    try:
+        found = path.stat()
+    except OSError:
+        return []
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _tensor_hashes(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of dtype, shape and content by name; several at a time, since hashing lets other threads run."""
+    if not tensors:
+        return {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(tensors, pool.map(_tensor_hash, tensors.values()), strict=True))
+
+
+def _tensor_hash(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowbit import source as source_module
 from lowbit.source import Source, TensorInfo, deeper_than, index_name, open_source, read_json, shard_name
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -454,12 +455,19 @@ def nobody() -> Iterator[None]:
         yield
 
 
+def open_to_all(tmp_path: Path) -> None:
+    """Let any user into a folder of pytest's."""
+    for folder in (tmp_path, *tmp_path.parents):
+        folder.chmod(0o755)
+        if folder.name.startswith("pytest-of-"):
+            return
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_unreadable(tmp_path: Path, name: str, request: pytest.FixtureRequest) -> None:
     """What may not be read is not called damaged."""
     folder = write_single(tmp_path / "model")
-    for each in (tmp_path, *tmp_path.parents[:2]):
-        each.chmod(0o755)
+    open_to_all(tmp_path)
     (folder / name).chmod(0)
     request.getfixturevalue("nobody")
     refused(folder, f"{name} cannot be read (Permission denied)")
@@ -470,8 +478,7 @@ def test_unreadable_side_file(tmp_path: Path, request: pytest.FixtureRequest) ->
     folder = write_single(tmp_path / "model")
     (folder / "model.safetensors").chmod(0o644)
     (folder / "README.md").touch(mode=0)
-    for each in (tmp_path, *tmp_path.parents[:2]):
-        each.chmod(0o755)
+    open_to_all(tmp_path)
     request.getfixturevalue("nobody")
     with pytest.raises(ValueError, match=r"README.md cannot be read"):
         open_source(str(folder)).side_files()
@@ -544,12 +551,80 @@ def test_fingerprint_of_other_names(tmp_path: Path) -> None:
     assert before["model.safetensors"] != after["model.safetensors"]
 
 
-@pytest.mark.parametrize("sample", [0, 1, 8, 15])
-def test_fingerprint_of_a_large_shard(tmp_path: Path, sample: int) -> None:
-    """A shard larger than what is read: each sixteenth begins with a sample."""
-    size = 4 * 2**20
-    values = {"a": torch.zeros(size // 1024, 1024, dtype=torch.uint8)}
+@pytest.mark.parametrize("place", [0, 1000, 2**21 + 77_777, 4 * 2**20 - 1])
+def test_fingerprint_of_a_large_shard(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte counts, also where tensors are hashed in several chunks."""
+    monkeypatch.setattr(source_module, "_CHUNK", 2**20)
+    values = {name: torch.zeros(1024, 1024, dtype=torch.uint8) for name in "abcd"}
     before = open_source(str(write_single(tmp_path, values))).fingerprint()
-    values["a"].view(-1)[size // 16 * sample + 1000] = 1
+    values["abcd"[place // 2**20]].view(-1)[place % 2**20] = 1
     after = open_source(str(write_single(tmp_path, values))).fingerprint()
     assert before["model.safetensors"] != after["model.safetensors"]
+
+
+def test_fingerprint_of_a_tokenizer(sharded: Path) -> None:
+    """It is of the files that decide about tokens, as they were when it was first asked for."""
+    source = open_source(str(sharded))
+    before = source.fingerprint()
+    (sharded / "tokenizer.json").write_text("{}")
+    assert source.fingerprint() == before
+    assert open_source(str(sharded)).fingerprint().keys() - before.keys() == {"tokenizer.json"}
+
+
+# ------------------------------------------------------------------------------------------------------- a changed model
+def swapped(folder: Path, name: str) -> None:
+    """Another value for a tensor, in a shard of the same size."""
+    mine = next(names for names in (list(tensors())[:2], list(tensors())[2:]) if name in names)
+    values = {key: tensors()[key].clone() for key in mine}
+    values[name].view(-1)[-1] += 1
+    save_file(values, folder / (FIRST if name in list(tensors())[:2] else SECOND))
+
+
+def test_a_tensor_that_is_read_again_is_the_same(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is hashed once, and again only when its shard was touched; another one is refused."""
+    hashed: list[str] = []
+    plain = source_module._tensor_hashes
+    monkeypatch.setattr(source_module, "_tensor_hashes", lambda found: hashed.extend(found) or plain(found))
+    source = open_source(str(sharded))
+    name, other = list(tensors())[:2]
+    source.read([name])
+    assert hashed == []  # only where it is asked for
+    source.track()
+    for _ in range(3):
+        source.read([name])
+    assert hashed == [name]
+    (sharded / FIRST).touch()
+    source.read([name, other])
+    assert hashed == [name, name, other]
+    swapped(sharded, name)
+    assert torch.equal(source.read([other])[other], tensors()[other])
+    with pytest.raises(ValueError, match=f"{FIRST}: tensor {name} is not what it was when it was read before"):
+        source.read([name])
+
+
+def test_changes_of_a_model(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against what was known in another process: a copy and a touch are the same model, a weight, a name and the tokenizer are
+    not; an untouched shard is not read."""
+    known = json.loads(json.dumps(open_source(str(sharded)).contents()))
+    names = list(tensors())
+    assert set(known["tensors"]) == set(names)
+    read: list[str] = []
+    plain = source_module._tensor_hashes
+    monkeypatch.setattr(source_module, "_tensor_hashes", lambda found: read.extend(found) or plain(found))
+    assert open_source(str(sharded)).changes(known) == [] and read == []
+    (sharded / SECOND).touch()
+    touched = open_source(str(sharded))
+    assert touched.changes(known) == [] and set(read) == set(names[2:])
+    read.clear()
+    touched.read(names)
+    assert touched.contents()["tensors"] == known["tensors"] and read == []  # known, so not hashed again
+    copy = Path(shutil.copytree(sharded, tmp_path / "copy", copy_function=shutil.copyfile))
+    assert open_source(str(copy)).changes(known) == []
+    swapped(copy, names[2])
+    assert open_source(str(copy)).changes(known) == [names[2]]
+    assert open_source(str(copy)).changes(known | {"tensors": known["tensors"] | {"gone": ""}}) == ["gone", names[2]]
+    opened = open_source(str(sharded))
+    opened.track()
+    write_json(sharded / "config.json", {"model_type": "llama", "rope_theta": 5})
+    (sharded / "tokenizer.json").write_text("{}")
+    assert opened.changes(known) == ["config.json", "tokenizer.json"]

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "lowbit"
 # --------------------------------------------------------------------------------------------------------------- layers
 # A module imports from its own level and the levels before it. A folder stands for all of its modules.
 LEVELS = (
-    ("files", "formats", "packing", "codebooks", "orthogonal", "patterns", "ssm"),
+    ("files", "processes", "formats", "packing", "codebooks", "orthogonal", "patterns", "ssm"),
     ("qtensor", "adapter", "arch", "data", "source", "report", "page", "kv", "checks"),
     ("links",),
     ("unit", "kernels"),
@@ -29,7 +29,7 @@ LEVELS = (
     ("methods", "allocate", "export"),
     ("attention",),
     ("scans", "runtime", "decoding", "transformers"),
-    ("recipe", "views"),
+    ("recipe", "views", "journal"),
     ("parallel",),
     ("run",),
     ("sensitivity",),
