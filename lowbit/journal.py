@@ -405,6 +405,7 @@ class Journal:
         return path.relative_to(self.folder).as_posix()
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
+        content = json.loads(json.dumps(content))  # as it is read again
         write_json(self._path(name), {"sha256": _digest(content), "content": content})
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -469,6 +470,8 @@ class Journal:
             unlike = "; ".join(differences(known["job"], job))
             self._other(f"an unfinished run of something else: {unlike}. Run that again to finish it", job)
             return None
+        for name in {*known["names"]} - self._names:  # of a file that the model has no longer
+            _remove_file(self.folder / name, self.folder)
         self.notes = (_unsealed(self._path("notes")) or {"notes": []})["notes"]
         model = self._read("model")
         if model is None:

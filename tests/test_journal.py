@@ -18,7 +18,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lowbit import journal, run
+from lowbit import journal, reconstruct, run
 from lowbit.data import DataSpec
 from lowbit.files import load_sealed, save_sealed
 from lowbit.journal import differences, place_of, working_folder
@@ -573,6 +573,18 @@ def test_files_of_the_model_that_are_called_as_lowbits(
     assert len(notes_of(tmp_path / "out")) == 1 and name in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_file_that_the_model_has_no_longer(own_llama: Path, tmp_path: Path, result: Callable[..., dict[str, str]]) -> None:
+    """It was copied before the kill, and is not in the result."""
+    (own_llama / "old").mkdir()
+    (own_llama / "old" / "notes.txt").write_text("old")
+    with pytest.raises(Stopped):
+        quantize(str(own_llama), tmp_path / "out", progress=at("checking the output", stop), **SHORT)
+    assert (tmp_path / "out.partial" / "old" / "notes.txt").exists()
+    shutil.rmtree(own_llama / "old")
+    quantize(str(own_llama), tmp_path / "out", **SHORT)
+    assert content(tmp_path / "out") == result() and not (tmp_path / "out" / "old").exists()
+
+
 def test_file_of_the_model_that_cannot_be_read(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Known before anything is written."""
     plain = Path.open
@@ -863,7 +875,7 @@ def test_damaged_text_of_the_model(llama: Path, tmp_path: Path) -> None:
         assert kept is not None and again is not None and torch.equal(again["tokens"], kept["tokens"])
 
 
-def test_damaged_training(llama: Path, tmp_path: Path) -> None:
+def test_damaged_training(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training whose state is damaged begins anew."""
     what = {
         "scheme": "w3a16-g32",
@@ -873,11 +885,16 @@ def test_damaged_training(llama: Path, tmp_path: Path) -> None:
         "engine": "transformers",
     }
     quantize(str(llama), tmp_path / "whole", **what)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_write_block", lambda *given: stop())
-        with pytest.raises(Stopped):
-            quantize(str(llama), tmp_path / "out", **what)
-    (state,) = (tmp_path / "out.partial" / ".work").glob("**/training-*")
+    monkeypatch.setattr(reconstruct, "_SAVED", -1.0)  # after every step
+    saved = 0
+
+    def when(event: str, given: list[str]) -> bool:
+        nonlocal saved
+        saved += event == "os.rename" and given[1].endswith("training-00000-mrem")
+        return saved == 3
+
+    killed(lambda: quantize(str(llama), tmp_path / "out", **what), when)
+    state = tmp_path / "out.partial" / ".work" / "training-00000-mrem"
     flip(state)
     with pytest.warns(UserWarning, match="training-00000-mrem was damaged, so this training begins anew"):
         quantize(str(llama), tmp_path / "out", **what)
