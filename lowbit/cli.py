@@ -621,8 +621,11 @@ def _print_results(results: dict[str, Any]) -> None:
 
 
 def _quiet_libraries() -> None:
+    import warnings
+
     from transformers.utils import logging
 
+    warnings.formatwarning = lambda message, *where, **more: f"warning: {message}\n"
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -128,9 +128,11 @@ def check_apart(place: Place, model: Path) -> None:
 def _interrupted(place: Place) -> bool:
     """Whether a run was killed while it published its result here, or before its journal was removed."""
     left = place.folder / WORK if place.inside else place.out / WORK
+    if place.inside and place.folder.is_dir() and not any(place.folder.iterdir()):
+        return True
     if not left.is_dir() or _strange_work(left):
         return False
-    if place.inside:  # there is an unfinished run as well where neither holds
+    if place.inside:  # else it may be an unfinished run
         return (left / "moving.json").exists() or not any(left.iterdir())
     return (_report_in(place.out) or {}).get("job") is not None
 
@@ -264,8 +266,9 @@ def open_journal(place: Place, overwrite: bool) -> Iterator["Journal"]:
     folder, work = place.folder, place.folder / WORK
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is needed for unfinished work, but is a file; move it away")
-    if folder.is_dir() and (_strange_work(work) or any(folder.iterdir()) and not work.is_dir()):
-        raise ValueError(f"{folder} is needed for unfinished work, but holds something else; move it away")
+    strange = _strange_work(work) or ([] if work.is_dir() else sorted(path.name for path in folder.glob("*")))
+    if strange:
+        raise ValueError(f"{folder} is needed for unfinished work, but holds something else: {some(strange)}. Move it away")
     new, interrupted = not work.is_dir(), _interrupted(place)
     with _locked(work, f"another process is writing {folder}; wait for it, or choose another --out") as lock:
         ended = False
@@ -402,6 +405,7 @@ class Journal:
         return path.relative_to(self.folder).as_posix()
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
+        content = json.loads(json.dumps(content))  # as it is read again
         write_json(self._path(name), {"sha256": _digest(content), "content": content})
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -466,6 +470,8 @@ class Journal:
             unlike = "; ".join(differences(known["job"], job))
             self._other(f"an unfinished run of something else: {unlike}. Run that again to finish it", job)
             return None
+        for name in {*known["names"]} - self._names:  # of a file that the model has no longer
+            _remove_file(self.folder / name, self.folder)
         self.notes = (_unsealed(self._path("notes")) or {"notes": []})["notes"]
         model = self._read("model")
         if model is None:
@@ -524,7 +530,7 @@ class Journal:
         elif self.done == 0:  # what enters the first block is quickly made, and nothing vouches for it
             for name in self._present("hidden-*", "teacher-*"):
                 (self.folder / name).unlink()
-        for name in self._present("training-*", "rank-*/training-*"):
+        for name in self._present("training-*", "*/training-*"):
             if load_sealed(self.folder / name) is None:
                 (self.folder / name).unlink()
                 self.note(f"{self.folder / name} was damaged, so this training begins anew")
@@ -735,16 +741,18 @@ class Journal:
         for name in self._replaced(left):
             _remove_written(self.place.out.with_name(name))
         moving = left / "moving.json"  # says until the end that the checkpoint is where it should be
-        for path in [*sorted(left.rglob("*"), reverse=True), moving]:
+        for path in sorted(left.rglob("*"), reverse=True):
             if path.is_dir():
                 path.rmdir()
             elif path != moving:
                 path.unlink()
+        if self.place.inside:  # the checkpoint's folders are empty by now
+            for path in sorted((path for path in left.parent.rglob("*") if path.is_dir() and path != left), reverse=True):
+                path.rmdir()
         moving.unlink(missing_ok=True)
         left.rmdir()
         if self.place.inside:
-            for path in [*sorted(left.parent.rglob("*"), reverse=True), left.parent]:
-                path.rmdir()  # the checkpoint's folders, empty by now
+            left.parent.rmdir()
 
 
 def _digest(value: Any) -> str:

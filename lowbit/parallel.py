@@ -84,7 +84,9 @@ class Team:
         return Path(work) if work else None
 
 
-def launch(script: str, work: Path, owners: Sequence[range], progress: Callable[[int], None], locks: Sequence[int]) -> None:
+def launch(
+    script: str, work: Path, owners: Sequence[range], progress: Callable[[int], None], locks: Sequence[int] = ()
+) -> None:
     """Run `script` in one process per rank, which finds its rank in RANK, and wait for all; logs are in `work`.
 
     The processes end with this one, however it ends.

@@ -26,6 +26,7 @@ from lowbit import run
 from lowbit.arch import discover
 from lowbit.data import DataSpec
 from lowbit.export import QuantizedSource, load
+from lowbit.files import TEMPORARY
 from lowbit.files import save_shard as save
 from lowbit.qtensor import QTensor
 from lowbit.recipe import Method, Recipe, Rule, Step
