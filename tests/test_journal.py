@@ -431,7 +431,7 @@ def test_mount_point(
         assert content(mounted) == result(what) and names_in(mounted.parent) == ["out"]
         assert not any(path.is_dir() and not any(path.iterdir()) for path in mounted.rglob("*"))
         (mounted / "lost+found").mkdir()
-    assert set(asked) == {mounted / ".partial"}
+    assert {path for path in asked if path.is_relative_to(mounted.parent)} == {mounted / ".partial"}
     refused(llama, mounted, "exists and is not empty")
 
 
@@ -560,7 +560,7 @@ def test_a_folder_work_of_something_else(llama: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["out.partial", ".work", "thesis.tex"]
 
 
-@pytest.mark.parametrize("name", ["lowbit.json", "report.json", "report.html", "adapter/adapter_config.json"])
+@pytest.mark.parametrize("name", ["report.json", "report.html", "adapter/adapter_config.json"])
 def test_files_of_the_model_that_are_called_as_lowbits(
     name: str, own_llama: Path, tmp_path: Path, result: Callable[..., dict[str, str]]
 ) -> None:
@@ -933,7 +933,7 @@ def test_working_folder(tmp_path: Path) -> None:
     """It holds nothing of a killed process, and nothing is left of it; what is no one's hidden states is not removed."""
     folder = tmp_path / "s.json.work"
     folder.mkdir()
-    for name in ("hidden-00001", "hidden-00002.tmp", "lock"):
+    for name in ("hidden-00001", f"hidden-00002.{8 * 'a7'}.tmp", "lock"):
         (folder / name).write_text("left")
     with working_folder(folder) as found:
         assert found == folder and names_in(folder) == ["lock"]
