@@ -338,9 +338,17 @@ def _eval(arguments: argparse.Namespace) -> None:
     import torch
 
     from lowbit.data import evaluation_tokens
-    from lowbit.evaluate import evaluate_model, run_tasks
+    from lowbit.evaluate import (
+        Evaluation,
+        OutputDivergence,
+        evaluate_model,
+        evaluate_outputs,
+        run_tasks,
+        sentence_pooling,
+    )
     from lowbit.export import load
     from lowbit.kv import parse_cache, simulate_cache
+    from lowbit.outputs import predicts_next_token
     from lowbit.report import add_evaluation
 
     cache = parse_cache(arguments.kv_cache) if arguments.kv_cache else None
@@ -352,24 +360,30 @@ def _eval(arguments: argparse.Namespace) -> None:
     model = load(arguments.model, revision=arguments.revision, dtype=dtype, device=arguments.device)
     if cache is not None:
         simulate_cache(model, cache)
+    if arguments.data and not arguments.reference and not predicts_next_token(type(model)):
+        raise ValueError(
+            f"{arguments.model} is a {type(model).__name__}, which predicts no next token and so has no perplexity; give "
+            "--reference MODEL, the float model, to measure how far their outputs are apart"
+        )
     results: dict[str, Any] = {}
     if arguments.data:
         tokens = evaluation_tokens(arguments.data, tokenizer)
         reference = load(arguments.reference, dtype=dtype, device=arguments.device) if arguments.reference else None
+        given: dict[str, Any] = {
+            "reference": reference,
+            "window": arguments.window,
+            "max_windows": arguments.limit,
+            "source": Path(arguments.data).name,
+        }
         with _progress() as progress:
-            measured = evaluate_model(
-                model,
-                tokens,
-                window=arguments.window,
-                stride=arguments.stride,
-                bos=arguments.bos,
-                bos_id=tokenizer.bos_token_id if arguments.bos == "window" else None,
-                reference=reference,
-                max_windows=arguments.limit,
-                device=arguments.device,
-                source=Path(arguments.data).name,
-                progress=lambda done, total: progress("evaluating", done, total),
-            )
+            given["progress"] = lambda done, total: progress("evaluating", done, total)
+            measured: Evaluation | OutputDivergence
+            if predicts_next_token(type(model)):
+                bos_id = tokenizer.bos_token_id if arguments.bos == "window" else None
+                ways = {"stride": arguments.stride, "bos": arguments.bos, "bos_id": bos_id, "device": arguments.device}
+                measured = evaluate_model(model, tokens, **given, **ways)
+            else:
+                measured = evaluate_outputs(model, tokens, **given, pooling=sentence_pooling(Path(arguments.model)))
         results = measured.to_dict() | ({"kv_cache": cache.name} if cache is not None else {})
         add_evaluation(Path(arguments.model), results)
     if arguments.tasks:
@@ -500,25 +514,27 @@ def _with_data(recipe: Any, source: str | None, given: dict[str, Any]) -> Any:
 
 
 def _print_comparison(result: dict[str, Any]) -> None:
-    def speed(row: dict[str, Any]) -> tuple[str, str]:
-        return f"{row['load_seconds']:.1f}", f"{row['decode_tokens_per_second']:.1f}"
+    from lowbit.page import judged
 
-    judged = [column for text in result["texts"] for column in (f"ppl, {text['source']}", "KL", "same top")]
-    floats = [f"{each['perplexity']:.4g}" for each in result["float"]["evaluations"]]
-    first = [cell for value in floats for cell in (value, "", "")]
+    def speed(row: dict[str, Any]) -> tuple[str, str]:
+        decoding = row["decode_tokens_per_second"]
+        return f"{row['load_seconds']:.1f}", "-" if decoding is None else f"{decoding:.1f}"
+
+    columns = [
+        f"{title}, {each['source']}" if k == 0 else title
+        for each in result["float"]["evaluations"]
+        for k, title in enumerate(judged(each))
+    ]
+    first = [text if title == "ppl" else "" for each in result["float"]["evaluations"] for title, text in judged(each).items()]
     rows = [["original", f"{result['float']['bytes'] / 1e6:.1f}", "", *first, "", "", *speed(result["float"])]]
     for row in result["rows"]:
         if "failed" in row:
             continue
-        cells = [
-            cell
-            for each in row["evaluations"]
-            for cell in (f"{each['perplexity']:.4g}", f"{each['kl']:#.3g}", f"{each['top1_agreement']:.1%}")
-        ]
+        cells = [text for each in row["evaluations"] for text in judged(each).values()]
         name = row["name"] + (" *" if row["name"] in result["front"] else "")
         ends = (f"{row['seconds']:.0f}", f"{row['peak_rss'] / 1e6:.0f}", *speed(row))
         rows.append([name, f"{row['bytes'] / 1e6:.1f}", f"{row['bits']:.2f}", *cells, *ends])
-    _print_table(("recipe", "MB", "bits", *judged, "seconds", "peak MB", "load s", "tokens/s"), rows)
+    _print_table(("recipe", "MB", "bits", *columns, "seconds", "peak MB", "load s", "tokens/s"), rows)
     print("* no other is both smaller and closer to the original; tokens/s: decoding of the dequantized model, in transformers")
 
 
@@ -570,6 +586,15 @@ def _tokenizer(model: str, revision: str | None) -> Any:
         raise ValueError(f"{model} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
 
 
+def _outputs_line(results: dict[str, Any]) -> str:
+    """How far the outputs of a model that predicts no next token are from the original's."""
+    if results["kl"] is not None:
+        return f"mean KL {results['kl']:.3e} nats an output, same first choice {results['top1_agreement']:.2%}"
+    line = f"relative error {results['relative_error']:.3e}, mean cosine {results['cosine']:.6f}"
+    embedding = results["sentence_cosine"]
+    return line if embedding is None else f"{line}, of sentence embeddings {embedding:.6f}"
+
+
 def _print_results(results: dict[str, Any]) -> None:
     if "perplexity" in results:
         line = f"perplexity {results['perplexity']:.4f}"
@@ -579,6 +604,11 @@ def _print_results(results: dict[str, Any]) -> None:
         print(
             f"{line}; {results['source']}, {results['windows']} windows of {results['window']}, stride {results['stride']}, "
             f"bos {results['bos']}, {results['tokens']:,} tokens scored, {results['dtype']}, {results['device']}"
+        )
+    elif "kl" in results:
+        print(
+            f"{_outputs_line(results)}; {results['source']}, {results['windows']} windows of {results['window']} tokens, "
+            f"{results['dtype']}, {results['device']}"
         )
     for task, scores in results.get("tasks", {}).get("results", {}).items():
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if isinstance(value, float))

@@ -29,6 +29,7 @@ from lowbit.data import DataSpec
 from lowbit.export import NATIVE, encode, reason_against
 from lowbit.files import write_json
 from lowbit.methods.embed import Rounded
+from lowbit.outputs import predicts_next_token
 from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
 from lowbit.run import Progress, available_memory, differences, drawn, rewritten
@@ -42,7 +43,6 @@ from lowbit.sensitivity import (
     Signal,
     Solved,
     Whole,
-    causal,
     check_candidates,
     decisions,
     measure,
@@ -155,7 +155,7 @@ def plan(
     arch = rewritten(Arch(source, device=device), base, say)
     if isinstance(arch.source, Rounded) and max_ppl_ratio is not None:
         raise ValueError("embed is what a plan for max_ppl_ratio decides about itself; leave it out of the method")
-    if not causal(arch):
+    if not predicts_next_token(type(arch.model)):
         if max_ppl_ratio is not None:
             raise ValueError(f"{type(arch.model).__name__} has no perplexity; plan for --bits or --size")
         if signal == "fisher":

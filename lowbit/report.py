@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.files import replacing, write_json
-from lowbit.page import report_page
+from lowbit.page import judged, report_page
 
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
@@ -124,15 +124,13 @@ def _evaluations(evaluations: list[dict[str, Any]]) -> list[str]:
     rows = [
         [
             str(row["source"]),
-            f"{row['windows']} x {row['window']}, stride {row['stride']}, bos {row['bos']}, {row['tokens']:,} targets",
-            f"{row['perplexity']:.4g}",
-            _number(row["reference_perplexity"], ".4g"),
-            _number(row["kl"], ".3e"),
-            _number(row["top1_agreement"], ".2%"),
+            f"{row['windows']} x {row['window']}" + (f", stride {row['stride']}, bos {row['bos']}" if "stride" in row else ""),
+            _number(row.get("reference_perplexity"), ".4g"),
+            *judged(row).values(),
         ]
         for row in evaluations
     ]
-    head = ["text", "windows", "perplexity", "of the original", "mean KL, nats", "same top token"]
+    head = ["text", "windows", "ppl of the original", *judged(evaluations[0])]
     return ["## Evaluation", "", table(head, rows), ""]
 
 
