@@ -68,14 +68,15 @@ def judged(evaluation: dict[str, Any]) -> dict[str, str]:
     """The figures of an evaluation by their titles, for a table; those that only a reference gives are empty without one."""
     e = evaluation
     if "perplexity" in e:
-        figures = {"ppl": (e["perplexity"], ".4g"), "KL": (e["kl"], "#.3g"), "same top": (e["top1_agreement"], ".1%")}
+        figures = {"ppl": (e["perplexity"], ".4g"), "KL": (e["kl"], "#.3g"), "same top": (e.get("top1_agreement"), ".1%")}
     elif e["kl"] is not None:
         figures = {"KL": (e["kl"], "#.3g"), "same choice": (e["top1_agreement"], ".1%")}
     else:
         figures = {"relative error": (e["relative_error"], "#.3g"), "cosine": (e["cosine"], ".5f")}
         if e["sentence_cosine"] is not None:
             figures["cosine of sentences"] = (e["sentence_cosine"], ".5f")
-    return {title: "" if value is None else format(value, form) for title, (value, form) in figures.items()}
+    texts = {title: "" if value is None else format(value, form) for title, (value, form) in figures.items()}
+    return {title: text.replace("%", " %") for title, text in texts.items()}
 
 
 def _warnings(linears: list[dict[str, Any]], notes: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:

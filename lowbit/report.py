@@ -121,17 +121,27 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def _evaluations(evaluations: list[dict[str, Any]]) -> list[str]:
     if not evaluations:
         return []
-    rows = [
+    scored = [
         [
             str(row["source"]),
-            f"{row['windows']} x {row['window']}" + (f", stride {row['stride']}, bos {row['bos']}" if "stride" in row else ""),
-            _number(row.get("reference_perplexity"), ".4g"),
-            *judged(row).values(),
+            f"{row['windows']} x {row['window']}, stride {row['stride']}, bos {row['bos']}, {row['tokens']:,} targets",
+            f"{row['perplexity']:.4g}",
+            _number(row["reference_perplexity"], ".4g"),
+            _number(row["kl"], ".3e"),
+            _number(row["top1_agreement"], ".2%"),
         ]
         for row in evaluations
+        if "perplexity" in row
     ]
-    head = ["text", "windows", "ppl of the original", *judged(evaluations[0])]
-    return ["## Evaluation", "", table(head, rows), ""]
+    outputs = [row for row in evaluations if "perplexity" not in row]
+    lines = ["## Evaluation", ""]
+    if scored:
+        head = ["text", "windows", "perplexity", "of the original", "mean KL, nats", "same top token"]
+        lines += [table(head, scored), ""]
+    if outputs:
+        cells = [[str(row["source"]), f"{row['windows']} x {row['window']}", *judged(row).values()] for row in outputs]
+        lines += [table(["text", "windows", *judged(outputs[0])], cells), ""]
+    return lines
 
 
 def _searches(searches: list[dict[str, Any]]) -> list[str]:

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "lowbit"
 # --------------------------------------------------------------------------------------------------------------- layers
 # A module imports from its own level and the levels before it. A folder stands for all of its modules.
 LEVELS = (
-    ("files", "formats", "packing", "codebooks", "orthogonal", "ssm"),
+    ("files", "formats", "packing", "codebooks", "orthogonal", "ssm", "outputs"),
     ("qtensor", "adapter", "arch", "data", "source", "report", "page", "kv"),
     ("links",),
     ("unit", "kernels"),
