@@ -446,6 +446,8 @@ class Arch:
         special = json.dumps([self.source.config.get(key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")])
         named = set(map(int, re.findall(r"\d+", special)))  # each an id, a list of ids, or null
         usable = [i for i in range(min(embedding.num_embeddings, 4 * PROBE_TOKENS)) if i not in named]
+        if not usable:
+            raise ValueError(f"{self.source.folder / 'config.json'}: no token of its {embedding.num_embeddings} is not special")
         return torch.tensor([usable[:PROBE_TOKENS], usable[-PROBE_TOKENS:]])
 
     @torch.no_grad()
@@ -493,7 +495,13 @@ class Arch:
             return out
 
         self.load_outside()
-        self._run(tokens[:1], observed)
+        try:
+            self._run(tokens[:1], observed)
+        except (RuntimeError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+            raise ValueError(
+                f"{self.source.folder / 'config.json'}: a {type(self.model).__name__} of this config does not run on a row of "
+                f"{PROBE_TOKENS} tokens ({type(error).__name__}: {in_short(error)}); compare it with that of the original model"
+            ) from error
         if len(found) != len(self.blocks):
             raise ValueError(f"only {len(found)} of {len(self.blocks)} blocks run; lowbit needs a plain chain of blocks")
         self.adopt(tuple(found))

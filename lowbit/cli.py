@@ -4,10 +4,13 @@ Every import that costs time happens inside the command that needs it, so that -
 """
 
 import argparse
+import errno
 import json
 import os
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,15 @@ _EXAMPLES = """examples:
   lowbit plan MODEL --bits 4.5 --data calibration.jsonl --out plan.toml
   lowbit eval OUT --data test.txt --reference MODEL
   lowbit generate OUT --prompt "Once upon a time"
+
+exit status: 0 done; 2 something given is wrong, or memory or disk are too small: the message says what to do; 1 a fault of
+lowbit: the message says where the traceback is and where to report it; 130 interrupted. --debug of every command prints the
+traceback of any error.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 for an error the user can mend (told in one line on stderr)."""
+    """Run one command; returns the exit status, as --help lists them. What went wrong is told in one line on stderr."""
     arguments = _parser().parse_args(argv)
     if arguments.command is None:
         _parser().print_help()
@@ -42,16 +49,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         commands[arguments.command](arguments)
         sys.stdout.flush()
-    except (ValueError, ImportError) as error:
-        print(f"lowbit: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # of `lowbit inspect OUT | head`: whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("lowbit: interrupted; the same command run again goes on from there", file=sys.stderr)
         return 130
+    except Exception as error:  # here all errors end
+        if arguments.debug:
+            traceback.print_exc()
+        told = _told(error)
+        if told is not None:
+            print(f"lowbit: {' '.join(told.splitlines())}", file=sys.stderr)
+            return 2
+        print(f"lowbit: {_report_of_fault(error, sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _told(error: Exception) -> str | None:
+    """What the user can do about an error; None if it is a fault of lowbit."""
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        words = " ".join(text.split())[:200] or "of the machine"
+        return f"out of memory ({words}); use a machine or device with more, or do less at once"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"{error.filename or 'a file'}: the disk is full ({error.strerror}); free some space and run the same command again"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)[:300]}: {error.strerror}"
+    return text if isinstance(error, (ValueError, ImportError)) else None
+
+
+def _report_of_fault(error: Exception, argv: Sequence[str]) -> str:
+    """Keep the traceback of an error that should not be in a new file; returns what to print."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    short = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({Path(last.filename).name}:{last.lineno})"
+    try:
+        handle, log = tempfile.mkstemp(prefix="lowbit-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"lowbit {__version__}, Python {sys.version}\n{[*argv]}\n")
+            traceback.print_exception(error, file=file)
+    except OSError:
+        log = "the output of the same command with --debug"
+    return f"a fault of lowbit, not of what you gave it: {short}. Please report it to its maintainers, with {log}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- parser
@@ -98,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--rows", type=int, metavar="N", help="sequences (default 128)")
     data.add_argument("--length", type=int, metavar="N", help="tokens of each (default 1024)")
     data.add_argument("--seed", type=int, metavar="N", help="which sequences (default 0)")
-    _add_trust(sub)
+    _add_common(sub)
 
     sub = commands.add_parser("plan", help="choose a scheme for every linear: a recipe for a size or an accuracy")
     sub.add_argument("model", metavar="MODEL", help="folder or hub id of a float checkpoint")
@@ -124,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
     sub.add_argument("--device", default="cpu", help="default cpu")
     sub.add_argument("--overwrite", action="store_true", help="replace the recipe, and measure anew")
-    _add_trust(sub)
+    _add_common(sub)
 
     sub = commands.add_parser("compare", help="run recipes on one model and show them side by side, as a table and a page")
     sub.add_argument("model", metavar="MODEL", help="folder or hub id of a float checkpoint")
@@ -144,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sensitivities", metavar="FILE.json", help="of a plan, to be shown on the page")
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
     sub.add_argument("--device", default="cpu", help="default cpu")
-    _add_trust(sub)
+    _add_common(sub)
 
     sub = commands.add_parser("eval", help="perplexity, divergence from the original, tasks")
     sub.add_argument("model", metavar="DIR_OR_MODEL", help="quantized or float checkpoint")
@@ -160,11 +202,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
     sub.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval, when it is installed")
     sub.add_argument("--json", action="store_true", help="print JSON")
-    _add_trust(sub)
+    _add_common(sub)
 
     sub = commands.add_parser("inspect", help="what a checkpoint contains: lowbit's, compressed-tensors, GPTQ, AWQ, GGUF")
     sub.add_argument("model", metavar="DIR_OR_GGUF", help="quantized or float checkpoint")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    _add_common(sub, builds=False)
 
     sub = commands.add_parser("generate", help="continue a prompt")
     sub.add_argument("model", metavar="DIR", help="quantized or float checkpoint")
@@ -175,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="cpu", help="default cpu; on cuda low-bit kernels run, and steps are one CUDA graph")
     sub.add_argument("--kernels", action=argparse.BooleanOptionalAction, help="keep weights packed (default: on a GPU)")
     sub.add_argument("--compile", action="store_true", help="torch.compile the step, which takes a minute")
-    _add_trust(sub)
+    _add_common(sub)
 
     sub = commands.add_parser("bench", help="speed and memory of models, as ratios to the first, or of the kernels")
     sub.add_argument("models", nargs="+", metavar="MODEL", help="the original, then quantized checkpoints; or: kernels")
@@ -191,12 +234,15 @@ def _parser() -> argparse.ArgumentParser:
     kernels = sub.add_argument_group("kernels, on a GPU (lowbit bench kernels)")
     kernels.add_argument("--shapes", nargs="+", metavar="NAME", help="llama-7b, -13b, -70b, bert-base, -large (default: all)")
     kernels.add_argument("--schemes", nargs="+", metavar="SCHEME", help="default w4a16-g128 w8a8")
-    _add_trust(sub)
+    _add_common(sub)
     return parser
 
 
-def _add_trust(sub: argparse.ArgumentParser) -> None:
-    """The flag of every command that builds a model."""
+def _add_common(sub: argparse.ArgumentParser, *, builds: bool = True) -> None:
+    """The flags of every command; builds: it builds a model."""
+    sub.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    if not builds:
+        return
     sub.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -262,10 +308,11 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from lowbit.files import write_text
+    from lowbit.files import check_name, write_text
     from lowbit.planner import plan
 
     out = Path(arguments.out)
+    check_name(out)
     if out.exists() and not arguments.overwrite:
         raise ValueError(f"{out} exists; choose another --out, or replace it with --overwrite")
     sensitivities = Path(arguments.sensitivities) if arguments.sensitivities else out.with_suffix(".sensitivities.json")
@@ -359,7 +406,6 @@ def _eval(arguments: argparse.Namespace) -> None:
     from lowbit.evaluate import evaluate_model, run_tasks
     from lowbit.export import load, open_checkpoint
     from lowbit.kv import parse_cache, simulate_cache
-    from lowbit.report import add_evaluation
 
     cache = parse_cache(arguments.kv_cache) if arguments.kv_cache else None
     if not arguments.data and not arguments.tasks:
@@ -393,13 +439,30 @@ def _eval(arguments: argparse.Namespace) -> None:
                 progress=lambda done, total: progress("evaluating", done, total),
             )
         results = measured.to_dict() | ({"kv_cache": cache.name} if cache is not None else {})
-        add_evaluation(Path(arguments.model), results)
-    if arguments.tasks:
-        results["tasks"] = run_tasks(model, arguments.tasks.split(","), tokenizer=tokenizer)
-    if arguments.json:
-        print(json.dumps(results, indent=1))
-    else:
-        _print_results(results)
+        if not arguments.json:
+            _print_results(results)
+    try:
+        if arguments.tasks:
+            results["tasks"] = run_tasks(model, arguments.tasks.split(","), tokenizer=tokenizer)
+            if not arguments.json:
+                _print_results({"tasks": results["tasks"]})
+    finally:  # what was measured before is not lost with the tasks
+        if arguments.json and results:
+            print(json.dumps(results, indent=1))
+        sys.stdout.flush()
+        if arguments.data:
+            _add_to_report(Path(arguments.model), {key: value for key, value in results.items() if key != "tasks"})
+
+
+def _add_to_report(folder: Path, evaluation: dict[str, Any]) -> None:
+    """Add an evaluation, which was printed, to the report of a quantized checkpoint; a warning says where that fails."""
+    from lowbit.report import JSON_NAME, add_evaluation
+
+    try:
+        add_evaluation(folder, evaluation)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        print(f"warning: {folder / JSON_NAME} does not get this evaluation: {reason}", file=sys.stderr)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -435,6 +498,13 @@ def _generate(arguments: argparse.Namespace) -> None:
     prompt = torch.tensor([tokenizer(arguments.prompt, add_special_tokens=False)["input_ids"]], dtype=torch.int64)
     if tokenizer.bos_token_id is not None:
         prompt = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), prompt], 1)
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.num_embeddings
+    if prompt.numel() and int(prompt.max()) >= size:
+        raise ValueError(
+            f"{arguments.model}: its tokenizer gives id {int(prompt.max())}, but the model has {size} tokens; "
+            "use the tokenizer of this model"
+        )
     prompt = prompt.to(arguments.device)
     output = generate(model, prompt, tokens=arguments.tokens, temperature=arguments.temperature, compiled=arguments.compile)
     print(tokenizer.decode(output[0], skip_special_tokens=True))

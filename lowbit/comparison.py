@@ -31,7 +31,7 @@ from lowbit.allocate import useful
 from lowbit.data import DataSpec, evaluation_tokens, tokenizer_of
 from lowbit.evaluate import evaluate_model
 from lowbit.export import load
-from lowbit.files import write_json, write_text
+from lowbit.files import check_name, write_json, write_text
 from lowbit.page import comparison_page
 from lowbit.planner import candidates
 from lowbit.recipe import Recipe, short_recipe
@@ -87,6 +87,7 @@ def compare(
     if not texts:
         raise ValueError("nothing to judge by: give texts")
     out = Path(out)
+    check_name(out)
     out.mkdir(parents=True, exist_ok=True)
     say = progress or (lambda stage, done, total: None)
     source = open_source(model, revision, trust_remote_code=trust_remote_code)

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,7 @@ from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, Site, return_freed_memory
 from lowbit.data import Calibration, DataSpec, calibration_tokens, tokenizer_of, without_documents, written_tokens
 from lowbit.export import NATIVE, QuantizedSource, check_export, encode, encode_static, load, quantized_sites, write_config
-from lowbit.files import TEMPORARY, replacing, save_shard, sha256_of, write_json
+from lowbit.files import TEMPORARY, check_name, replacing, save_shard, sha256_of, write_json
 from lowbit.methods.embed import Rounded
 from lowbit.parallel import Team, join, judging, launch, parallel_step, say_step, shares, train
 from lowbit.qtensor import QTensor, Scheme, check_shape
@@ -122,6 +122,7 @@ def quantize(
     elif scheme is not None:
         raise ValueError("give a recipe or a scheme, not both")
     out = Path(os.path.abspath(out))
+    check_name(out)
     _check_out(out, overwrite)
     clock = _Clock()
     say = progress or (lambda stage, done, total: None)
@@ -146,15 +147,15 @@ def quantize(
     arch = original = Arch(source, device=device)
     recipe.schemes(_candidates(arch, recipe), _points(arch), tied_head=arch.tied_head)
     data_used, solver_tokens = _calibration(recipe, source, out, device, say)
+    boundaries = 4 if recipe.teacher else 2
+    if parallel > 1:  # what enters the first block for each process, and what leaves each float module
+        boundaries += parallel + -(-len(arch.blocks) // recipe.span)
+    _check_disk(out.with_name(out.name + ".partial"), source, solver_tokens, boundaries=boundaries)
     with (
         _journal(out, _job(source, recipe, data_used, device, parallel, deterministic), overwrite) as folder,
         _saying_what_is_kept(folder),
         _quick_collections(),
     ):
-        boundaries = 4 if recipe.teacher else 2
-        if parallel > 1:  # what enters the first block for each process, and what leaves each float module
-            boundaries += parallel + -(-len(arch.blocks) // recipe.span)
-        _check_disk(folder, source, solver_tokens, boundaries=boundaries)
         arch = rewritten(arch, recipe, say, clock)
         source = arch.source
         linears, schemes = _chosen(arch, recipe)
@@ -969,11 +970,11 @@ def _check_disk(folder: Path, source: Source, tokens: Tensor, *, boundaries: int
     width = source.config.get("hidden_size") or source.config.get("n_embd") or source.config.get("d_model") or 0
     needed = source.nbytes() + boundaries * tokens.numel() * width * source.dtype().itemsize
     present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if free + present < needed:
         raise ValueError(
-            f"{folder.parent}: {_gb(free)} are free, but up to {_gb(needed)} are needed while quantizing; free some space or "
-            "choose another --out"
+            f"{folder.parent}: {_size(free)} are free, but up to {_size(needed)} are needed while quantizing; free some "
+            "space or choose another --out"
         )
 
 
@@ -991,8 +992,8 @@ def _check_memory(arch: Arch, schemes: dict[str, Scheme]) -> None:
     available = available_memory()
     if available is not None and available < needed:
         raise ValueError(
-            f"{_gb(available)} of memory are available, but the largest block of this model needs about {_gb(needed)}; use a "
-            "machine with more memory"
+            f"{_size(available)} of memory are available, but the largest block of this model needs about {_size(needed)}; use "
+            "a machine with more memory"
         )
 
 
@@ -1019,20 +1020,66 @@ def _check_training_memory(arch: Arch, recipe: Recipe, schemes: dict[str, Scheme
     available = torch.cuda.mem_get_info(arch.device)[0] if cuda else available_memory()
     if available is not None and available < needed:
         raise ValueError(
-            f"{_gb(available)} of memory are available on {arch.device}, but to train {together} takes about {_gb(needed)}; "
-            "use a device with more memory, modules of fewer blocks, or steps that do not train"
+            f"{_size(available)} of memory are available on {arch.device}, but to train {together} takes about "
+            f"{_size(needed)}; use a device with more memory, modules of fewer blocks, or steps that do not train"
         )
 
 
-def available_memory() -> int | None:
-    """Bytes of memory that can be had without swapping; None where the system does not tell."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    for line in meminfo.read_text().splitlines():
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this process can have without swapping; None where the system does not tell.
+
+    The least of what the machine has free and what the limits of its control groups leave, of version 1 or 2: a container's.
+    """
+    found = []
+    for line in _lines(root / "proc/meminfo"):
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+            found.append(int(line.split()[1]) * 1024)
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            names = _CGROUP2
+        elif "memory" in controllers.split(","):
+            names = _CGROUP1
+        else:
+            continue
+        top = root / names.mount
+        own = top / path.strip("/")
+        for group in (own, *own.parents):
+            if not group.is_relative_to(top):
+                break
+            found += _left(group, names)
+    return min(found, default=None)
+
+
+@dataclass(frozen=True)
+class _Cgroup:
+    """What a version of control groups calls its files: limit, usage, and cached pages that can be given up."""
+
+    mount: str
+    limit: str
+    usage: str
+    cached: str
+
+
+_CGROUP1 = _Cgroup("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_CGROUP2 = _Cgroup("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+
+
+def _left(group: Path, names: _Cgroup) -> list[int]:
+    """The bytes that a group's limit leaves, nothing if it has none."""
+    limit, usage = _lines(group / names.limit), _lines(group / names.usage)
+    if not limit or not usage or limit[0] == "max":
+        return []
+    cached = [int(line.split()[1]) for line in _lines(group / "memory.stat") if line.split()[:1] == [names.cached]]
+    return [max(0, int(limit[0]) - int(usage[0]) + sum(cached))]
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file of the system, none where it is not there or not readable."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 # ------------------------------------------------------------------------------------------------------------ the journal
@@ -1288,5 +1335,9 @@ def _count(source: Source, name: str) -> int:
     return count
 
 
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"
+def _size(count: float) -> str:
+    unit = next((unit for unit in (1e9, 1e6, 1e3) if count >= unit), 1)
+    return f"{count / unit:.{0 if unit == 1 else 2}f} {_UNITS[unit]}"
+
+
+_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB", 1: "bytes"}
