@@ -1035,7 +1035,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
         if line.startswith("MemAvailable:"):
             found.append(int(line.split()[1]) * 1024)
     for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "none", "")
         if controllers == "":
             names = _CGROUP2
         elif "memory" in controllers.split(","):
