@@ -1,41 +1,55 @@
 """The report beside a checkpoint: report.json for programs, report.md and report.html for people, all from one dict."""
 
-import json
+import html
 from pathlib import Path
 from typing import Any
 
-from lowbit.files import replacing, write_json
+from lowbit.files import write_json, write_text
 from lowbit.page import judged, report_page
+from lowbit.source import read_json
 
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
 PAGE_NAME = "report.html"
+_KEYS = {"lowbit", "model", "recipe", "linears", "sizes", "gate", "evaluations"}  # what no report of lowbit lacks
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Write report.json, report.md and report.html into a checkpoint's folder."""
     write_json(folder / JSON_NAME, report)
     for name, text in ((MARKDOWN_NAME, markdown(report)), (PAGE_NAME, report_page(report))):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a checkpoint, None if it has none."""
+    """The report of a checkpoint, None if it has none: no report.json, or one that another program wrote.
+
+    Raises:
+        ValueError: report.json is damaged.
+    """
     path = folder / JSON_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    report = read_json(path, "the report") if path.exists() else {}
+    return report if report.keys() >= _KEYS and isinstance(report["evaluations"], list) else None
 
 
 def add_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
-    """Append an evaluation to the report of a checkpoint that has one."""
+    """Append an evaluation to the report of a checkpoint, if there is a report.json.
+
+    Raises:
+        ValueError: it is damaged, or of another program.
+        OSError: it cannot be written.
+    """
     report = read_report(folder)
     if report is not None:
         report["evaluations"].append(evaluation)
         write_report(folder, report)
+    elif (folder / JSON_NAME).exists():
+        raise ValueError(f"{folder / JSON_NAME} is not a report of lowbit, so it is left as it is")
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report for people. Names come from the model, so no text of them is markup: viewers of Markdown take HTML."""
+    report = _escaped(report)
     model, sizes, gate = report["model"], report["sizes"], report["gate"]
     recipe = report["recipe"]
     lines = [
@@ -110,6 +124,15 @@ def markdown(report: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _escaped(value: Any) -> Any:
+    """A JSON value with the texts in it, keys included, as Markdown that shows them."""
+    if isinstance(value, str):
+        return html.escape(value, quote=False)
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(each) for key, each in value.items()}
+    return [_escaped(each) for each in value] if isinstance(value, list) else value
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

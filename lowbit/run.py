@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -39,9 +39,9 @@ from lowbit import __version__
 from lowbit.adapter import FOLDER as ADAPTER
 from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, Site, return_freed_memory
-from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
+from lowbit.data import Calibration, DataSpec, calibration_tokens, tokenizer_of, without_documents, written_tokens
 from lowbit.export import NATIVE, QuantizedSource, check_export, encode, encode_static, load, quantized_sites, write_config
-from lowbit.files import TEMPORARY, replacing, save_shard, sha256_of, write_json
+from lowbit.files import TEMPORARY, check_name, replacing, save_shard, sha256_of, write_json
 from lowbit.methods.embed import Rounded
 from lowbit.parallel import Team, join, judging, launch, parallel_step, say_step, shares, train
 from lowbit.qtensor import QTensor, Scheme, check_shape
@@ -79,6 +79,7 @@ def quantize(
     parallel: int = 1,
     deterministic: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint into the folder `out`; run again after an interruption, it resumes.
@@ -93,6 +94,8 @@ def quantize(
         parallel: processes that train modules of blocks side by side, for recipes with mrem; on GPUs, one each.
         deterministic: have their result not depend on timing.
         overwrite: replace `out`, and forget an unfinished run of another recipe or model.
+        trust_remote_code: run the Python code in the model's folder or repository, with the rights of this process, where
+            transformers does not know the model or its tokenizer itself; only for sources you trust.
         progress: called with (stage, steps done, steps in all).
 
     Returns:
@@ -119,6 +122,7 @@ def quantize(
     elif scheme is not None:
         raise ValueError("give a recipe or a scheme, not both")
     out = Path(os.path.abspath(out))
+    check_name(out)
     _check_out(out, overwrite)
     clock = _Clock()
     say = progress or (lambda stage, done, total: None)
@@ -137,20 +141,21 @@ def quantize(
             return {}
     if parallel < 1 or (deterministic and parallel == 1):
         raise ValueError(f"parallel = {parallel}: give the number of processes; deterministic is for two or more")
-    source = open_source(model, revision)
+    source = open_source(model, revision, trust_remote_code=trust_remote_code)
     _check_apart(out, source.folder)
+    source.side_files()  # raises where one of them could not be copied
     arch = original = Arch(source, device=device)
     recipe.schemes(_candidates(arch, recipe), _points(arch), tied_head=arch.tied_head)
     data_used, solver_tokens = _calibration(recipe, source, out, device, say)
+    boundaries = 4 if recipe.teacher else 2
+    if parallel > 1:  # what enters the first block for each process, and what leaves each float module
+        boundaries += parallel + -(-len(arch.blocks) // recipe.span)
+    _check_disk(out.with_name(out.name + ".partial"), source, solver_tokens, boundaries=boundaries)
     with (
         _journal(out, _job(source, recipe, data_used, device, parallel, deterministic), overwrite) as folder,
         _saying_what_is_kept(folder),
         _quick_collections(),
     ):
-        boundaries = 4 if recipe.teacher else 2
-        if parallel > 1:  # what enters the first block for each process, and what leaves each float module
-            boundaries += parallel + -(-len(arch.blocks) // recipe.span)
-        _check_disk(folder, source, solver_tokens, boundaries=boundaries)
         arch = rewritten(arch, recipe, say, clock)
         source = arch.source
         linears, schemes = _chosen(arch, recipe)
@@ -257,6 +262,7 @@ def _in_parallel(
     save_shard({"tokens": tokens}, work / "tokens")
     job = {
         "model": str(arch.source.folder),
+        "trust_remote_code": arch.source.trust_remote_code,
         "recipe": recipe.to_dict(),
         "device": str(arch.device),
         "deterministic": deterministic,
@@ -293,7 +299,7 @@ def train_rank(work: Path, team: Team | None = None, progress: Callable[[int], N
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
     carrier = join(store, rank, world, torch.device(device))
     recipe = recipe_from_dict(job["recipe"])
-    arch = Arch(open_source(job["model"]), device=device)
+    arch = Arch(open_source(job["model"], trust_remote_code=job["trust_remote_code"]), device=device)
     with _quick_collections():
         arch = rewritten(arch, recipe, lambda stage, done, total: None)
     _, schemes = _chosen(arch, recipe)
@@ -636,7 +642,8 @@ def _assemble(
     for path in arch.source.side_files():
         target = folder / path.relative_to(arch.source.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        with replacing(target) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 # -------------------------------------------------------------------------------------------------------- the whole model
@@ -695,7 +702,7 @@ def _reopened(
     arch: Arch, schemes: dict[str, Scheme], records: list[dict[str, Any]], tokens: Tensor, folder: Path, own: Path
 ) -> list[Unit]:
     """The blocks of the checkpoint in `folder`, all in memory, as they were solved, with a stream in the folder `own`."""
-    checkpoint = QuantizedSource(folder)
+    checkpoint = QuantizedSource(folder, trust_remote_code=arch.source.trust_remote_code)
     twin = Arch(checkpoint, device=str(arch.device))
     twin.adopt(arch.blocks)
     stream = Stream(twin, tokens, own)
@@ -758,7 +765,7 @@ def _gate(
     Raises:
         RuntimeError: they differ, which would be an error in lowbit. The output keeps its temporary name.
     """
-    reloaded = QuantizedSource(folder)
+    reloaded = QuantizedSource(folder, trust_remote_code=arch.source.trust_remote_code)
     twin = Arch(reloaded, device=str(arch.device))
     twin.adopt(arch.blocks)
     expected = {name: digest for record in records for name, digest in record["sha256"].items()}
@@ -899,7 +906,7 @@ def drawn(spec: DataSpec, source: Source) -> Calibration:
     Raises:
         ValueError: the model has no tokenizer, or there is too little text.
     """
-    tokenizer = tokenizer_of(source.folder) if spec.source != "random" else None
+    tokenizer = tokenizer_of(source) if spec.source != "random" else None
     return calibration_tokens(spec, tokenizer, vocab_size=_vocabulary(source))
 
 
@@ -919,32 +926,15 @@ def _written(spec: DataSpec, source: Source, out: Path, device: str) -> Calibrat
     path = out.with_name(out.name + ".partial") / ".work" / f"{_WRITTEN}{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
     if path.exists():
         return without_documents(load_file(path)["tokens"], spec)
-    model = load(str(source.folder), device=device)
+    model = load(str(source.folder), device=device, trust_remote_code=source.trust_remote_code)
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} writes no text; calibrate it on a text file, or on random tokens")
-    tokens = written_tokens(spec, model, tokenizer_of(source.folder), vocab_size=_vocabulary(source))
+    tokens = written_tokens(spec, model, tokenizer_of(source), vocab_size=_vocabulary(source))
     del model
     return_freed_memory()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_shard({"tokens": tokens}, path)
     return without_documents(tokens, spec)
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a checkpoint.
-
-    Raises:
-        ValueError: it has none.
-    """
-    from transformers import AutoTokenizer
-
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-    if not any((folder / name).exists() for name in names):
-        raise ValueError(
-            f"{folder} has no tokenizer ({', '.join(names)}), which calibration text needs; add its files, or calibrate on "
-            "random tokens with --data random"
-        )
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def _check_linears(linears: list[Linear], schemes: dict[str, Scheme]) -> None:
@@ -980,11 +970,11 @@ def _check_disk(folder: Path, source: Source, tokens: Tensor, *, boundaries: int
     width = source.config.get("hidden_size") or source.config.get("n_embd") or source.config.get("d_model") or 0
     needed = source.nbytes() + boundaries * tokens.numel() * width * source.dtype().itemsize
     present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if free + present < needed:
         raise ValueError(
-            f"{folder.parent}: {_gb(free)} are free, but up to {_gb(needed)} are needed while quantizing; free some space or "
-            "choose another --out"
+            f"{folder.parent}: {_size(free)} are free, but up to {_size(needed)} are needed while quantizing; free some "
+            "space or choose another --out"
         )
 
 
@@ -1002,8 +992,8 @@ def _check_memory(arch: Arch, schemes: dict[str, Scheme]) -> None:
     available = available_memory()
     if available is not None and available < needed:
         raise ValueError(
-            f"{_gb(available)} of memory are available, but the largest block of this model needs about {_gb(needed)}; use a "
-            "machine with more memory"
+            f"{_size(available)} of memory are available, but the largest block of this model needs about {_size(needed)}; use "
+            "a machine with more memory"
         )
 
 
@@ -1030,20 +1020,66 @@ def _check_training_memory(arch: Arch, recipe: Recipe, schemes: dict[str, Scheme
     available = torch.cuda.mem_get_info(arch.device)[0] if cuda else available_memory()
     if available is not None and available < needed:
         raise ValueError(
-            f"{_gb(available)} of memory are available on {arch.device}, but to train {together} takes about {_gb(needed)}; "
-            "use a device with more memory, modules of fewer blocks, or steps that do not train"
+            f"{_size(available)} of memory are available on {arch.device}, but to train {together} takes about "
+            f"{_size(needed)}; use a device with more memory, modules of fewer blocks, or steps that do not train"
         )
 
 
-def available_memory() -> int | None:
-    """Bytes of memory that can be had without swapping; None where the system does not tell."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    for line in meminfo.read_text().splitlines():
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this process can have without swapping; None where the system does not tell.
+
+    The least of what the machine has free and what the limits of its control groups leave, of version 1 or 2: a container's.
+    """
+    found = []
+    for line in _lines(root / "proc/meminfo"):
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+            found.append(int(line.split()[1]) * 1024)
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "none", "")
+        if controllers == "":
+            names = _CGROUP2
+        elif "memory" in controllers.split(","):
+            names = _CGROUP1
+        else:
+            continue
+        top = root / names.mount
+        own = top / path.strip("/")
+        for group in (own, *own.parents):
+            if not group.is_relative_to(top):
+                break
+            found += _left(group, names)
+    return min(found, default=None)
+
+
+@dataclass(frozen=True)
+class _Cgroup:
+    """What a version of control groups calls its files: limit, usage, and cached pages that can be given up."""
+
+    mount: str
+    limit: str
+    usage: str
+    cached: str
+
+
+_CGROUP1 = _Cgroup("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_CGROUP2 = _Cgroup("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+
+
+def _left(group: Path, names: _Cgroup) -> list[int]:
+    """The bytes that a group's limit leaves, nothing if it has none."""
+    limit, usage = _lines(group / names.limit), _lines(group / names.usage)
+    if not limit or not usage or limit[0] == "max":
+        return []
+    cached = [int(line.split()[1]) for line in _lines(group / "memory.stat") if line.split()[:1] == [names.cached]]
+    return [max(0, int(limit[0]) - int(usage[0]) + sum(cached))]
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file of the system, none where it is not there or not readable."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 # ------------------------------------------------------------------------------------------------------------ the journal
@@ -1299,5 +1335,9 @@ def _count(source: Source, name: str) -> int:
     return count
 
 
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"
+def _size(count: float) -> str:
+    unit = next((unit for unit in (1e9, 1e6, 1e3) if count >= unit), 1)
+    return f"{count / unit:.{0 if unit == 1 else 2}f} {_UNITS[unit]}"
+
+
+_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB", 1: "bytes"}
