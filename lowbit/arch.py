@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lowbit.outputs import distance, gives_choices, input_ids, output_of
 from lowbit.source import FLOAT_DTYPES, Source, in_short, read_json, refused_code
 from lowbit.ssm import Mixer, is_mixer, point
 
@@ -369,33 +370,22 @@ class Arch:
         return out[0] if isinstance(out, tuple) else out
 
     def finish(self, tokens: Tensor, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
-        """Run what comes after the blocks: logits [rows, length, vocabulary] of `hidden`, the last block's output, or the
-        final hidden states of a model without a head. tokens [rows, length] as given to `embed`; `parameters` replace some of
-        the model, by name. Gradients pass."""
+        """Run what comes after the blocks: what the model gives out (see `outputs`) for `hidden`, the last block's output.
+        tokens [rows, length] as given to `embed`; `parameters` replace some of the model, by name. Gradients pass."""
 
         def stub(block: Block, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = _split_call(args, kwargs)[0]
             return self._returned(block, hidden.to(self.device) if block.index == len(self.blocks) - 1 else given)
 
-        out = self._run(tokens, stub, parameters)
-        return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
+        return output_of(self._run(tokens, stub, parameters))
 
     def divergence(self, tokens: Tensor, found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """How far the output after `found` is from that after `wanted`, hidden states that left the last block: `distance`."""
         return self.distance(self.finish(tokens, found), self.finish(tokens, wanted))
 
     def distance(self, found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """How far an output of `finish` is from another; gradients pass.
-
-        Returns:
-            the sum over positions of KL(wanted || found) of the next token, in nats, and their number; of a model without a
-            head, the squared distance, and the squared length of what is wanted. Scalars, float64.
-        """
-        a, b = found.float(), wanted.float()
-        if self.model.get_output_embeddings() is None:
-            return (a - b).square().sum(dtype=torch.float64), b.square().sum(dtype=torch.float64)
-        a, b = a.log_softmax(-1), b.log_softmax(-1)
-        return (b.exp() * (b - a)).sum(dtype=torch.float64), torch.tensor(a[..., 0].numel(), dtype=torch.float64)
+        """How far an output of `finish` is from another, see `outputs.distance`."""
+        return distance(found, wanted, choices=gives_choices(self.model))
 
     def _returned(self, block: Block, hidden: Tensor) -> Any:
         return (hidden, *[None] * (block.returns - 1)) if block.returns else hidden
@@ -411,7 +401,7 @@ class Arch:
 
     def run(self, tokens: Tensor, parameters: dict[str, Tensor] | None = None) -> Any:
         """The whole model, filled, on tokens [rows, length] on its device, without a cache; `parameters` replace some."""
-        given = {"input_ids": tokens, **self._no_cache}
+        given = {"input_ids": input_ids(self.model, tokens), **self._no_cache}
         return torch.func.functional_call(self.model, parameters, kwargs=given) if parameters else self.model(**given)
 
     # --------------------------------------------------------------------------------------------------- discovery
@@ -448,6 +438,8 @@ class Arch:
         special = json.dumps([self.source.config.get(key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")])
         named = set(map(int, re.findall(r"\d+", special)))  # each an id, a list of ids, or null
         usable = [i for i in range(min(embedding.num_embeddings, 4 * PROBE_TOKENS)) if i not in named]
+        if not usable:
+            raise ValueError(f"{self.source.folder / 'config.json'}: no token of its {embedding.num_embeddings} is not special")
         return torch.tensor([usable[:PROBE_TOKENS], usable[-PROBE_TOKENS:]])
 
     @torch.no_grad()
@@ -495,7 +487,13 @@ class Arch:
             return out
 
         self.load_outside()
-        self._run(tokens[:1], observed)
+        try:
+            self._run(tokens[:1], observed)
+        except (RuntimeError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+            raise ValueError(
+                f"{self.source.folder / 'config.json'}: a {type(self.model).__name__} of this config does not run on a row of "
+                f"{PROBE_TOKENS} tokens ({type(error).__name__}: {in_short(error)}); compare it with that of the original model"
+            ) from error
         if len(found) != len(self.blocks):
             raise ValueError(f"only {len(found)} of {len(self.blocks)} blocks run; lowbit needs a plain chain of blocks")
         self.adopt(tuple(found))

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from lowbit import __version__
 from lowbit.allocate import useful
 from lowbit.data import DataSpec, evaluation_tokens, tokenizer_of
-from lowbit.evaluate import evaluate_model
+from lowbit.evaluate import Evaluation, OutputDivergence, evaluate_model, evaluate_outputs, sentence_pooling
 from lowbit.export import load
-from lowbit.files import write_json, write_text
+from lowbit.files import check_name, write_json, write_text
 from lowbit.journal import WORK
+from lowbit.outputs import input_ids, predicts_next_token
 from lowbit.page import comparison_page
 from lowbit.planner import candidates
 from lowbit.processes import tied
@@ -67,7 +68,7 @@ def compare(
     While another comparison, or a recipe that one left running, is at work in `out`, this one waits.
 
     Args:
-        model: a folder or hub id of a causal language model.
+        model: a folder or hub id; causal language models are judged on the text, others by what they give out for it.
         recipes: by the name they have in the table.
         texts: files to judge on, not those of calibration.
         window, windows: see `evaluate.evaluate_model`; windows without overlap, without bos.
@@ -88,6 +89,7 @@ def compare(
     if not texts:
         raise ValueError("nothing to judge by: give texts")
     out = Path(out)
+    check_name(out)
     out.mkdir(parents=True, exist_ok=True)
     say = progress or (lambda stage, done, total: None)
     source = open_source(model, revision, trust_remote_code=trust_remote_code)
@@ -95,8 +97,6 @@ def compare(
     tokenizer = tokenizer_of(source)
     tokens = {text: evaluation_tokens(text, tokenizer) for text in texts}
     judge = _Judge(source, tokens, tokenizer, window, windows, device)
-    if not judge.causal:
-        raise ValueError(f"{model} predicts no next token; compare judges causal language models")
     rows: list[dict[str, Any]] = []
     left: list[str] = []
     with _alone(out, say) as lock:
@@ -148,7 +148,7 @@ def _written(
         "threads": torch.get_num_threads(),
         "float": json.loads(reference.read_text(encoding="utf-8")) | {"bytes": source.nbytes()},
         "rows": rows,
-        "front": front({row["name"]: (row["bytes"], row["evaluations"][0]["kl"]) for row in good}),
+        "front": front({row["name"]: (row["bytes"], row["loss"]) for row in good}),
         "left_out": left,
         "sensitivities": sensitivities,
     }
@@ -213,8 +213,10 @@ def _row(
             "model back, or compare again"
         )
     measured = json.loads(judged.read_text(encoding="utf-8"))
+    first = measured["evaluations"][0]
     return measured | {
         "key": key,
+        "loss": first["relative_error"] if first["kl"] is None else first["kl"],
         "recipe": report["recipe"],
         "bytes": report["sizes"]["output_bytes"],
         "bits": report["sizes"]["bits_per_quantized_weight"],
@@ -257,7 +259,6 @@ class _Judge:
 
     Attributes:
         key: names texts and windows.
-        causal: whether the model predicts a next token.
     """
 
     def __init__(
@@ -267,8 +268,6 @@ class _Judge:
         self.window, self.windows, self.device = window, windows, device
         digests = {text: hashlib.sha256(found.numpy().tobytes()).hexdigest() for text, found in tokens.items()}
         self.key = _digest([list(digests.values()), window, windows, device, __version__])
-        names = source.config.get("architectures") or [""]
-        self.causal = names[0].endswith(("ForCausalLM", "LMHeadModel"))
         self._reference: tuple[Any, float] | None = None
 
     def describe(self) -> list[dict[str, Any]]:
@@ -293,24 +292,25 @@ class _Judge:
         """Everything measured on the checkpoint in `folder`, or on the float model."""
         model, seconds = self._loaded(folder) if folder is not None else self.reference()
         first = next(iter(self.tokens.values()))
-        found: dict[str, Any] = {
-            "evaluations": [
-                evaluate_model(
-                    model,
-                    tokens,
-                    window=self.window,
-                    max_windows=self.windows,
-                    reference=self.reference()[0] if folder is not None else None,
-                    source=Path(text).name,
-                ).to_dict()
-                for text, tokens in self.tokens.items()
-            ],
+        causal = predicts_next_token(type(model))
+        given: dict[str, Any] = {"window": self.window, "max_windows": self.windows}
+        evaluations: list[Evaluation | OutputDivergence] = []
+        for text, tokens in self.tokens.items():
+            name = Path(text).name
+            if causal:
+                reference = self.reference()[0] if folder is not None else None
+                evaluations.append(evaluate_model(model, tokens, reference=reference, source=name, **given))
+            else:
+                pooling = sentence_pooling(self.source.folder)
+                reference = self.reference()[0]
+                evaluations.append(evaluate_outputs(model, tokens, reference=reference, source=name, pooling=pooling, **given))
+        return {
+            "evaluations": [evaluation.to_dict() for evaluation in evaluations],
             "load_seconds": seconds,
-            "decode_tokens_per_second": _decode_speed(model, first),
-            "samples": self._samples(model),
-            "outliers": _outliers(model, first[: self.window]),
+            "decode_tokens_per_second": _decode_speed(model, first) if causal else None,
+            "samples": self._samples(model) if causal else [],
+            "outliers": _outliers(model, first[: min(self.window, evaluations[0].window)]),
         }
-        return found
 
     def _samples(self, model: Any) -> list[dict[str, str]]:
         """A continuation of the beginning of every text."""
@@ -352,7 +352,7 @@ def _outliers(model: Any, tokens: Tensor) -> dict[str, float]:
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
             handles.append(module.register_forward_pre_hook(watch(name)))
     try:
-        model(input_ids=tokens[None].to(next(model.parameters()).device))
+        model(input_ids=input_ids(model, tokens[None].to(next(model.parameters()).device)))
     finally:
         for handle in handles:
             handle.remove()

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lowbit.source import Source, in_short, read_json, refused_code
+from lowbit.source import Source, in_short, read_json, refused_code, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,11 +64,11 @@ class DataSpec:
         for name, least in (("rows", 1), ("length", 2), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-                raise ValueError(f"{name} = {value!r}: give a whole number of at least {least}")
+                raise ValueError(f"{name} = {shown(value)}: give a whole number of at least {least}")
         for name in ("text_key", "split"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
-                raise ValueError(f"{name} = {value!r}: give a name that is not empty")
+                raise ValueError(f"{name} = {shown(value)}: give a name that is not empty")
 
     @property
     def kind(self) -> Kind:
@@ -131,13 +131,16 @@ def tokenizer_of(source: Source) -> Any:
             "tokens with --data random"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except MemoryError:
         raise
     except Exception as error:  # the library tokenizers raises plain Exception
         if not source.trust_remote_code and "trust_remote_code" in str(error):
             raise refused_code(described) from error
         raise ValueError(f"{folder} has no tokenizer that transformers can load: {in_short(error)}; fetch it again") from error
+    if not isinstance(found.model_max_length, (int, float)):
+        raise ValueError(f"{described}: model_max_length = {shown(found.model_max_length)}; allowed is a number of tokens")
+    return found
 
 
 def read_documents(spec: DataSpec) -> Iterator[str]:
@@ -297,7 +300,7 @@ def evaluation_tokens(
             if limit is not None and len(stream) >= limit:
                 break
     if not stream:
-        raise ValueError(f"source {source!r} encodes to no tokens: give a source with text")
+        raise ValueError(f"source {shown(source)} encodes to no tokens: give a source with text")
     return torch.tensor(stream[:limit], dtype=torch.int64)
 
 
@@ -324,7 +327,7 @@ def passages(text: str, characters: int) -> list[str]:
 def _source_kind(source: str) -> Kind:
     allowed = "give a .txt file, a .jsonl file, hf:DATASET[:CONFIG], self or random"
     if not isinstance(source, str):
-        raise ValueError(f"source = {source!r} is not a string: {allowed}")
+        raise ValueError(f"source = {shown(source)} is not a string: {allowed}")
     if source == "random":
         return "random"
     if source == "self":
@@ -332,19 +335,21 @@ def _source_kind(source: str) -> Kind:
     if source.startswith("hf:"):
         parts = source.split(":")[1:]
         if len(parts) > 2 or not all(parts):
-            raise ValueError(f"source = {source!r} does not name a dataset: write hf:DATASET or hf:DATASET:CONFIG")
+            raise ValueError(f"source = {shown(source)} does not name a dataset: write hf:DATASET or hf:DATASET:CONFIG")
         return "hub"
     suffix = Path(source).suffix.lower()
     if suffix == ".txt":
         return "txt"
     if suffix == ".jsonl":
         return "jsonl"
-    raise ValueError(f"source = {source!r} is of no known kind: {allowed}")
+    raise ValueError(f"source = {shown(source)} is of no known kind: {allowed}")
 
 
 def _read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
     if not text.strip():
@@ -365,7 +370,7 @@ def _jsonl_documents(path: Path, text_key: str) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not valid JSON ({error}): write one JSON object a line") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{where} is a JSON {type(record).__name__}: write one JSON object a line")

@@ -17,8 +17,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 TEMPORARY = ".tmp"
+_LONGEST = 240  # bytes of an output's name, which leaves room for ".partial" and the like in the 255 of file systems
 _STEM = 100  # characters of the file's name that its temporary name has, so that that is not too long
 _TEMPORARY_NAME = re.compile(r"(.+)\.[0-9a-f]{16}" + re.escape(TEMPORARY), re.DOTALL)
+
+
+def check_name(path: Path) -> None:
+    """Refuse the path of an output that no file system would take.
+
+    Raises:
+        ValueError: a name in it is too long, endings of temporary names included.
+    """
+    for part in path.parts:
+        if len(os.fsencode(part)) > _LONGEST:
+            raise ValueError(f"{part[:40]}... has {len(os.fsencode(part))} bytes; allowed are names of at most {_LONGEST}")
 
 
 @contextmanager

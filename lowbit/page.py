@@ -31,6 +31,8 @@ def comparison_page(comparison: dict[str, Any]) -> str:
         "comparison.html.jinja",
         c=comparison,
         rows=rows,
+        judged=judged,
+        titles=[*judged(comparison["float"]["evaluations"][0])],
         front=comparison["front"],
         warnings=[
             *(f"{row['name']} failed: {row['failed']}" for row in comparison["rows"] if "failed" in row),
@@ -45,7 +47,11 @@ def report_page(report: dict[str, Any]) -> str:
     """The HTML of a run (see `run`)."""
     notes = _notes(report)
     return _rendered(
-        "report.html.jinja", r=report, warnings=_warnings(report["linears"], notes, report), plots=_plots_of_run(report, notes)
+        "report.html.jinja",
+        r=report,
+        judged=judged,
+        warnings=_warnings(report["linears"], notes, report),
+        plots=_plots_of_run(report, notes),
     )
 
 
@@ -59,6 +65,21 @@ def _rendered(template: str, **values: Any) -> str:
 
 def _notes(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [note | {"block": block["block"]} for block in report["blocks"] for note in block["transforms"]]
+
+
+def judged(evaluation: dict[str, Any]) -> dict[str, str]:
+    """The figures of an evaluation by their titles, for a table; those that only a reference gives are empty without one."""
+    e = evaluation
+    if "perplexity" in e:
+        figures = {"ppl": (e["perplexity"], ".4g"), "KL": (e["kl"], "#.3g"), "same top": (e.get("top1_agreement"), ".1%")}
+    elif e["kl"] is not None:
+        figures = {"KL": (e["kl"], "#.3g"), "same choice": (e["top1_agreement"], ".1%")}
+    else:
+        figures = {"relative error": (e["relative_error"], "#.3g"), "cosine": (e["cosine"], ".5f")}
+        if e["sentence_cosine"] is not None:
+            figures["cosine of sentences"] = (e["sentence_cosine"], ".5f")
+    texts = {title: "" if value is None else format(value, form) for title, (value, form) in figures.items()}
+    return {title: text.replace("%", " %") for title, text in texts.items()}
 
 
 def _warnings(linears: list[dict[str, Any]], notes: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
@@ -217,7 +238,7 @@ def _svg(figure: Any) -> str:
 
 def _pareto(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     figure, (axis,) = _figure(3.6)
-    points = [(row["bytes"] / 1e6, row["evaluations"][0]["kl"]) for row in rows]
+    points = [(row["bytes"] / 1e6, row["loss"]) for row in rows]
     sizes = [size for size, _ in points]
     for i, (row, point) in enumerate(zip(rows, points, strict=True)):
         right = point[0] > (min(sizes) + max(sizes)) / 2  # a label there ends at its point
@@ -229,7 +250,8 @@ def _pareto(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if all(kl > 0 for _, kl in points):
         _logarithmic(axis)
     axis.set_xlabel("weight files, MB")
-    axis.set_ylabel(f"KL to the original, {rows[0]['evaluations'][0]['source']}")
+    first = rows[0]["evaluations"][0]
+    axis.set_ylabel(f"{'relative error' if first['kl'] is None else 'KL to the original'}, {first['source']}")
     axis.margins(x=0.08, y=0.12)
     return _svg(figure)
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import exp, prod
+from math import exp, isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from lowbit.export import NATIVE, encode, reason_against
 from lowbit.files import write_json
 from lowbit.journal import differences, working_folder
 from lowbit.methods.embed import Rounded
+from lowbit.outputs import predicts_next_token
 from lowbit.patterns import Matcher
 from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
@@ -45,13 +46,12 @@ from lowbit.sensitivity import (
     Signal,
     Solved,
     Whole,
-    causal,
     check_candidates,
     decisions,
     measure,
     per_block,
 )
-from lowbit.source import Source, open_source, read_json
+from lowbit.source import Source, open_source, read_json, shown
 from lowbit.unit import Stream, Unit
 
 # Offered where none are named, as far as the engine loads them.
@@ -142,6 +142,13 @@ def plan(
     """
     if [bits, size, max_ppl_ratio].count(None) != 2:
         raise ValueError("give one of bits, size and max_ppl_ratio")
+    for name, value in (("bits", bits), ("size", size), ("max_ppl_ratio", max_ppl_ratio)):
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value) and value > 0
+        if value is not None and not good:
+            raise ValueError(f"{name} = {shown(value)}: give a number above 0")
+    for name, value in (("rows", rows), ("length", length)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} = {shown(value)}: give a whole number of at least 1")
     if max_ppl_ratio is not None and max_ppl_ratio <= 1:
         raise ValueError(f"max_ppl_ratio = {max_ppl_ratio}: give more than 1, such as 1.02")
     if signal not in SIGNALS:
@@ -163,7 +170,7 @@ def plan(
     arch = rewritten(Arch(source, device=device), base, say)
     if isinstance(arch.source, Rounded) and max_ppl_ratio is not None:
         raise ValueError("embed is what a plan for max_ppl_ratio decides about itself; leave it out of the method")
-    if not causal(arch):
+    if not predicts_next_token(type(arch.model)):
         if max_ppl_ratio is not None:
             raise ValueError(f"{type(arch.model).__name__} has no perplexity; plan for --bits or --size")
         if signal == "fisher":
@@ -296,7 +303,7 @@ def _check_memory(arch: Arch) -> None:
     available = available_memory() if arch.device.type == "cpu" else None
     if available is not None and available < needed:
         raise ValueError(
-            f"{available / 1e9:.2f} GB of memory are available, but measuring holds the whole model, {needed / 1e9:.2f} GB; "
+            f"{available / 1e9:.3g} GB of memory are available, but measuring holds the whole model, {needed / 1e9:.3g} GB; "
             "use a machine with more memory, or write the rules by hand"
         )
 
@@ -312,7 +319,19 @@ def _known(path: Path | None, job: dict[str, Any], overwrite: bool) -> dict[str,
         raise ValueError(
             f"{path} is of something else: {'; '.join(unlike)}. Name another file, or measure anew with --overwrite"
         )
-    return {} if unlike else rows
+    if unlike:
+        return {}
+    if not isinstance(rows, dict):
+        raise ValueError(f"{path}: decisions = {shown(rows)}; allowed is an object of what was measured, by decision")
+    for name, row in rows.items():
+        costs = row.get("cost") if isinstance(row, dict) else None
+        good = isinstance(costs, dict) and all(type(cost) in (int, float) and isfinite(cost) for cost in costs.values())
+        if not good or not costs:
+            raise ValueError(
+                f"{path}: decision {name!r} has cost = {shown(costs)}; allowed is an object with a number for each scheme. "
+                "Take the decision out to have it measured again"
+            )
+    return rows
 
 
 class Choices:

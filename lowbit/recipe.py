@@ -59,6 +59,7 @@ from lowbit.methods.smooth_search import smooth_search
 from lowbit.methods.tesseraq import tesseraq
 from lowbit.patterns import Matcher
 from lowbit.qtensor import PointScheme, Scheme, parse_point, parse_scheme
+from lowbit.source import deeper_than, shown
 from lowbit.unit import Between, Input
 
 
@@ -114,6 +115,7 @@ _ORDER = ("model", "outside", "search", "transform", "solver", "trainer", "corre
 FORMATS = ("compressed-tensors", "lowbit")
 ENGINES = ("vllm", "transformers")
 FLOAT = "float"
+_DEEPEST = 16  # levels of tables and lists in a recipe
 _HEADS = "lm_head|embed_out"
 
 
@@ -131,11 +133,13 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str) or not isinstance(self.scheme, str):
-            raise ValueError(f"rule {self.match!r} -> {self.scheme!r}: match and scheme are texts")
+            raise ValueError(f"rule {shown(self.match)} -> {shown(self.scheme)}: match and scheme are texts")
+        if not isinstance(self.optional, bool):
+            raise ValueError(f"rule {shown(self.match)}: optional = {shown(self.optional)}; allowed are true and false")
         try:
             re.compile(self.match)
-        except re.error as error:
-            raise ValueError(f"rule {self.match!r} is not a regular expression: {error}") from error
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"rule {shown(self.match)} is not a regular expression: {error}") from error
         if self.scheme != FLOAT and self.point is None:
             parse_scheme(self.scheme)
 
@@ -154,9 +158,9 @@ class Step:
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}; allowed are {', '.join(METHODS)}")
+            raise ValueError(f"unknown method {shown(self.method)}; allowed are {', '.join(METHODS)}")
         if not isinstance(self.options, dict):
-            raise ValueError(f"{self.method}: options are a table of names and values, not {self.options!r}")
+            raise ValueError(f"{self.method}: options are a table of names and values, not {shown(self.options)}")
         check_options(self.method, METHODS[self.method].apply, self.options)
 
     @property
@@ -178,12 +182,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.kv_cache not in (None, "fp8"):
-            raise ValueError(f"kv_cache = {self.kv_cache!r}: engines load fp8 only; others can be simulated by lowbit eval")
+            raise ValueError(
+                f"kv_cache = {shown(self.kv_cache)}: engines load fp8 only; others can be simulated by lowbit eval"
+            )
         if self.kv_cache is not None and (self.format, self.engine) != ("compressed-tensors", "vllm"):
             raise ValueError("kv_cache: only vLLM reads its scales; use format compressed-tensors and engine vllm")
         for value, allowed, what in ((self.format, FORMATS, "format"), (self.engine, ENGINES, "engine")):
             if value not in allowed:
-                raise ValueError(f"unknown {what} {value!r}; allowed are {', '.join(allowed)}")
+                raise ValueError(f"unknown {what} {shown(value)}; allowed are {', '.join(allowed)}")
         if not self.rules or not self.steps:
             raise ValueError("a recipe needs at least one rule ([[rules]]) and one step ([[steps]])")
         kinds = [METHODS[step.method].kind for step in self.steps]
@@ -339,6 +345,12 @@ def short_recipe(
             one.
         kv_cache: "fp8" for scales of an FP8 key-value cache, which vLLM uses with kv_cache_dtype="fp8".
     """
+    if isinstance(ignore, str) or not isinstance(ignore, (Iterable, types.NoneType)):
+        raise ValueError(f"ignore = {shown(ignore)}; allowed is a list of regular expressions")
+    if not isinstance(method, str):
+        raise ValueError(f"method = {shown(method)}; allowed are names of steps with + between them")
+    if not isinstance(options, (dict, types.NoneType)) or not all(isinstance(key, str) for key in options or {}):
+        raise ValueError(f"options = {shown(options)}; allowed is a dict of names and values")
     if ignore is None:
         left = [Rule(match=_HEADS, scheme=FLOAT, optional=True)]
     else:
@@ -363,7 +375,7 @@ def _steps(methods: str, options: dict[str, Any]) -> tuple[Step, ...]:
     for key, value in options.items():
         method, _, option = key.rpartition(".")
         if (method or solver) not in given:
-            raise ValueError(f"option {key!r}: the steps are {', '.join(names)}")
+            raise ValueError(f"option {shown(key)}: the steps are {', '.join(names)}")
         given[method or solver][option] = value
     return tuple(Step(method=name, options=given[name]) for name in names)
 
@@ -379,7 +391,9 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"recipe {path} does not exist")
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"recipe {path} is not TOML: {error}") from error
     return recipe_from_dict(given, where=str(path))
 
@@ -387,6 +401,11 @@ def read_recipe(path: str | Path) -> Recipe:
 def recipe_from_dict(given: dict[str, Any], *, where: str = "recipe") -> Recipe:
     """Build a recipe from the tables of a TOML file; the inverse of `Recipe.to_dict` up to the form of steps."""
     _check_keys(given, [f.name for f in fields(Recipe)], where)
+    for name in ("rules", "steps"):
+        if not isinstance(given.get(name, []), (list, tuple)):
+            raise ValueError(f"{where}: {name} = {shown(given[name])}; allowed is a list of tables, [[{name}]]")
+    if deeper_than(given, _DEEPEST):
+        raise ValueError(f"{where}: values are nested more than {_DEEPEST} levels deep")
     rules = []
     for table in given.get("rules", []):
         _check_keys(table, [f.name for f in fields(Rule)], f"{where}, [[rules]]", required=("match", "scheme"))
@@ -397,7 +416,7 @@ def recipe_from_dict(given: dict[str, Any], *, where: str = "recipe") -> Recipe:
             raise ValueError(f"{where}, [[steps]]: method is missing; allowed are {', '.join(METHODS)}")
         options = table.get("options", {})
         if not isinstance(options, dict):
-            raise ValueError(f"{where}, [[steps]]: options = {options!r} is not a table")
+            raise ValueError(f"{where}, [[steps]]: options = {shown(options)} is not a table")
         inline = {key: value for key, value in table.items() if key not in ("method", "options")}
         steps.append(Step(method=table["method"], options=inline | options))
     data = None
@@ -420,10 +439,10 @@ def check_options(method: str, apply: Callable[..., None], options: dict[str, An
     allowed = [p.name for p in inspect.signature(apply).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name, value in options.items():
         if name not in allowed:
-            raise ValueError(f"{method} has no option {name!r}; allowed are {', '.join(allowed) or 'none'}")
+            raise ValueError(f"{method} has no option {shown(name)}; allowed are {', '.join(allowed) or 'none'}")
         problem = _type_problem(value, hints[name])
         if problem:
-            raise ValueError(f"{method}: {name} = {value!r} {problem}")
+            raise ValueError(f"{method}: {name} = {shown(value)} {problem}")
 
 
 def _type_problem(value: Any, hint: Any) -> str | None:
@@ -449,10 +468,10 @@ def _type_problem(value: Any, hint: Any) -> str | None:
 
 def _check_keys(table: Any, allowed: list[str], where: str, required: tuple[str, ...] = ()) -> None:
     if not isinstance(table, dict):
-        raise ValueError(f"{where}: {table!r} is not a table")
+        raise ValueError(f"{where}: {shown(table)} is not a table")
     unknown = [key for key in table if key not in allowed]
     if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}")
+        raise ValueError(f"{where}: unknown key {shown(unknown[0])}; allowed are {', '.join(allowed)}")
     missing = [key for key in required if key not in table]
     if missing:
         raise ValueError(f"{where}: {missing[0]} is missing")

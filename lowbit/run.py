@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +42,7 @@ from lowbit.export import (
     quantized_sites,
     write_config,
 )
-from lowbit.files import load_sealed, replacing, save_sealed, save_shard, sha256_of, write_json
+from lowbit.files import check_name, load_sealed, replacing, save_sealed, save_shard, sha256_of, write_json
 from lowbit.journal import WORK, Journal, check_apart, check_out, open_journal, place_of, some
 from lowbit.methods.embed import Rounded
 from lowbit.parallel import Team, join, judging, launch, parallel_step, say_step, shares, train
@@ -123,6 +123,7 @@ def quantize(
         )
     elif scheme is not None:
         raise ValueError("give a recipe or a scheme, not both")
+    check_name(Path(os.path.abspath(out)))
     place = place_of(out)
     if Path(model).is_dir():
         check_apart(place, Path(model))
@@ -1023,8 +1024,8 @@ def _check_disk(folder: Path, source: Source, tokens: Tensor, *, boundaries: int
     free = shutil.disk_usage(folder).free
     if free + present < needed:
         raise ValueError(
-            f"{folder.parent}: {_gb(free)} are free, but up to {_gb(needed)} are needed while quantizing; free some space or "
-            "choose another --out"
+            f"{folder.parent}: {_size(free)} are free, but up to {_size(needed)} are needed while quantizing; free some "
+            "space or choose another --out"
         )
 
 
@@ -1042,8 +1043,8 @@ def _check_memory(arch: Arch, schemes: dict[str, Scheme]) -> None:
     available = available_memory()
     if available is not None and available < needed:
         raise ValueError(
-            f"{_gb(available)} of memory are available, but the largest block of this model needs about {_gb(needed)}; use a "
-            "machine with more memory"
+            f"{_size(available)} of memory are available, but the largest block of this model needs about {_size(needed)}; use "
+            "a machine with more memory"
         )
 
 
@@ -1070,20 +1071,66 @@ def _check_training_memory(arch: Arch, recipe: Recipe, schemes: dict[str, Scheme
     available = torch.cuda.mem_get_info(arch.device)[0] if cuda else available_memory()
     if available is not None and available < needed:
         raise ValueError(
-            f"{_gb(available)} of memory are available on {arch.device}, but to train {together} takes about {_gb(needed)}; "
-            "use a device with more memory, modules of fewer blocks, or steps that do not train"
+            f"{_size(available)} of memory are available on {arch.device}, but to train {together} takes about "
+            f"{_size(needed)}; use a device with more memory, modules of fewer blocks, or steps that do not train"
         )
 
 
-def available_memory() -> int | None:
-    """Bytes of memory that can be had without swapping; None where the system does not tell."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    for line in meminfo.read_text().splitlines():
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this process can have without swapping; None where the system does not tell.
+
+    The least of what the machine has free and what the limits of its control groups leave, of version 1 or 2: a container's.
+    """
+    found = []
+    for line in _lines(root / "proc/meminfo"):
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+            found.append(int(line.split()[1]) * 1024)
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "none", "")
+        if controllers == "":
+            names = _CGROUP2
+        elif "memory" in controllers.split(","):
+            names = _CGROUP1
+        else:
+            continue
+        top = root / names.mount
+        own = top / path.strip("/")
+        for group in (own, *own.parents):
+            if not group.is_relative_to(top):
+                break
+            found += _left(group, names)
+    return min(found, default=None)
+
+
+@dataclass(frozen=True)
+class _Cgroup:
+    """What a version of control groups calls its files: limit, usage, and cached pages that can be given up."""
+
+    mount: str
+    limit: str
+    usage: str
+    cached: str
+
+
+_CGROUP1 = _Cgroup("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_CGROUP2 = _Cgroup("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+
+
+def _left(group: Path, names: _Cgroup) -> list[int]:
+    """The bytes that a group's limit leaves, nothing if it has none."""
+    limit, usage = _lines(group / names.limit), _lines(group / names.usage)
+    if not limit or not usage or limit[0] == "max":
+        return []
+    cached = [int(line.split()[1]) for line in _lines(group / "memory.stat") if line.split()[:1] == [names.cached]]
+    return [max(0, int(limit[0]) - int(usage[0]) + sum(cached))]
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file of the system, none where it is not there or not readable."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 # ------------------------------------------------------------------------------------------------------------ the journal
@@ -1271,5 +1318,9 @@ def _count(source: Source, name: str) -> int:
     return count
 
 
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+def _size(count: float) -> str:
+    unit = next((unit for unit in (1e9, 1e6, 1e3) if count >= unit), 1)
+    return f"{count / unit:.{0 if unit == 1 else 2}f} {_UNITS[unit]}"
+
+
+_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB", 1: "bytes"}

@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowbit.arch import Arch, Block, Linear, Site
+from lowbit.outputs import predicts_next_token
 from lowbit.qtensor import Scheme, check_shape, dequantize, find_params, quantize
 from lowbit.recipe import FLOAT, METHODS, Step
 from lowbit.unit import Input, Quantizer, Stream, Unit, fast_products, quantized_inputs
@@ -114,11 +115,6 @@ def _name(linears: Sequence[Linear]) -> str:
     if linears[0].index is not None:
         return f"{first} and {len(linears) - 1} more experts' matrices"
     return "+".join([first, *(linear.name.rpartition(".")[2] for linear in linears[1:])])
-
-
-def causal(arch: Arch) -> bool:
-    """Whether the model predicts a next token."""
-    return type(arch.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 class Solved:
@@ -260,7 +256,7 @@ class Whole:
         """The loss of subset `k` as a function of parameters from block `at` on, by name, differentiable twice."""
         tokens = self.tokens[slice(*self.parts[k])]
         output = self._output(tokens, self._through(k, {}, parameters), {}, parameters)
-        if causal(self.arch):
+        if predicts_next_token(type(self.arch.model)):
             return self._nll(tokens, output)
         total, count = self.arch.distance(output, self.arch.finish(tokens, self.ends[k]))
         return total / count

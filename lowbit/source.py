@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ _DTYPE_BITS |= dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _DEEPEST = 100  # levels of a JSON file: enough for any configuration, too few to exhaust Python's stack
 _LONGEST = 255  # bytes of a file's name that file systems take
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 200
 _SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 # What a tokenizer is made of; which of them there are depends on its kind.
 TOKENIZER_FILES = (
@@ -348,6 +351,11 @@ def deeper_than(value: Any, levels: int) -> bool:
             for each in (outer.values() if isinstance(outer, dict) else outer)
         ]
     return any(isinstance(each, (dict, list)) for each in inner)
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long or deep."""
+    return _SHOWN.repr(value)
 
 
 def in_short(error: BaseException) -> str:

@@ -42,6 +42,7 @@ def row(number: int) -> dict[str, Any]:
         },
         "bytes": 10**9 + number * 10**8,
         "bits": 4.1,
+        "loss": 0.01 * (number + 1),
         "seconds": 61.0,
         "peak_rss": 2 * 10**9,
         "load_seconds": 1.5,

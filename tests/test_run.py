@@ -791,7 +791,9 @@ def test_disk_that_is_too_small(llama: Path, tmp_path: Path, monkeypatch: pytest
     seen: list[str] = []
     parts = ("are free, but up to", "are needed while quantizing", "choose another --out")
     refused(llama, tmp_path / "out", *parts, progress=lambda stage, done, total: seen.append(stage), **SHORT)
-    assert asked == [tmp_path / "out.partial"] and not seen
+    assert asked == [tmp_path] and not seen and not list(tmp_path.glob("out*"))
+    with pytest.raises(ValueError, match=r"\d\.?\d* kB are free, but up to [1-9]\d*\.\d\d kB are needed"):
+        quantize(str(llama), tmp_path / "out", **SHORT)
     # The hidden states of two boundaries are counted too.
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed + 100))
     refused(llama, tmp_path / "out", "are free, but up to", **SHORT)
@@ -837,6 +839,46 @@ def test_too_little_memory_to_train(
 def test_available_memory() -> None:
     found = run.available_memory()
     assert found is None or 2**20 < found < 2**50
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("", {}, 8_000_000 * 1024),
+        ("0::/\n", {"memory.max": "max", "memory.current": "5"}, 8_000_000 * 1024),
+        ("0::/\n", {"memory.max": "1000", "memory.current": "400", "memory.stat": "anon 300\ninactive_file 50"}, 650),
+        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "900", "a/memory.current": "100"}, 800),
+        ("0::/a/b\n", {"a/b/memory.max": "max", "a/b/memory.current": "1", "a/memory.max": "9", "a/memory.current": "10"}, 0),
+        ("0::/a\n", {"memory.max": "1000", "memory.current": "1"}, 999),  # a container sees its group as the root
+        ("5:cpu:/a\n4:memory:/a\n", {"memory/a/memory.limit_in_bytes": "70", "memory/a/memory.usage_in_bytes": "60"}, 10),
+        (
+            "4:cpu,memory:/docker/x\n0::/\n",
+            {
+                "memory/memory.limit_in_bytes": "700",
+                "memory/memory.usage_in_bytes": "600",
+                "memory/memory.stat": "inactive_file 9\ntotal_inactive_file 20",
+            },
+            120,
+        ),
+        (
+            "4:memory:/\n",
+            {"memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "1"},
+            8_000_000 * 1024,
+        ),
+    ],
+)
+def test_available_memory_in_a_container(tmp_path: Path, own: str, files: dict[str, str], expected: int) -> None:
+    """The least of the machine's and of the limits of all control groups above, of either version."""
+    written = {"proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB", "proc/self/cgroup": own}
+    written |= {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in written.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert run.available_memory(tmp_path) == expected
+
+
+def test_available_memory_is_not_told(tmp_path: Path) -> None:
+    assert run.available_memory(tmp_path) is None
 
 
 # ---------------------------------------------------------------------------------------------------------- damaged models

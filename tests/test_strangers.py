@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -194,3 +195,186 @@ def test_trusted_code_in_other_processes(model: Path, monkeypatch: pytest.Monkey
         str(model), {"a": recipe}, "compared", texts=["text.txt"], window=16, windows=1, trust_remote_code=True
     )
     assert "failed" not in result["rows"][0], result["rows"][0]
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+
+def put(name: str, content: str) -> Any:
+    """A file of the model with other content."""
+    return lambda model: (model / name).write_text(content)
+
+
+def config(**values: Any) -> Any:
+    """config.json with other values."""
+    return lambda model: change(model / "config.json", **values)
+
+
+def pipe(name: str) -> Any:
+    """A pipe in the place of a file."""
+
+    def spoil(model: Path) -> None:
+        (model / name).unlink(missing_ok=True)
+        os.mkfifo(model / name)
+
+    return spoil
+
+
+DEEP = "[" * 50_000 + "]" * 50_000
+TOML = '[[rules]]\nmatch = ""\nscheme = "w4a16-g32"\n[[steps]]\nmethod = "rtn"\n'
+BAD_MODELS = {
+    "config": (put("config.json", "{"), r"model/config\.json is not valid JSON"),
+    "deep config": (put("config.json", DEEP), r"model/config\.json is not valid JSON"),
+    "list": (put("config.json", "[]"), r"model/config\.json holds a list, not a JSON object"),
+    "model type": (config(model_type=["llama"]), r"model/config\.json: transformers cannot read this config"),
+    "unknown type": (config(model_type="x"), r"model/config\.json: transformers cannot read this config: .*`x`"),
+    "text for a number": (config(hidden_size="64"), r"model/config\.json: .*hidden_size"),
+    "activation": (config(hidden_act="x"), r"model/config\.json: transformers cannot make a model of this config"),
+    "rope": (config(rope_parameters={"rope_type": "x"}), r"model/config\.json: .*"),
+    "class": (config(architectures=["logging"]), r"model/config\.json: architectures = \['logging'\], which is no model"),
+    "padding": (config(pad_token_id=10**6), r"model/config\.json: "),
+    "layers": (config(num_hidden_layers=10**9), r"num_hidden_layers = 1000000000, but the weights are of 3 blocks"),
+    "vocabulary": (config(vocab_size=10**9), r"vocab_size = 1000000000, but in model\.safetensors model\.embed"),
+    "quantized": (config(quantization_config="x"), r"model is quantized already \(x\)"),
+    "generation": (put("generation_config.json", "{"), r"model/generation_config\.json is not valid JSON"),
+    "pipe": (pipe("generation_config.json"), r"model/generation_config\.json is a pipe, not a file"),
+    "pipe as shard": (pipe("model.safetensors"), r"model/model\.safetensors is a pipe"),
+    "pipe as tokenizer": (pipe("tokenizer.json"), r"model/tokenizer\.json is a pipe"),
+    "tokenizer": (put("tokenizer.json", "{"), r"model has no tokenizer that transformers can load: .*; fetch it again"),
+    "tokenizer of nothing": (put("tokenizer.json", "{}"), r"model has no tokenizer that transformers can load: "),
+    "tokenizer, a list": (put("tokenizer.json", "[]"), r"model has no tokenizer that transformers can load: "),
+    "deep tokenizer": (put("tokenizer.json", DEEP), r"model has no tokenizer that transformers can load: "),
+    "tokenizer settings": (put("tokenizer_config.json", DEEP), r"model/tokenizer_config\.json is not valid JSON"),
+    "length": (
+        lambda model: change(model / "tokenizer_config.json", model_max_length="x"),
+        r"model/tokenizer_config\.json: model_max_length = 'x'; allowed|has no tokenizer that transformers can load",
+    ),
+    "shard": (put("model.safetensors", "x" * 1000), r"model/model\.safetensors is truncated or not a safetensors file"),
+    "index": (
+        put("model.safetensors.index.json", '{"weight_map": {"x": "../x.safetensors"}}'),
+        r"names the shard '\.\./x\.safetensors'; allowed are names of files in its folder",
+    ),
+    "link": (lambda model: (model / "x.txt").symlink_to("/etc/passwd"), r"model/x\.txt is a link to /etc/passwd, outside"),
+    "own format": (put("lowbit.json", "{}"), r"model is quantized already \(it has lowbit\.json\)"),
+}  # fmt: skip
+
+
+def told(capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    err = capfd.readouterr().err
+    assert "Traceback" not in err and err.startswith("lowbit: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("spoil", BAD_MODELS)
+def test_bad_models(model: Path, spoil: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Refused before anything is written, in one line that names the file."""
+    make, message = BAD_MODELS[spoil]
+    make(model)
+    assert main(arguments_of("quantize", model)) == 2
+    assert re.search(message, told(capfd))
+    assert not list(Path().glob("out*"))
+
+
+BAD_RECIPES = {
+    "rules": ("rules = 7\nsteps = []", r"bad\.toml: rules = 7; allowed is a list of tables, \[\[rules\]\]"),
+    "steps": ("steps = 7\nrules = []", r"bad\.toml: steps = 7; allowed is a list of tables"),
+    "a rule": ("rules = [7]", r"bad\.toml, \[\[rules\]\]: 7 is not a table"),
+    "a step": ("steps = [7]", r"bad\.toml, \[\[steps\]\]: method is missing"),
+    "deep": ("data = " + "[" * 5000 + "]" * 5000, r"recipe bad\.toml is not TOML|nested more than"),
+    "deeper than allowed": (
+        "data = " + "[" * 90 + "]" * 90,
+        r"bad\.toml: values are nested more than 16 levels deep|not a table",
+    ),
+    "optional": (TOML.replace("[[steps]]", "optional = 3\n[[steps]]"), r"optional = 3; allowed are true and false"),
+    "scheme": (TOML.replace('"w4a16-g32"', "4"), r"rule '' -> 4: match and scheme are texts"),
+    "option": (TOML + "x = 1", r"rtn has no option 'x'"),
+    "deep option": (TOML + "importance = " + "[" * 10 + "]" * 10, r"rtn: importance = \[.*\] is not a"),
+    "format": ("format = ['x']\n" + TOML, r"unknown format \['x'\]"),
+    "expression": (TOML.replace('match = ""', f'match = "{"(" * 5000}"'), r"is not a regular expression"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECIPES)
+def test_bad_recipes(pristine: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    text, message = BAD_RECIPES[name]
+    monkeypatch.chdir(tmp_path)
+    Path("bad.toml").write_text(text)
+    assert main(["quantize", str(pristine), "--out", "out", "--recipe", "bad.toml"]) == 2
+    err = told(capfd)
+    assert re.search(message, err) and len(err) < 1000
+    assert not list(Path().glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ignore": 0.5}, r"ignore = 0\.5; allowed is a list of regular expressions"),
+        ({"ignore": "lm_head"}, r"ignore = 'lm_head'; allowed is a list"),
+        ({"method": 3}, r"method = 3; allowed are names of steps"),
+        ({"options": [1]}, r"options = \[1\]; allowed is a dict"),
+        ({"scheme": 4}, r"match and scheme are texts"),
+    ],
+)
+def test_bad_arguments(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lowbit.quantize("model", "out", **{"scheme": "w4a16", **given})
+
+
+@pytest.mark.parametrize("deep", [DEEP, '{"text": ' + DEEP + "}"])
+def test_bad_data(pristine: Path, tmp_path: Path, deep: str, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text('{"text": "a"}\n' + deep)
+    assert (
+        main(["quantize", str(pristine), "--out", "out", "--scheme", "w4a16-g32", "--method", "gptq", "--data", "bad.jsonl"])
+        == 2
+    )
+    assert "bad.jsonl line 2 is not valid JSON" in told(capfd)
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan", "compare"])
+def test_long_names_of_outputs(pristine: Path, tmp_path: Path, command: str, monkeypatch: Any, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "x" * 300
+    arguments = {
+        "quantize": ["quantize", str(pristine), "--out", name, "--scheme", "w4a16-g32"],
+        "plan": ["plan", str(pristine), "--out", name, "--bits", "4", "--data", "random"],
+        "compare": ["compare", str(pristine), "--out", name, "--recipes", "a.toml", "--text", "a.txt"],
+    }[command]
+    Path("a.toml").write_text(TOML)
+    assert main(arguments) == 2
+    assert re.search(r"x{40}\.\.\. has 300 bytes; allowed are names of at most 240", told(capfd))
+
+
+@pytest.mark.parametrize(
+    ("decisions", "message"),
+    [
+        (7, r"decisions = 7; allowed is an object"),
+        ({"a": 7}, r"decision 'a' has cost = None"),
+        (
+            {"a": {"cost": {"w4a16-g32": "x"}}},
+            r"decision 'a' has cost = \{'w4a16-g32': 'x'\}; allowed is an object with a number",
+        ),
+        ({"a": {"cost": {}}}, r"decision 'a' has cost = \{\}"),
+        ({"a": {"cost": {"float": float("nan")}}}, r"decision 'a' has cost = \{'float': nan\}"),
+    ],
+)
+def test_bad_sensitivities(model: Path, decisions: Any, message: str, capfd: Any) -> None:
+    """A person may edit the file."""
+    given = ["plan", str(model), "--out", "p.toml", "--bits", "5", "--data", "random", "--rows", "1", "--length", "8"]
+    given += ["--signal", "fisher", "--method", "rtn", "--schemes", "w4a16-g32", "w8a16-g32"]
+    measured = Path("p.sensitivities.json")
+    if not measured.exists():
+        assert main(given) == 0
+        Path("p.toml").unlink()
+    change(measured, decisions=decisions)
+    capfd.readouterr()
+    assert main(given) == 2
+    assert re.search(r"p\.sensitivities\.json: " + message, told(capfd))
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--bits", "nan"), ("--bits", "-1"), ("--max-ppl-ratio", "inf"), ("--bits", "0")])
+def test_bad_goals(pristine: Path, flag: str, value: str, capfd: Any) -> None:
+    name = flag.removeprefix("--").replace("-", "_")
+    assert main(["plan", str(pristine), "--out", "p.toml", f"{flag}={value}", "--data", "random"]) == 2
+    assert f"{name} = {float(value)}: give a number above 0" in told(capfd)

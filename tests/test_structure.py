@@ -21,7 +21,7 @@ PACKAGE = ROOT / "lowbit"
 # --------------------------------------------------------------------------------------------------------------- layers
 # A module imports from its own level and the levels before it. A folder stands for all of its modules.
 LEVELS = (
-    ("files", "processes", "formats", "packing", "codebooks", "orthogonal", "patterns", "ssm"),
+    ("files", "processes", "formats", "packing", "codebooks", "orthogonal", "patterns", "ssm", "outputs"),
     ("qtensor", "adapter", "arch", "data", "source", "report", "page", "kv", "checks"),
     ("links",),
     ("unit", "kernels"),
@@ -256,7 +256,8 @@ def unsafe_nodes(tree: ast.Module) -> Iterator[str]:
 @each_source
 def test_nothing_unsafe(path: Path) -> None:
     """No code from data (pickle, torch.load, remote code, eval), and no handler that swallows every error."""
-    assert not list(unsafe_nodes(TREES[path]))
+    ends = path == PACKAGE / "cli.py"  # where all errors end, and are told
+    assert not [each for each in unsafe_nodes(TREES[path]) if not (ends and each.endswith(": except Exception"))]
 
 
 @pytest.mark.parametrize(
