@@ -6,6 +6,7 @@ whose threads a fork does not copy.
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import json
 import os
@@ -112,6 +113,7 @@ def _child(work: Callable[[], Any], cwd: Path, notes: Path, mark: str, memory: i
     """Never returns."""
     try:
         os.setsid()
+        faulthandler.disable()  # of pytest, which writes to the terminal
         for name, stream in (("out", 1), ("err", 2)):
             os.dup2(os.open(notes / name, os.O_WRONLY | os.O_CREAT), stream)
         yes = notes / "in"  # who asks for anything is told yes
