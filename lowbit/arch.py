@@ -289,6 +289,11 @@ class Arch:
         place = self._places.place(tensor)
         return None if place is None else place[0]
 
+    def shape_of(self, tensor: str) -> torch.Size | None:
+        """The shape of the parameter that a checkpoint tensor alone fills as it is; None of others."""
+        place = self._places.place(tensor)
+        return self.model.get_parameter(place[0]).shape if place is not None and place[2] is None else None
+
     def held(self, tensor: str) -> Tensor:
         """What the loaded model holds for a checkpoint tensor that has a `place`, in the checkpoint's layout and dtype."""
         place = self._places.place(tensor)

@@ -160,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("inspect", help="what a checkpoint contains: lowbit's, compressed-tensors, GPTQ, AWQ, GGUF")
     sub.add_argument("model", metavar="DIR_OR_GGUF", help="quantized or float checkpoint")
+    sub.add_argument("--check", action="store_true", help="read a quantized DIR whole, and print what is wrong with it")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = commands.add_parser("generate", help="continue a prompt")
@@ -283,7 +284,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         print(f"  {name:{wide[0]}}  {scheme:{wide[1]}}  {made.costs[name]:.3e}")
     ratio = "" if made.ppl_ratio is None else f"; {made.ppl_ratio:.4f} times the perplexity on calibration text"
     print(
-        f"{out}: {made.bits:.3f} bits a weight, {made.output_bytes / 1e6:.2f} MB of weight files{ratio}. "
+        f"{out}: {made.bits:.3f} bits a weight, {made.output_bytes / 1e6:.2f} MB of weight files{ratio}; {made.mix}. "
         f"Measured costs are in {sensitivities}."
     )
 
@@ -381,8 +382,21 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from lowbit.inspection import summary_of
+    from lowbit.inspection import problems_of, summary_of
 
+    if arguments.check:
+        _quiet_libraries()
+        with _progress() as progress:
+            problems, hashes = problems_of(arguments.model, progress)
+        if arguments.json:
+            print(json.dumps({"folder": arguments.model, "hashes": hashes, "problems": problems}, indent=1))
+        else:
+            print("\n".join(problems) or f"{arguments.model}: nothing is wrong")
+            if not hashes:
+                print("There is no report.json of lowbit's with hashes, so that changed codes or settings cannot be told.")
+        if problems:
+            raise ValueError(f"{arguments.model}: {len(problems)} problems")
+        return
     summary = summary_of(arguments.model)
     if arguments.json:
         print(json.dumps(summary, indent=1))

@@ -14,7 +14,6 @@ import functools
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,25 @@ from torch import Tensor, nn
 
 from lowbit.adapter import merged, read_adapter
 from lowbit.arch import Arch, Linear, Site, Tap, addresses
+from lowbit.checks import (
+    LIBRARY_PARTS,
+    NATIVE,
+    NATIVE_FILE,
+    NATIVE_PARTS,
+    NATIVE_VERSION,
+    POINT_PARTS,
+    REMEDY,
+    Module,
+    StoredPoint,
+    check_corrections,
+    check_headers,
+    check_small_files,
+    library_modules,
+    positive,
+    problems_of_point,
+    problems_of_values,
+    read_description,
+)
 from lowbit.formats import FP4_E2M1, FP6_E2M3, FP8_E4M3
 from lowbit.kv import CacheSpec, simulate_cache
 from lowbit.packing import pack, unpack
@@ -37,21 +55,14 @@ from lowbit.qtensor import (
     dequantize,
     largest_of,
     outer_scale,
-    spec_from_dict,
+    validate,
 )
-from lowbit.source import FLOAT_DTYPES, STEM, Source, TensorInfo, open_source, read_json
+from lowbit.source import FLOAT_DTYPES, STEM, Source, TensorInfo, index_name, open_source, read_json
 from lowbit.unit import Input, Quantizer, Static, quantized_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NATIVE = "lowbit"
-NATIVE_FILE = "lowbit.json"
-_NATIVE_VERSION = 3
-_PARTS = (
-    *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale"),
-    *("input_scale", "input_global_scale"),
-)
 _E4M3 = torch.float8_e4m3fn
 _NEED_WEIGHTS = ("falcon", "mamba", "mamba2")  # models whose code in transformers reads the weights of some linears itself
 # vLLM stacks these linears into one matrix, which has one scheme.
@@ -349,7 +360,7 @@ def write_config(
         }
         (folder / NATIVE_FILE).write_text(
             json.dumps(
-                {"format": NATIVE, "version": _NATIVE_VERSION, "dtype": dtype, "linears": table, "points": of_points}, indent=1
+                {"format": NATIVE, "version": NATIVE_VERSION, "dtype": dtype, "linears": table, "points": of_points}, indent=1
             )
             + "\n"
         )
@@ -440,27 +451,13 @@ def _float_linears(arch: Arch, schemes: dict[str, Scheme]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Module:
-    """How one quantized linear of a checkpoint is read back."""
-
-    name: str
-    tensor: str
-    index: int | None
-    transposed: bool
-    shape: tuple[int, int]
-    scheme: Scheme
-    library: Any = None  # the library's scheme
-    turned: bool = False
-
-
 class QuantizedSource(Source):
     """A quantized checkpoint, shown as the float checkpoint it came from.
 
     `tensors` has the original names and shapes; `read` dequantizes, rounding once to the dtype of the scales.
 
     Attributes:
-        modules: the quantized linears by name.
+        modules: the quantized linears by name. by_tensor: the same by the source's tensors.
         corrections: their low-rank corrections, which `read` has added.
         parameters: names of quantized parameters among the points, by the source's tensors.
     """
@@ -469,50 +466,67 @@ class QuantizedSource(Source):
         self.native = (folder / NATIVE_FILE).exists()
         super().__init__(folder, NATIVE if self.native else STEM)
         self.stored = self.tensors
+        self._points: dict[str, StoredPoint] = {}
+        if self.native:
+            described = read_description(folder)
+            self.modules, self._points, rest = described.modules, described.points, described.dtype
+        else:
+            given = self.config.get("quantization_config")
+            self.modules = library_modules(folder, given, self.stored, lambda name: Source.read(self, [name])[name])
+            rest = ""
+        check_headers(folder, self.stored, self.modules, self._points, rest)
         self.corrections = read_adapter(folder)
-        self.modules = self._native_modules() if self.native else self._library_modules()
-        self._by_tensor: dict[str, list[_Module]] = {}
+        check_corrections(folder, self.corrections, self.modules)
+        self.by_tensor: dict[str, list[Module]] = {}
         for module in self.modules.values():
-            self._by_tensor.setdefault(module.tensor, []).append(module)
+            self.by_tensor.setdefault(module.tensor, []).append(module)
         parts = {part for module in self.modules.values() for part in self._parts(module)}
-        self._points = self._described()["points"] if self.native else {}
-        parts |= {f"{name}.{part}" for name in self._points for part in ("codes", "scale", "largest", "labels")}
+        parts |= {f"{name}.{part}" for name in self._points for part in POINT_PARTS}
         self.tensors = {name: info for name, info in self.stored.items() if name not in parts}
         floats = [info.dtype for info in self.tensors.values() if info.dtype in FLOAT_DTYPES]
         # Scales of 8 bits do not tell the dtype of the source.
-        rest = self._native_dtype() if self.native else max(floats, key=floats.count, default="BF16")
-        for tensor, modules in self._by_tensor.items():
+        rest = rest or max(floats, key=floats.count, default="BF16")
+        for tensor, modules in self.by_tensor.items():
             scale = self.stored[modules[0].name + (".scale" if self.native else ".weight_scale")]
             dtype = scale.dtype if scale.dtype in FLOAT_DTYPES and not self.native else rest
             out, inner = modules[0].shape
             shape: tuple[int, ...] = (inner, out) if modules[0].transposed else (out, inner)
             shape = shape if modules[0].index is None else (len(modules), *shape)
             self.tensors[tensor] = TensorInfo(scale.shard, shape, dtype)
-        self.parameters = {entry["tensor"]: name for name, entry in self._points.items() if entry["tensor"]}
+        self.parameters = {point.tensor: name for name, point in self._points.items() if point.tensor is not None}
         for tensor, name in self.parameters.items():
-            shape = tuple(self._points[name]["shape"])
-            self.tensors[tensor] = TensorInfo(self.stored[f"{name}.codes"].shard, shape, "F32")
+            self.tensors[tensor] = TensorInfo(self.stored[f"{name}.codes"].shard, self._points[name].shape, "F32")
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named original tensors, dequantized where they are quantized."""
-        out = super().read([name for name in names if name not in self._by_tensor and name not in self.parameters])
+        out = super().read([name for name in names if name not in self.by_tensor and name not in self.parameters])
         for name in names:
             if name in self.parameters:
                 out[name] = self._parameter(self.parameters[name])
-            if name in self._by_tensor:
-                modules = sorted(self._by_tensor[name], key=lambda module: module.index or 0)
+            if name in self.by_tensor:
+                modules = sorted(self.by_tensor[name], key=lambda module: module.index or 0)
                 matrices = [self._dequantized(module) for module in modules]
                 matrices = [m.T if module.transposed else m for m, module in zip(matrices, modules, strict=True)]
                 out[name] = matrices[0] if modules[0].index is None else torch.stack(matrices)
         return out
 
     def quantized(self, name: str, device: str | torch.device = "cpu") -> QTensor:
-        """The codes and scales of a quantized linear, unpacked on `device`, without its low-rank correction."""
+        """The codes and scales of a quantized linear, unpacked on `device`, without its low-rank correction.
+
+        Raises:
+            ValueError: they are unreadable or not what they may be.
+        """
         module = self.modules[name]
-        tensors = {part: tensor.to(device) for part, tensor in self._read_stored(self._parts(module)).items()}
+        tensors = {part: tensor.to(device) for part, tensor in self._checked(module).items()}
         if self.native:
-            return _decode_native(name, tensors, module.scheme.weight, module.shape[1])
-        return _decode_library(name, tensors, module.scheme.weight, module.shape)
+            q = _decode_native(name, tensors, module.scheme.weight, module.shape[1])
+        else:
+            q = _decode_library(name, tensors, module.scheme.weight, module.shape)
+        try:
+            validate(q, name)
+        except ValueError as error:
+            raise ValueError(f"{self._shard_of(module)}: {error}; {REMEDY}") from error
+        return q
 
     def schemes(self) -> dict[str, Scheme]:
         """The scheme of every quantized linear."""
@@ -521,21 +535,27 @@ class QuantizedSource(Source):
     def points(self) -> dict[str, Static]:
         """How each quantized activation among the points of scans is quantized."""
         found = {}
-        for name, entry in self._points.items():
-            if entry["tensor"] is None:
-                parts = [f"{name}.{part}" for part in ("largest", "labels") if f"{name}.{part}" in self.stored]
-                read = self._read_stored(parts)
-                labels = read.get(f"{name}.labels", torch.zeros(entry["shape"][0])).long()
-                found[name] = Static(spec=spec_from_dict(entry["spec"]), largest=read[f"{name}.largest"], labels=labels)
+        for name, point in self._points.items():
+            if point.tensor is None:
+                read = self._checked_point(name)
+                labels = read.get("labels", torch.zeros(point.shape[0])).long()
+                found[name] = Static(spec=point.spec, largest=read["largest"], labels=labels)
         return found
 
     def _parameter(self, name: str) -> Tensor:
         """A quantized parameter among the points, dequantized, in the shape that the source has."""
-        entry = self._points[name]
-        shape = entry["shape"]
-        read = self._read_stored([f"{name}.codes", f"{name}.scale"])
-        columns = torch.Size(shape[1:] if len(shape) > 1 else shape).numel()
-        return dequantize(_decode_native(name, read, spec_from_dict(entry["spec"]), columns)).view(shape)
+        point = self._points[name]
+        read = {f"{name}.{part}": tensor for part, tensor in self._checked_point(name).items()}
+        columns = torch.Size(point.shape[1:] if len(point.shape) > 1 else point.shape).numel()
+        return dequantize(_decode_native(name, read, point.spec, columns)).view(point.shape)
+
+    def _checked_point(self, name: str) -> dict[str, Tensor]:
+        """What is stored of a point, by the last words of the names."""
+        read = self._read_stored([f"{name}.{part}" for part in POINT_PARTS if f"{name}.{part}" in self.stored])
+        tensors = {key.removeprefix(f"{name}."): tensor for key, tensor in read.items()}
+        for problem in problems_of_point(name, tensors):
+            raise ValueError(f"{self.folder}: {problem}; {REMEDY}")
+        return tensors
 
     def inputs(self) -> dict[str, Input]:
         """How the input of each quantized linear is quantized, or turned; absent where it stays as it is."""
@@ -547,14 +567,15 @@ class QuantizedSource(Source):
                     found[name] = Input(None, turned=True)
                 continue
             largest = None
-            if self.native and f"{name}.input_largest" in self.stored:
-                largest = float(self._read_stored([f"{name}.input_largest"])[f"{name}.input_largest"])
-            elif f"{name}.input_scale" in self.stored:
-                largest = float(self._read_stored([f"{name}.input_scale"])[f"{name}.input_scale"]) * spec.format.max
-            elif f"{name}.input_global_scale" in self.stored:
-                # the largest magnitude for which `outer_scale` gives this scale
-                given = float(self._read_stored([f"{name}.input_global_scale"])[f"{name}.input_global_scale"])
-                largest = largest_of(1 / given, spec)
+            if module.calibrated:
+                read = self._checked(module, ("input_largest", "input_scale", "input_global_scale"))
+                part, value = next((name.rpartition(".")[2], float(tensor)) for name, tensor in read.items())
+                if part == "input_largest":
+                    largest = value
+                elif part == "input_scale":
+                    largest = value * spec.format.max
+                else:  # the largest magnitude for which `outer_scale` gives this scale
+                    largest = largest_of(1 / value, spec)
             found[name] = Input(spec, largest, turned=module.turned)
         return found
 
@@ -562,6 +583,10 @@ class QuantizedSource(Source):
         """Scales of keys and values of an FP8 key-value cache, by attention module."""
         modules = [name.removesuffix(".k_scale") for name in self.stored if name.endswith(".k_scale")]
         read = self._read_stored([f"{module}.{part}" for module in modules for part in ("k_scale", "v_scale")])
+        for name, tensor in read.items():
+            if not positive(tensor):
+                where = self.folder / self.stored[name].shard
+                raise ValueError(f"{where}: {name} is {float(tensor)}, not a finite number above 0; {REMEDY}")
         return {module: (float(read[f"{module}.k_scale"]), float(read[f"{module}.v_scale"])) for module in modules}
 
     def bits_per_weight(self, name: str) -> float:
@@ -571,24 +596,33 @@ class QuantizedSource(Source):
         stored += sum(part.nbytes for part in self.corrections.get(name, ()))
         return stored * 8 / (module.shape[0] * module.shape[1])
 
-    def _parts(self, module: _Module) -> list[str]:
-        if self.native:
-            candidates = [f"{module.name}.{part}" for part in ("codes", "scale", "zero", "outer", "input_largest")]
-        else:
-            candidates = [f"{module.name}.{part}" for part in ("weight", *_PARTS)]
+    def _parts(self, module: Module) -> list[str]:
+        candidates = [f"{module.name}.{part}" for part in (NATIVE_PARTS if self.native else LIBRARY_PARTS)]
         return [name for name in candidates if name in self.stored]
 
-    def _dequantized(self, module: _Module) -> Tensor:
+    def _shard_of(self, module: Module) -> Path:
+        return self.folder / self.stored[self._parts(module)[0]].shard
+
+    def _checked(self, module: Module, parts: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        """The stored tensors of a linear (of them only `parts`), by name, their numbers looked at."""
+        names = [name for name in self._parts(module) if parts is None or name.rpartition(".")[2] in parts]
+        read = self._read_stored(names)
+        local = {name.removeprefix(f"{module.name}."): tensor for name, tensor in read.items()}
+        for problem in problems_of_values(module, local):
+            raise ValueError(f"{self._shard_of(module)}: {problem}; {REMEDY}")
+        return read
+
+    def _dequantized(self, module: Module) -> Tensor:
         w = self._uncorrected(module)
         return merged(w, self.corrections[module.name]) if module.name in self.corrections else w
 
-    def _uncorrected(self, module: _Module) -> Tensor:
+    def _uncorrected(self, module: Module) -> Tensor:
         dtype = FLOAT_DTYPES[self.tensors[module.tensor].dtype]
         if self.native:
             return dequantize(self.quantized(module.name), dtype)
         from compressed_tensors.compressors import BaseCompressor
 
-        tensors = self._read_stored(self._parts(module))
+        tensors = self._checked(module)
         local = {name.removeprefix(module.name + "."): tensor for name, tensor in tensors.items()}
         compressor = BaseCompressor.get_value_from_registry(str(module.library.format))
         return compressor.decompress(local, module.library)["weight"].to(dtype)
@@ -600,124 +634,23 @@ class QuantizedSource(Source):
         finally:
             self.tensors = shown
 
-    def _described(self) -> dict[str, Any]:
-        return read_json(self.folder / NATIVE_FILE, "the description of a checkpoint in lowbit's own format")
-
-    def _native_dtype(self) -> str:
-        """The dtype of the dequantized matrices, as safetensors spells it."""
-        name = self._described()["dtype"]
-        return next(key for key, dtype in FLOAT_DTYPES.items() if str(dtype) == f"torch.{name}")
-
-    def _native_modules(self) -> dict[str, _Module]:
-        described = self._described()
-        if described.get("version") != _NATIVE_VERSION:
-            raise ValueError(
-                f"{self.folder / NATIVE_FILE} has version {described.get('version')}; this lowbit reads version "
-                f"{_NATIVE_VERSION}"
-            )
-        return {
-            name: _Module(
-                name=name,
-                tensor=entry["tensor"],
-                index=entry["index"],
-                transposed=entry["transposed"],
-                shape=(entry["shape"][0], entry["shape"][1]),
-                scheme=Scheme(
-                    name=entry["scheme"],
-                    weight=spec_from_dict(entry["weight"]),
-                    input=spec_from_dict(entry["input"]) if entry["input"] else None,
-                ),
-                turned=entry["turned"],
-            )
-            for name, entry in described["linears"].items()
-        }
-
-    def _library_modules(self) -> dict[str, _Module]:
-        from compressed_tensors.quantization import QuantizationConfig
-
-        given = self.config["quantization_config"]
-        if given.get("quant_method") != "compressed-tensors":
-            raise ValueError(
-                f"{self.folder}: quantization method {given.get('quant_method')!r} is not read by lowbit, only "
-                "compressed-tensors and lowbit's own format"
-            )
-        config = QuantizationConfig.model_validate(given)
-        modules = {}
-        for scale in self.stored:
-            if not scale.endswith(".weight_scale"):
-                continue
-            name = scale.removesuffix(".weight_scale")
-            library = _library_scheme(name, config)
-            plain = self.stored.get(f"{name}.weight")
-            packed = self.stored.get(f"{name}.weight_packed")
-            if plain is not None:
-                shape = (plain.shape[0], plain.shape[1])
-            elif packed is not None and packed.dtype == "U8":
-                shape = (packed.shape[0], packed.shape[1] * 8 // library.weights.num_bits)
-            else:
-                stored = self._stored_shape(f"{name}.weight_shape")
-                shape = (stored[0], stored[1])
-            modules[name] = _Module(
-                name=name,
-                tensor=f"{name}.weight",
-                index=None,
-                transposed=False,
-                shape=shape,
-                scheme=_scheme_of(library),
-                library=library,
-            )
-        return modules
-
-    def _stored_shape(self, name: str) -> list[int]:
-        return Source.read(self, [name])[name].tolist()
-
-
-def _library_scheme(name: str, config: Any) -> Any:
-    """The library's scheme of a module, by the first target that names it; "Linear" names all."""
-    from compressed_tensors.utils.match import match_name
-
-    for group in config.config_groups.values():
-        if any(target == "Linear" or match_name(name, target) for target in group.targets):
-            return group if group.format else group.model_copy(update={"format": config.format})
-    raise ValueError(f"quantization_config has no group for {name}")
-
-
-def _scheme_of(library: Any) -> Scheme:
-    """Our scheme of the library's; the name only tells the bits."""
-    weight = _spec_of(library.weights)
-    inputs = _spec_of(library.input_activations) if library.input_activations is not None else None
-    bits = (weight.format.name, inputs.format.name if inputs else "float")
-    return Scheme(name="/".join(bits), weight=weight, input=inputs)
-
-
-def _spec_of(args: Any) -> Spec:
-    strategy, floats = str(args.strategy), {8: "fp8_e4m3", 6: "fp6_e2m3", 4: "fp4_e2m1"}
-    rows, group = 1, {"tensor": TENSOR, "channel": CHANNEL, "token": CHANNEL}.get(strategy, args.group_size)
-    if strategy == "block":
-        rows, group = args.block_structure
-    scale = "e4m3" if strategy == "tensor_group" else "e8m0" if args.scale_dtype == torch.uint8 else "float"
-    name = f"int{args.num_bits}" if args.type == "int" else floats[args.num_bits]
-    return spec_from_dict(
-        {
-            "format": name,
-            "group": group,
-            "rows": rows,
-            "symmetric": args.symmetric,
-            "dynamic": bool(args.dynamic),
-            "scale": scale,
-            "rule": ENGINE_RULES[name] if scale == "e8m0" and args.dynamic else "floor",
-        }
-    )
-
 
 def open_checkpoint(model: str, revision: str | None = None) -> Source:
-    """Open a float checkpoint (folder or hub id) or a quantized one (folder, either format)."""
+    """Open a float checkpoint (folder or hub id) or a quantized one (folder, either format), see `checks`.
+
+    Raises:
+        ValueError: incomplete or damaged, another file than report.json says, or in a format that lowbit does not read.
+    """
     folder = Path(model).expanduser()
     quantized = (folder / NATIVE_FILE).exists() or (
         (folder / "config.json").exists()
-        and "quantization_config" in read_json(folder / "config.json", "the model's configuration")
+        and read_json(folder / "config.json", "the model's configuration").get("quantization_config") is not None
     )
-    return QuantizedSource(folder) if quantized else open_source(model, revision)
+    if not quantized:
+        return open_source(model, revision)
+    source = QuantizedSource(folder)
+    check_small_files(folder, index_name(NATIVE if source.native else STEM))
+    return source
 
 
 def quantized_sites(arch: Arch, source: QuantizedSource) -> dict[Site, Quantizer]:
@@ -750,6 +683,8 @@ def load(
     """
     source = open_checkpoint(model, revision)
     arch = Arch(source, dtype or source.dtype())
+    if isinstance(source, QuantizedSource):
+        check_model(arch, source)
     loaded: Any = arch.fill()
     loaded.to(device)
     restore_generation(loaded, source.folder)
@@ -762,6 +697,32 @@ def load(
         for module, scales in source.cache_scales().items():
             simulate_cache(loaded.get_submodule(module), CacheSpec(name="fp8", format=FP8_E4M3), scales)
     return loaded
+
+
+def check_model(arch: Arch, source: QuantizedSource) -> None:
+    """Compare what a checkpoint says is quantized with the model that its config.json describes.
+
+    Raises:
+        ValueError: the model has no such tensor, or one of another shape, no such attention module, or no such point.
+    """
+    described = source.folder / (NATIVE_FILE if source.native else "config.json")
+    for tensor in (*source.by_tensor, *source.parameters):
+        info = source.tensors[tensor]
+        if tensor in arch.unused:
+            raise ValueError(f"{described}: {tensor} is quantized, but the model has no place for it; {REMEDY}")
+        held = arch.shape_of(tensor)
+        if held is not None and held != info.shape:
+            raise ValueError(
+                f"{described}: {tensor} has shape {list(info.shape)}, but the model of config.json has {list(held)}; {REMEDY}"
+            )
+    modules = dict(arch.model.named_modules())
+    for name in source.cache_scales():
+        if name not in modules:
+            raise ValueError(f"{source.folder}: there are scales for the cache of {name}, which the model lacks; {REMEDY}")
+    known = {point.name: point for block in arch.blocks for point in block.points}
+    for name, given in source.points().items():
+        if name not in known or len(given.labels) != known[name].sets or given.largest.shape[1] not in (1, known[name].inner):
+            raise ValueError(f"{described}: point {name} is not one of the model, or has another shape; {REMEDY}")
 
 
 def restore_generation(model: Any, folder: Path) -> None:

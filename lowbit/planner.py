@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from lowbit import __version__
-from lowbit.allocate import allocate
+from lowbit.allocate import Mix, allocate
 from lowbit.arch import Arch
 from lowbit.data import DataSpec
 from lowbit.export import NATIVE, encode, reason_against
 from lowbit.files import write_json
 from lowbit.methods.embed import Rounded
+from lowbit.patterns import Matcher
 from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
 from lowbit.run import Progress, available_memory, differences, drawn, rewritten
@@ -73,7 +74,8 @@ class Plan:
         bits: stored bits for each weight that was decided about, those left float included.
         ppl_ratio: perplexity over that of the float model on the rows that are measured on, after the recipe's transforms and
             its solver; None where it was not asked for.
-        seconds: the solver took.
+        mix: what was chosen, by index, and whether it is proven to be the cheapest within its budget.
+        seconds: the choice took.
     """
 
     recipe: Recipe
@@ -84,6 +86,7 @@ class Plan:
     output_bytes: int
     bits: float
     ppl_ratio: float | None
+    mix: Mix
     seconds: float
 
 
@@ -212,12 +215,12 @@ def plan(
     began = time.monotonic()
     if max_ppl_ratio is not None:
         assert whole is not None
-        chosen, ratio = _smallest(whole, choices, offered, base.steps, given, max_ppl_ratio, say)
+        chosen, mix, ratio = _smallest(whole, choices, offered, base.steps, given, max_ppl_ratio, say)
     elif size is not None:
-        chosen = choices.within(int(size) - choices.fixed)
+        chosen, mix = choices.within(int(size) - choices.fixed)
     else:
         assert bits is not None
-        chosen = choices.within(int(bits * choices.weights / 8), headers=False)
+        chosen, mix = choices.within(int(bits * choices.weights / 8), headers=False)
     return Plan(
         recipe=replace(base, rules=_rules(every, chosen), steps=_steps(base.steps, every, chosen)),
         schemes={decision.name: scheme for decision, scheme in zip(every, chosen, strict=True)},
@@ -227,6 +230,7 @@ def plan(
         output_bytes=choices.fixed + choices.bytes_of(chosen),
         bits=8 * choices.bytes_of(chosen, headers=False) / choices.weights,
         ppl_ratio=ratio,
+        mix=mix,
         seconds=time.monotonic() - began,
     )
 
@@ -259,8 +263,9 @@ def _decisions(arch: Arch, format: str, ignore: Iterable[str], per: Per) -> list
         ValueError: one of `ignore` matches nothing.
     """
     every = decisions(arch, embeddings=format == NATIVE and not isinstance(arch.source, Rounded))
+    found = Matcher("--ignore").search
     for pattern in ignore:
-        kept = [decision for decision in every if not any(re.search(pattern, linear.name) for linear in decision.linears)]
+        kept = [decision for decision in every if not any(found(pattern, linear.name) for linear in decision.linears)]
         if len(kept) == len(every):
             raise ValueError(f"nothing to decide about has a name like {pattern!r}; leave it out")
         every = kept
@@ -322,8 +327,8 @@ class Choices:
             if name not in decided:
                 self.fixed += info.nbytes + _entry(name, info.dtype, info.shape)
 
-    def within(self, budget: int, *, headers: bool = True) -> list[str]:
-        """The cheapest mix of at most `budget` bytes."""
+    def within(self, budget: int, *, headers: bool = True) -> tuple[list[str], Mix]:
+        """The cheapest mix of at most `budget` bytes, by names and as it was found."""
         sizes = [
             [self._bytes(size[name], headers) for name in names] for size, names in zip(self.sizes, self.names, strict=True)
         ]
@@ -337,7 +342,7 @@ class Choices:
                 f"{(least + self.fixed) / 1e6:.2f} MB in all; allow more, or offer smaller schemes (--schemes, and "
                 "--engine transformers or --format lowbit, which have more)"
             ) from None
-        return [names[j] for names, j in zip(self.names, found, strict=True)]
+        return [names[j] for names, j in zip(self.names, found.chosen, strict=True)], found
 
     def bytes_of(self, chosen: Sequence[str], *, headers: bool = True) -> int:
         """Bytes of what is decided, in a mix."""
@@ -391,20 +396,20 @@ def _smallest(
     tokens: Tensor,
     most: float,
     say: Progress,
-) -> tuple[list[str], float]:
+) -> tuple[list[str], Mix, float]:
     """The smallest mix whose perplexity, after `steps` on `tokens`, is at most `most` times that of the float model."""
     whole.restart()
     base = whole.loss_of_text(whole.ends)
     low = sum(min(size[name][0] for name in names) for size, names in zip(choices.sizes, choices.names, strict=True))
     high = sum(max(size[name][0] for name in names) for size, names in zip(choices.sizes, choices.names, strict=True))
-    best: tuple[list[str], float] | None = None
+    best: tuple[list[str], Mix, float] | None = None
     for trial in range(_TRIALS):
         say("trying budgets", trial, _TRIALS)
         middle = low if trial == 0 else (low + high) // 2  # first of all the smallest: it may do
-        chosen = choices.within(middle, headers=False)
+        chosen, mix = choices.within(middle, headers=False)
         ratio = exp(_loss(whole, choices.every, chosen, offered, steps, tokens) - base)
         if ratio <= most:
-            best, high = (chosen, ratio), middle
+            best, high = (chosen, mix, ratio), middle
             if trial == 0:
                 break
         else:

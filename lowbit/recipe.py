@@ -57,6 +57,7 @@ from lowbit.methods.signround import signround
 from lowbit.methods.smooth import smooth
 from lowbit.methods.smooth_search import smooth_search
 from lowbit.methods.tesseraq import tesseraq
+from lowbit.patterns import Matcher
 from lowbit.qtensor import PointScheme, Scheme, parse_point, parse_scheme
 from lowbit.unit import Between, Input
 
@@ -263,7 +264,8 @@ class Recipe:
     def point_schemes(self, points: Iterable[str]) -> dict[str, PointScheme]:
         """Which of the named points get which scheme; points left float are absent."""
         rules = [rule for rule in self.rules if rule.point is not None or rule.scheme == FLOAT]
-        first = {name: next((rule.point for rule in rules if re.search(rule.match, name)), None) for name in points}
+        found = Matcher("the recipe").search
+        first = {name: next((rule.point for rule in rules if found(rule.match, name)), None) for name in points}
         return {name: scheme for name, scheme in first.items() if scheme is not None}
 
     def schemes(self, names: Iterable[str], points: Iterable[str] = (), *, tied_head: str | None = None) -> dict[str, Scheme]:
@@ -273,21 +275,22 @@ class Recipe:
             tied_head: name of a head that is no linear of its own, for the message to who asks for it.
 
         Raises:
-            ValueError: a rule decides about no linear, or no linear is left to quantize.
+            ValueError: a rule decides about no linear, no linear is left to quantize, or an expression takes too long.
         """
         names, points = list(names), list(points)
+        found = Matcher("the recipe").search
         chosen: dict[str, Scheme] = {}
         used: set[int] = set()
         for name in names:
             for i, rule in enumerate(self.rules):
-                if rule.point is None and re.search(rule.match, name):
+                if rule.point is None and found(rule.match, name):
                     used.add(i)
                     if rule.scheme != FLOAT:
                         chosen[name] = parse_scheme(rule.scheme)
                     break
         for name in points:
             of_points = [i for i, rule in enumerate(self.rules) if rule.point is not None or rule.scheme == FLOAT]
-            used.update([i for i in of_points if re.search(self.rules[i].match, name)][:1])
+            used.update([i for i in of_points if found(self.rules[i].match, name)][:1])
         for i, rule in enumerate(self.rules):
             if i not in used and not rule.optional:
                 if rule.point is not None:
@@ -296,9 +299,9 @@ class Recipe:
                         f"rule {rule.match!r} -> {rule.scheme} is never used: no point has such a name, or an earlier rule "
                         f"takes it; the model's points are {known}"
                     )
-                anywhere = any(re.search(rule.match, name) for name in names)
+                anywhere = any(found(rule.match, name) for name in names)
                 why = "an earlier rule takes every linear it matches" if anywhere else "no linear has such a name"
-                if tied_head is not None and not anywhere and re.search(rule.match, tied_head):
+                if tied_head is not None and not anywhere and found(rule.match, tied_head):
                     why = f"{tied_head} is the matrix of the embedding, which engines keep float (or round it with embed)"
                 raise ValueError(
                     f"rule {rule.match!r} -> {rule.scheme} is never used: {why}; the model's linears are "

@@ -1,6 +1,7 @@
 """The report beside a checkpoint: report.json for programs, report.md and report.html for people, all from one dict."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,21 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a checkpoint, None if it has none."""
+    """The report of a checkpoint, None if it has none of lowbit's; one of something else, or a damaged one, gets a warning."""
     path = folder / JSON_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, RecursionError, OSError):
+        report = None
+    if isinstance(report, dict) and all(isinstance(report.get(key), kind) for key, kind in _OWN.items()):
+        return report
+    warnings.warn(f"{path} is no report of lowbit's, or a damaged one; it is ignored", stacklevel=2)
+    return None
+
+
+_OWN = {"lowbit": str, "gate": dict, "evaluations": list, "linears": list}  # what every report of lowbit's has
 
 
 def add_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:

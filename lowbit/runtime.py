@@ -429,6 +429,7 @@ def load(
 
 def place(arch: Arch, source: QuantizedSource) -> list[Row]:
     """Put packed modules without weights into the model of a quantized checkpoint, wherever a kernel can do the work."""
+    export.check_model(arch, source)
     rows: list[Row] = []
     inputs = source.inputs()
     by_param: dict[str, list[tuple[Linear, str]]] = {}

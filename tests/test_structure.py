@@ -21,8 +21,8 @@ PACKAGE = ROOT / "lowbit"
 # --------------------------------------------------------------------------------------------------------------- layers
 # A module imports from its own level and the levels before it. A folder stands for all of its modules.
 LEVELS = (
-    ("files", "formats", "packing", "codebooks", "orthogonal", "ssm"),
-    ("qtensor", "adapter", "arch", "data", "source", "report", "page", "kv"),
+    ("files", "formats", "packing", "codebooks", "orthogonal", "patterns", "ssm"),
+    ("qtensor", "adapter", "arch", "data", "source", "report", "page", "kv", "checks"),
     ("links",),
     ("unit", "kernels"),
     ("reconstruct",),
