@@ -16,11 +16,14 @@ import ctypes
 import gc
 import inspect
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,13 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lowbit.source import FLOAT_DTYPES, Source
+from lowbit.source import FLOAT_DTYPES, Source, in_short, read_json, refused_code
 from lowbit.ssm import Mixer, is_mixer, point
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 PROBE_TOKENS = 16
+_SLACK = 2**24  # weights, or bytes of computed tables, that a model may have beyond what its files explain
 _SAME = 1e-2  # relative, of a mixer's output: another formula differs by more, bfloat16 products by less
 REARRANGED = "transformers stores it rearranged"  # a reason in `Block.skipped`
 
@@ -685,25 +689,158 @@ def matrix_of(linear: Linear, values: dict[str, Tensor]) -> Tensor:
 
 
 def _empty_model(source: Source) -> "PreTrainedModel":
-    """The transformers model of the checkpoint, parameters on the meta device, buffers real, in evaluation mode."""
-    import transformers
+    """The transformers model of the checkpoint, parameters on the meta device, buffers real, in evaluation mode.
+
+    Raises:
+        ValueError: transformers cannot make it of the configuration, or the weights are not those of such a model.
+    """
     from accelerate import init_empty_weights
 
+    _check_counts(source)
+    generation_of(source.folder)
+    model: Any = None
+    for place in (torch.device("meta"), init_empty_weights(include_buffers=False)):
+        config = _config(source)
+        build = _builder(config, source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                with place:
+                    model = build(config)
+            except MemoryError:
+                raise
+            except Exception as error:
+                path = source.folder / "config.json"
+                raise ValueError(f"{path}: transformers cannot make a model of this config: {in_short(error)}") from error
+        if place == torch.device("meta"):  # first without memory, as sizes may be wrong
+            _check_sizes(model, source)
+    return model.eval().requires_grad_(False)
+
+
+def _config(source: Source) -> Any:
+    """The transformers configuration of the checkpoint."""
+    import transformers
+
+    path, trusted = source.folder / "config.json", source.trust_remote_code
     try:
-        config = transformers.AutoConfig.from_pretrained(source.folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{source.folder}: transformers cannot read this config: {str(error).splitlines()[0]}") from error
+        config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trusted)
+    except MemoryError:
+        raise
+    except Exception as error:  # checks of a hundred classes, which raise all kinds
+        if not trusted and "trust_remote_code" in str(error):
+            raise refused_code(path) from error
+        raise ValueError(f"{path}: transformers cannot read this config: {in_short(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder-decoder; lowbit quantizes decoders and encoders, not both in one")
     for key, value in source.overrides.items():
         setattr(config, key, value)
     config._experts_implementation = "eager"
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
-    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: Any = kind(config) if kind is not None else transformers.AutoModelForCausalLM.from_config(config)
-    return model.eval().requires_grad_(False)
+    return config
+
+
+def generation_of(folder: Path) -> "GenerationConfig | None":
+    """The generation settings of a checkpoint, None if it has none.
+
+    Raises:
+        ValueError: generation_config.json is damaged, or has values that transformers does not take.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return None
+    read_json(path, "settings of generation")
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: transformers cannot read these settings: {in_short(error)}; mend or remove it") from error
+
+
+_BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # keys of a config for the number of blocks
+_FEW = 128  # blocks that cost no time; what is missing of them is told later, and some models use one block again and again
+_MOST = 2**16  # of what a config counts under other names, where the weights are small
+
+
+def _check_counts(source: Source) -> None:
+    """Refuse numbers of blocks, heads, experts, labels ... that the weights contradict, for transformers makes lists of them.
+
+    What has shapes, `_check_sizes` compares.
+    """
+    numbers = [int(part) for name in source.tensors for part in name.split(".") if part.isdecimal() and len(part) < 6]
+    blocks = max(numbers, default=0) + 1
+    most = max(_MOST, blocks, *(size for info in source.tensors.values() for size in info.shape))
+    path = source.folder / "config.json"
+    for key, value in _numbers(source.config):
+        leaf = key.rpartition(".")[2]
+        if key.removeprefix("text_config.") in _BLOCKS and value > max(blocks, _FEW):
+            raise ValueError(f"{path}: {key} = {value}, but the weights are of {blocks} blocks; fetch both again")
+        counts = leaf in _BLOCKS or (leaf.startswith(("num_", "n_")) and leaf not in ("n_positions", "n_ctx"))
+        if counts and value > most:
+            raise ValueError(f"{path}: {key} = {value}, but nothing in the weights is larger than {most}; fetch both again")
+
+
+def _numbers(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """All whole numbers of a configuration with their keys, those of configurations within it as "outer.inner"."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int):
+            yield prefix + key, value
+
+
+def _check_sizes(model: "PreTrainedModel", source: Source) -> None:
+    """Refuse a model on the meta device whose parameters have other shapes than the checkpoint's tensors."""
+    path = source.folder / "config.json"
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, (param, pattern) in _renamed(model, source).items():
+        info = source.tensors[name]
+        if pattern is not None or param not in parameters:
+            continue
+        shape = tuple(parameters[param].shape)
+        if shape != info.shape:
+            keys = [key for key, value in _numbers(source.config) if value in set(shape) - set(info.shape)]
+            given = "".join(f", {key} = {dict(_numbers(source.config))[key]}" for key in keys)
+            raise ValueError(
+                f"{path}: its model has {param} of shape {list(shape)}{given}, but in {info.shard} {name} has shape "
+                f"{list(info.shape)}; fetch both again"
+            )
+        if info.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{source.folder / info.shard}: {name} is stored as {info.dtype}; lowbit quantizes BF16, F16 and F32 weights"
+            )
+    held = sum(math.prod(info.shape) for info in source.tensors.values())
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    computed = sum(buffer.nbytes for buffer in model.buffers())
+    if needed > 4 * held + _SLACK or computed > 16 * held + _SLACK:
+        raise ValueError(
+            f"{path}: its model has {needed:.3g} weights and {computed:.3g} bytes of tables, but the files hold {held:.3g} "
+            "weights; fetch both again"
+        )
+
+
+def _builder(config: Any, source: Source) -> Callable[[Any], Any]:
+    """What makes a model of a config: the class that `architectures` names, or what the auto class for causal models takes.
+
+    Where code of the folder may run, the classes in it that `auto_map` names are taken before those of transformers.
+    """
+    import transformers
+
+    names, trusted = config.architectures or [""], source.trust_remote_code
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ValueError(f"{source.folder / 'config.json'}: architectures = {names!r}; allowed is a list of names of classes")
+    name = names[0]
+    own = getattr(config, "auto_map", None) or {} if trusted else {}
+    auto = next((key for key, reference in own.items() if key.startswith("AutoModel") and reference.endswith(f".{name}")), None)
+    found = getattr(transformers, name, None) if auto is None else None
+    if found is not None:
+        if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+            raise ValueError(f"{source.folder / 'config.json'}: architectures = {names!r}, which is no model of transformers")
+        return found
+    made = getattr(transformers, auto or "AutoModelForCausalLM").from_config
+    # In the dtype of the config, as is the default, buffers such as rotary frequencies would be rounded to it.
+    return partial(made, trust_remote_code=trusted, dtype=torch.float32)
 
 
 def _matrix_dtype(source: Source, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -738,17 +875,35 @@ def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[leaf] = value
 
 
+def _conversions(model: "PreTrainedModel") -> tuple[list[Any], list[Any]]:
+    """transformers' renamings and converters from checkpoint tensors to the model's parameters."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+
+def _renamed(model: "PreTrainedModel", source: Source) -> dict[str, tuple[str, str | None]]:
+    """By checkpoint tensor, in natural order: the parameter that it fills, and the pattern of the converter that it goes
+    through, None where it is the parameter as it is."""
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+    renamings, converters = _conversions(model)
+    state = model.state_dict()
+    found = {}
+    for name in sorted(source.tensors, key=dot_natural_key):
+        param, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        found[name] = (name, None) if param not in state and name in state else (param, pattern)
+    return found
+
+
 class _Places:
     """Relates checkpoint tensors to model parameters through transformers' conversion mapping."""
 
     def __init__(self, model: "PreTrainedModel", source: Source) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        by_pattern = {pattern: entry for entry in _conversions(model)[1] for pattern in entry.source_patterns}
         state = model.state_dict()
         buffers = {name for name, _ in model.named_buffers()}
         self.model = model
@@ -759,11 +914,7 @@ class _Places:
         self._members: dict[str, list[str]] = {}  # first parameter -> checkpoint tensors
         self._shapes = {name: info.shape for name, info in source.tensors.items()}
         filled: set[str] = set()
-        prefix = model.base_model_prefix
-        for name in sorted(source.tensors, key=dot_natural_key):
-            param, pattern = rename_source_key(name, renamings, converters, prefix, state)
-            if param not in state and name in state:
-                param, pattern = name, None
+        for name, (param, pattern) in _renamed(model, source).items():
             if param not in state:
                 self.unused.add(name)
             elif pattern is None:

@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--rows", type=int, metavar="N", help="sequences (default 128)")
     data.add_argument("--length", type=int, metavar="N", help="tokens of each (default 1024)")
     data.add_argument("--seed", type=int, metavar="N", help="which sequences (default 0)")
+    _add_trust(sub)
 
     sub = commands.add_parser("plan", help="choose a scheme for every linear: a recipe for a size or an accuracy")
     sub.add_argument("model", metavar="MODEL", help="folder or hub id of a float checkpoint")
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
     sub.add_argument("--device", default="cpu", help="default cpu")
     sub.add_argument("--overwrite", action="store_true", help="replace the recipe, and measure anew")
+    _add_trust(sub)
 
     sub = commands.add_parser("compare", help="run recipes on one model and show them side by side, as a table and a page")
     sub.add_argument("model", metavar="MODEL", help="folder or hub id of a float checkpoint")
@@ -142,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sensitivities", metavar="FILE.json", help="of a plan, to be shown on the page")
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
     sub.add_argument("--device", default="cpu", help="default cpu")
+    _add_trust(sub)
 
     sub = commands.add_parser("eval", help="perplexity, divergence from the original, tasks")
     sub.add_argument("model", metavar="DIR_OR_MODEL", help="quantized or float checkpoint")
@@ -157,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
     sub.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval, when it is installed")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    _add_trust(sub)
 
     sub = commands.add_parser("inspect", help="what a checkpoint contains: lowbit's, compressed-tensors, GPTQ, AWQ, GGUF")
     sub.add_argument("model", metavar="DIR_OR_GGUF", help="quantized or float checkpoint")
@@ -172,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="cpu", help="default cpu; on cuda low-bit kernels run, and steps are one CUDA graph")
     sub.add_argument("--kernels", action=argparse.BooleanOptionalAction, help="keep weights packed (default: on a GPU)")
     sub.add_argument("--compile", action="store_true", help="torch.compile the step, which takes a minute")
+    _add_trust(sub)
 
     sub = commands.add_parser("bench", help="speed and memory of models, as ratios to the first, or of the kernels")
     sub.add_argument("models", nargs="+", metavar="MODEL", help="the original, then quantized checkpoints; or: kernels")
@@ -187,7 +192,18 @@ def _parser() -> argparse.ArgumentParser:
     kernels = sub.add_argument_group("kernels, on a GPU (lowbit bench kernels)")
     kernels.add_argument("--shapes", nargs="+", metavar="NAME", help="llama-7b, -13b, -70b, bert-base, -large (default: all)")
     kernels.add_argument("--schemes", nargs="+", metavar="SCHEME", help="default w4a16-g128 w8a8")
+    _add_trust(sub)
     return parser
+
+
+def _add_trust(sub: argparse.ArgumentParser) -> None:
+    """The flag of every command that builds a model."""
+    sub.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that is in the model's folder or repository, or that it names in another one, with your "
+        "rights, where transformers does not know the model or tokenizer itself; only for sources you trust",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- commands
@@ -230,6 +246,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
             parallel=arguments.parallel,
             deterministic=arguments.deterministic,
             overwrite=arguments.overwrite,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
     if not report:  # not the first of the processes of torchrun
@@ -246,7 +263,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from lowbit.files import replacing
+    from lowbit.files import write_text
     from lowbit.planner import plan
 
     out = Path(arguments.out)
@@ -275,10 +292,10 @@ def _plan(arguments: argparse.Namespace) -> None:
             revision=arguments.revision,
             device=arguments.device,
             overwrite=arguments.overwrite,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
-    with replacing(out) as temporary:
-        temporary.write_text(made.recipe.to_toml(), encoding="utf-8")
+    write_text(out, made.recipe.to_toml())
     wide = [max(map(len, column)) for column in (made.schemes, made.schemes.values())]
     for name, scheme in made.schemes.items():
         print(f"  {name:{wide[0]}}  {scheme:{wide[1]}}  {made.costs[name]:.3e}")
@@ -324,6 +341,7 @@ def _compare(arguments: argparse.Namespace) -> None:
             limit_seconds=arguments.search,
             revision=arguments.revision,
             device=arguments.device,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
     _print_comparison(result)
@@ -338,9 +356,9 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     import torch
 
-    from lowbit.data import evaluation_tokens
+    from lowbit.data import evaluation_tokens, tokenizer_of
     from lowbit.evaluate import evaluate_model, run_tasks
-    from lowbit.export import load
+    from lowbit.export import load, open_checkpoint
     from lowbit.kv import parse_cache, simulate_cache
     from lowbit.report import add_evaluation
 
@@ -349,14 +367,18 @@ def _eval(arguments: argparse.Namespace) -> None:
         raise ValueError("say what to evaluate on: --data FILE, or --tasks")
     _quiet_libraries()
     dtype = getattr(torch, arguments.dtype)
-    tokenizer = _tokenizer(arguments.model, arguments.revision)
-    model = load(arguments.model, revision=arguments.revision, dtype=dtype, device=arguments.device)
+    trusted = arguments.trust_remote_code
+    source = open_checkpoint(arguments.model, arguments.revision, trust_remote_code=trusted)
+    tokenizer = tokenizer_of(source)
+    model = load(str(source.folder), dtype=dtype, device=arguments.device, trust_remote_code=trusted)
     if cache is not None:
         simulate_cache(model, cache)
     results: dict[str, Any] = {}
     if arguments.data:
         tokens = evaluation_tokens(arguments.data, tokenizer)
-        reference = load(arguments.reference, dtype=dtype, device=arguments.device) if arguments.reference else None
+        reference = None
+        if arguments.reference:
+            reference = load(arguments.reference, dtype=dtype, device=arguments.device, trust_remote_code=trusted)
         with _progress() as progress:
             measured = evaluate_model(
                 model,
@@ -411,12 +433,16 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
+    from lowbit.data import tokenizer_of
     from lowbit.decoding import generate
+    from lowbit.export import open_checkpoint
     from lowbit.runtime import load
 
     _quiet_libraries()
-    tokenizer = _tokenizer(arguments.model, None)
-    model = load(arguments.model, device=arguments.device, kernels=arguments.kernels)
+    trusted = arguments.trust_remote_code
+    source = open_checkpoint(arguments.model, trust_remote_code=trusted)
+    tokenizer = tokenizer_of(source)
+    model = load(str(source.folder), device=arguments.device, kernels=arguments.kernels, trust_remote_code=trusted)
     if not model.can_generate():
         raise ValueError(f"{arguments.model} is a {type(model).__name__}, which does not generate text")
     torch.manual_seed(arguments.seed)
@@ -430,7 +456,10 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _bench(arguments: argparse.Namespace) -> None:
     from lowbit.bench import bench, plot
+    from lowbit.page import check_figure
 
+    if arguments.plot:
+        check_figure(arguments.plot)
     if arguments.models == ["kernels"]:
         _bench_kernels(arguments)
         return
@@ -444,6 +473,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             device=arguments.device,
             compiled=arguments.compile,
             peers=arguments.peers,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
     if arguments.plot:
@@ -573,15 +603,6 @@ def _options(given: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name] = value
     return options
-
-
-def _tokenizer(model: str, revision: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{model} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
 
 
 def _print_results(results: dict[str, Any]) -> None:

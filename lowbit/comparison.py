@@ -28,15 +28,15 @@ from torch import Tensor, nn
 
 from lowbit import __version__
 from lowbit.allocate import useful
-from lowbit.data import DataSpec, evaluation_tokens
+from lowbit.data import DataSpec, evaluation_tokens, tokenizer_of
 from lowbit.evaluate import evaluate_model
 from lowbit.export import load
-from lowbit.files import replacing, write_json
+from lowbit.files import write_json, write_text
 from lowbit.page import comparison_page
 from lowbit.planner import candidates
 from lowbit.recipe import Recipe, short_recipe
 from lowbit.report import read_report
-from lowbit.run import Progress, tokenizer_of
+from lowbit.run import Progress
 from lowbit.source import Source, open_source
 
 # What `search` walks: every chain with every candidate that the engine loads, from the quickest chain on.
@@ -58,6 +58,7 @@ def compare(
     limit_seconds: float | None = None,
     revision: str | None = None,
     device: str = "cpu",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run or reuse every recipe, judge all, and write comparison.json and comparison.html into `out`.
@@ -72,6 +73,7 @@ def compare(
         sensitivities: what `planner.plan` measured, for the page.
         searched: more recipes, such as those of `search_space`, that are run in their order for `limit_seconds` after the
             others; what is not done by then is named in the result, and gone on with by the next call.
+        trust_remote_code: run the Python code in the model's folder or repository, see `run.quantize`.
 
     Returns:
         what comparison.json holds: "float" and "rows", one for each recipe; a row whose recipe failed has "failed".
@@ -87,8 +89,8 @@ def compare(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     say = progress or (lambda stage, done, total: None)
-    source = open_source(model, revision)
-    tokenizer = tokenizer_of(source.folder)
+    source = open_source(model, revision, trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer_of(source)
     tokens = {text: evaluation_tokens(text, tokenizer) for text in texts}
     judge = _Judge(source, tokens, tokenizer, window, windows, device)
     if not judge.causal:
@@ -149,8 +151,7 @@ def _written(
         "sensitivities": sensitivities,
     }
     write_json(out / "comparison.json", result)
-    with replacing(out / "comparison.html") as temporary:
-        temporary.write_text(comparison_page(result), encoding="utf-8")
+    write_text(out / "comparison.html", comparison_page(result))
     return result
 
 
@@ -230,10 +231,10 @@ def _quantized(out: Path, key: str, source: Source, recipe: Recipe, device: str,
     if recipe.data is not None and Path(recipe.data.source).is_file():
         written = replace(recipe, data=replace(recipe.data, source=str(Path(recipe.data.source).resolve())))
     path = out / f"{key}.toml"
-    with replacing(path) as temporary:
-        temporary.write_text(written.to_toml(), encoding="utf-8")
+    write_text(path, written.to_toml())
     command = [sys.executable, "-m", "lowbit", "quantize", str(source.folder), "--recipe", str(path)]
     command += ["--out", str(out / key), "--device", device]
+    command += ["--trust-remote-code"] if source.trust_remote_code else []
     seconds = None if end is None else end - time.monotonic()
     if seconds is not None and seconds <= 0:
         raise subprocess.TimeoutExpired(command, seconds)
@@ -278,7 +279,7 @@ class _Judge:
 
     def _loaded(self, folder: Path) -> tuple[Any, float]:
         began = time.monotonic()
-        model = load(str(folder), dtype=torch.float32, device=self.device)
+        model = load(str(folder), dtype=torch.float32, device=self.device, trust_remote_code=self.source.trust_remote_code)
         return model, time.monotonic() - began
 
     def measured(self, folder: Path | None) -> dict[str, Any]:

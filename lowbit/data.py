@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lowbit.source import Source, in_short, read_json, refused_code
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,6 +36,7 @@ Kind = Literal["random", "self", "hub", "txt", "jsonl"]
 PASSAGE_CHARACTERS = 4096  # the least size of the passages into which calibration cuts long documents
 WRITTEN_AT_ONCE = 16  # rows that a model writes in one batch
 HUB_SHUFFLE_BUFFER = 4096  # documents held while a hub dataset is shuffled
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,31 @@ class Calibration:
             "eos_id": self.eos_id,
             "tokens_sha256": self.sha256,
         }
+
+
+def tokenizer_of(source: Source) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: it has none, transformers cannot load it, or it is code of the folder, which is not trusted.
+    """
+    from transformers import AutoTokenizer
+
+    folder, described = source.folder, source.folder / "tokenizer_config.json"
+    settings = read_json(described, "the tokenizer's configuration") if described.exists() else {}
+    if "auto_map" not in settings and not any((folder / name).exists() for name in _TOKENIZERS):
+        raise ValueError(
+            f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}), which text needs; add its files, or calibrate on random "
+            "tokens with --data random"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    except MemoryError:
+        raise
+    except Exception as error:  # the library tokenizers raises plain Exception
+        if not source.trust_remote_code and "trust_remote_code" in str(error):
+            raise refused_code(described) from error
+        raise ValueError(f"{folder} has no tokenizer that transformers can load: {in_short(error)}; fetch it again") from error
 
 
 def read_documents(spec: DataSpec) -> Iterator[str]:

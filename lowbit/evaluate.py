@@ -264,6 +264,7 @@ def run_tasks(
     limit: int | float | None = None,
     batch_size: int = 1,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Task scores of the LM Evaluation Harness (`lm-eval`), which downloads the tasks' data.
 
@@ -274,6 +275,7 @@ def run_tasks(
         limit: first so many examples a task (a share below 1); None for all.
         batch_size: requests in one forward pass.
         device: for a folder, where to load it (None: cuda where there is one, else cpu); None for a loaded model.
+        trust_remote_code: for a folder, run the Python code in it where transformers does not know the model itself.
 
     Returns:
         {"results": {task: {"acc,none": ..., "acc_stderr,none": ...}}, "versions": {task: ...}, "n-shot": {...},
@@ -298,7 +300,7 @@ def run_tasks(
         if tokenizer is not None:
             raise ValueError("a tokenizer with a checkpoint folder: leave it out, the folder's own is used")
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        wrapped = HFLM(pretrained=str(model), device=chosen, batch_size=batch_size)
+        wrapped = HFLM(pretrained=str(model), device=chosen, batch_size=batch_size, trust_remote_code=trust_remote_code)
     else:
         if tokenizer is None:
             raise ValueError("a loaded model without a tokenizer: pass tokenizer=")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.adapter import merged, read_adapter
-from lowbit.arch import Arch, Linear, Site, Tap, addresses
+from lowbit.arch import Arch, Linear, Site, Tap, addresses, generation_of
 from lowbit.checks import (
     LIBRARY_PARTS,
     NATIVE,
@@ -41,6 +41,7 @@ from lowbit.checks import (
     problems_of_values,
     read_description,
 )
+from lowbit.files import write_json, write_text
 from lowbit.formats import FP4_E2M1, FP6_E2M3, FP8_E4M3
 from lowbit.kv import CacheSpec, simulate_cache
 from lowbit.packing import pack, unpack
@@ -346,7 +347,7 @@ def write_config(
             if linear.name in schemes
         }
         described = json.loads(original) | {"quantization_config": {"quant_method": NATIVE}}
-        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
         of_points = {
             point.name: {
                 "tensor": point.tensor,
@@ -358,16 +359,14 @@ def write_config(
             for point in block.points
             if (scheme := (points or {}).get(point.name)) is not None
         }
-        (folder / NATIVE_FILE).write_text(
-            json.dumps(
-                {"format": NATIVE, "version": NATIVE_VERSION, "dtype": dtype, "linears": table, "points": of_points}, indent=1
-            )
-            + "\n"
+        write_json(
+            folder / NATIVE_FILE,
+            {"format": NATIVE, "version": NATIVE_VERSION, "dtype": dtype, "linears": table, "points": of_points},
         )
         return ["config.json", NATIVE_FILE]
     config = json.loads(original)
     config["quantization_config"] = library_config(arch, schemes, kv_cache=kv_cache)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return ["config.json"]
 
 
@@ -462,9 +461,9 @@ class QuantizedSource(Source):
         parameters: names of quantized parameters among the points, by the source's tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         self.native = (folder / NATIVE_FILE).exists()
-        super().__init__(folder, NATIVE if self.native else STEM)
+        super().__init__(folder, NATIVE if self.native else STEM, trust_remote_code=trust_remote_code)
         self.stored = self.tensors
         self._points: dict[str, StoredPoint] = {}
         if self.native:
@@ -635,7 +634,7 @@ class QuantizedSource(Source):
             self.tensors = shown
 
 
-def open_checkpoint(model: str, revision: str | None = None) -> Source:
+def open_checkpoint(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
     """Open a float checkpoint (folder or hub id) or a quantized one (folder, either format), see `checks`.
 
     Raises:
@@ -647,8 +646,8 @@ def open_checkpoint(model: str, revision: str | None = None) -> Source:
         and read_json(folder / "config.json", "the model's configuration").get("quantization_config") is not None
     )
     if not quantized:
-        return open_source(model, revision)
-    source = QuantizedSource(folder)
+        return open_source(model, revision, trust_remote_code=trust_remote_code)
+    source = QuantizedSource(folder, trust_remote_code=trust_remote_code)
     check_small_files(folder, index_name(NATIVE if source.native else STEM))
     return source
 
@@ -665,7 +664,12 @@ def quantized_sites(arch: Arch, source: QuantizedSource) -> dict[Site, Quantizer
 
 
 def load(
-    model: str, *, revision: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load a checkpoint, quantized or not, as a transformers model with float weights.
 
@@ -677,11 +681,13 @@ def load(
         model: a folder written by `quantize` (compressed-tensors or lowbit format), another compressed-tensors folder, a
             float checkpoint or a hub id.
         dtype: of the parameters; the checkpoint's own by default.
+        trust_remote_code: run the Python code in the folder or repository, with the rights of this process, where
+            transformers does not know the model itself; only for sources you trust.
 
     Raises:
         ValueError: the folder is incomplete or in a format lowbit does not read.
     """
-    source = open_checkpoint(model, revision)
+    source = open_checkpoint(model, revision, trust_remote_code=trust_remote_code)
     arch = Arch(source, dtype or source.dtype())
     if isinstance(source, QuantizedSource):
         check_model(arch, source)
@@ -727,10 +733,9 @@ def check_model(arch: Arch, source: QuantizedSource) -> None:
 
 def restore_generation(model: Any, folder: Path) -> None:
     """Give a model the generation settings of its checkpoint, where it has any."""
-    if (folder / "generation_config.json").exists():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    settings = generation_of(folder)
+    if settings is not None:
+        model.generation_config = settings
 
 
 def quantize_inputs(model: Any, inputs: dict[Site, Quantizer]) -> None:

@@ -7,7 +7,10 @@ import io
 import itertools
 import re
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+from lowbit.files import replacing
 
 _INK = "#010203"  # what is drawn in this becomes the colour of the page's text
 _SALTS = itertools.count()  # for ids that no other plot of the page has
@@ -164,6 +167,25 @@ def _sensitivities(measured: dict[str, Any]) -> dict[str, Grid]:
     return found
 
 
+def check_figure(path: str | Path) -> None:
+    """Refuse a name for a picture whose ending names no format, before there is a picture.
+
+    Raises:
+        ValueError: with the endings that are known.
+    """
+    from matplotlib.figure import Figure
+
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if Path(path).suffix[1:].lower() not in known:
+        raise ValueError(f"{path} does not end in a format of pictures; allowed are .{', .'.join(known)}")
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a matplotlib figure in the format that the name's ending says."""
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:].lower(), bbox_inches="tight")
+
+
 def _figure(height: float, count: int = 1) -> tuple[Any, list[Any]]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -178,16 +200,19 @@ def _figure(height: float, count: int = 1) -> tuple[Any, list[Any]]:
 
 def _svg(figure: Any) -> str:
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
     stream = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": str(next(_SALTS))}):
+    for text in figure.findobj(Text):  # names of recipes and linears are no formulas, whatever $ they have
+        text.set_parse_math(False)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": str(next(_SALTS)), "text.parse_math": False}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     # As wide as the page allows; ids once on a page.
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    return re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"', "", text)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"', "", svg)
 
 
 def _pareto(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -112,6 +112,7 @@ def plan(
     revision: str | None = None,
     device: str = "cpu",
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Choose a scheme for every linear, a head of its own included, and in lowbit's own format for token embeddings.
@@ -132,6 +133,7 @@ def plan(
         ignore: regular expressions of what to leave float, and not to decide about.
         sensitivities: the file that keeps what was measured; a present one is gone on with, or used if complete.
         overwrite: measure anew where the file is of something else.
+        trust_remote_code: run the Python code in the model's folder or repository, see `run.quantize`.
 
     Raises:
         ValueError: something is wrong with the input, or no mix is that small or that good.
@@ -154,7 +156,7 @@ def plan(
         scheme=next(iter(offered)), method=method, options=options, ignore=[], data=spec, format=format, engine=engine
     )
     effort = effort or Effort()
-    source = open_source(model, revision)
+    source = open_source(model, revision, trust_remote_code=trust_remote_code)
     arch = rewritten(Arch(source, device=device), base, say)
     if isinstance(arch.source, Rounded) and max_ppl_ratio is not None:
         raise ValueError("embed is what a plan for max_ppl_ratio decides about itself; leave it out of the method")

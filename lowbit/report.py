@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lowbit.files import replacing, write_json
+from lowbit.files import write_json, write_text
 from lowbit.page import report_page
 
 JSON_NAME = "report.json"
@@ -17,8 +17,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Write report.json, report.md and report.html into a checkpoint's folder."""
     write_json(folder / JSON_NAME, report)
     for name, text in ((MARKDOWN_NAME, markdown(report)), (PAGE_NAME, report_page(report))):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

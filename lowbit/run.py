@@ -39,7 +39,7 @@ from lowbit import __version__
 from lowbit.adapter import FOLDER as ADAPTER
 from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, Site, return_freed_memory
-from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
+from lowbit.data import Calibration, DataSpec, calibration_tokens, tokenizer_of, without_documents, written_tokens
 from lowbit.export import NATIVE, QuantizedSource, check_export, encode, encode_static, load, quantized_sites, write_config
 from lowbit.files import TEMPORARY, replacing, save_shard, sha256_of, write_json
 from lowbit.methods.embed import Rounded
@@ -79,6 +79,7 @@ def quantize(
     parallel: int = 1,
     deterministic: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint into the folder `out`; run again after an interruption, it resumes.
@@ -93,6 +94,8 @@ def quantize(
         parallel: processes that train modules of blocks side by side, for recipes with mrem; on GPUs, one each.
         deterministic: have their result not depend on timing.
         overwrite: replace `out`, and forget an unfinished run of another recipe or model.
+        trust_remote_code: run the Python code in the model's folder or repository, with the rights of this process, where
+            transformers does not know the model or its tokenizer itself; only for sources you trust.
         progress: called with (stage, steps done, steps in all).
 
     Returns:
@@ -137,8 +140,9 @@ def quantize(
             return {}
     if parallel < 1 or (deterministic and parallel == 1):
         raise ValueError(f"parallel = {parallel}: give the number of processes; deterministic is for two or more")
-    source = open_source(model, revision)
+    source = open_source(model, revision, trust_remote_code=trust_remote_code)
     _check_apart(out, source.folder)
+    source.side_files()  # raises where one of them could not be copied
     arch = original = Arch(source, device=device)
     recipe.schemes(_candidates(arch, recipe), _points(arch), tied_head=arch.tied_head)
     data_used, solver_tokens = _calibration(recipe, source, out, device, say)
@@ -257,6 +261,7 @@ def _in_parallel(
     save_shard({"tokens": tokens}, work / "tokens")
     job = {
         "model": str(arch.source.folder),
+        "trust_remote_code": arch.source.trust_remote_code,
         "recipe": recipe.to_dict(),
         "device": str(arch.device),
         "deterministic": deterministic,
@@ -293,7 +298,7 @@ def train_rank(work: Path, team: Team | None = None, progress: Callable[[int], N
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
     carrier = join(store, rank, world, torch.device(device))
     recipe = recipe_from_dict(job["recipe"])
-    arch = Arch(open_source(job["model"]), device=device)
+    arch = Arch(open_source(job["model"], trust_remote_code=job["trust_remote_code"]), device=device)
     with _quick_collections():
         arch = rewritten(arch, recipe, lambda stage, done, total: None)
     _, schemes = _chosen(arch, recipe)
@@ -636,7 +641,8 @@ def _assemble(
     for path in arch.source.side_files():
         target = folder / path.relative_to(arch.source.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        with replacing(target) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 # -------------------------------------------------------------------------------------------------------- the whole model
@@ -695,7 +701,7 @@ def _reopened(
     arch: Arch, schemes: dict[str, Scheme], records: list[dict[str, Any]], tokens: Tensor, folder: Path, own: Path
 ) -> list[Unit]:
     """The blocks of the checkpoint in `folder`, all in memory, as they were solved, with a stream in the folder `own`."""
-    checkpoint = QuantizedSource(folder)
+    checkpoint = QuantizedSource(folder, trust_remote_code=arch.source.trust_remote_code)
     twin = Arch(checkpoint, device=str(arch.device))
     twin.adopt(arch.blocks)
     stream = Stream(twin, tokens, own)
@@ -758,7 +764,7 @@ def _gate(
     Raises:
         RuntimeError: they differ, which would be an error in lowbit. The output keeps its temporary name.
     """
-    reloaded = QuantizedSource(folder)
+    reloaded = QuantizedSource(folder, trust_remote_code=arch.source.trust_remote_code)
     twin = Arch(reloaded, device=str(arch.device))
     twin.adopt(arch.blocks)
     expected = {name: digest for record in records for name, digest in record["sha256"].items()}
@@ -899,7 +905,7 @@ def drawn(spec: DataSpec, source: Source) -> Calibration:
     Raises:
         ValueError: the model has no tokenizer, or there is too little text.
     """
-    tokenizer = tokenizer_of(source.folder) if spec.source != "random" else None
+    tokenizer = tokenizer_of(source) if spec.source != "random" else None
     return calibration_tokens(spec, tokenizer, vocab_size=_vocabulary(source))
 
 
@@ -919,32 +925,15 @@ def _written(spec: DataSpec, source: Source, out: Path, device: str) -> Calibrat
     path = out.with_name(out.name + ".partial") / ".work" / f"{_WRITTEN}{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
     if path.exists():
         return without_documents(load_file(path)["tokens"], spec)
-    model = load(str(source.folder), device=device)
+    model = load(str(source.folder), device=device, trust_remote_code=source.trust_remote_code)
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} writes no text; calibrate it on a text file, or on random tokens")
-    tokens = written_tokens(spec, model, tokenizer_of(source.folder), vocab_size=_vocabulary(source))
+    tokens = written_tokens(spec, model, tokenizer_of(source), vocab_size=_vocabulary(source))
     del model
     return_freed_memory()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_shard({"tokens": tokens}, path)
     return without_documents(tokens, spec)
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a checkpoint.
-
-    Raises:
-        ValueError: it has none.
-    """
-    from transformers import AutoTokenizer
-
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-    if not any((folder / name).exists() for name in names):
-        raise ValueError(
-            f"{folder} has no tokenizer ({', '.join(names)}), which calibration text needs; add its files, or calibrate on "
-            "random tokens with --data random"
-        )
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def _check_linears(linears: list[Linear], schemes: dict[str, Scheme]) -> None:

@@ -1,5 +1,6 @@
 """The pages of a comparison and of a run: everything in them, nothing from elsewhere, and what a browser makes of them."""
 
+import json
 import math
 import random
 import re
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
-from lowbit.page import by_layer, comparison_page, report_page
+from lowbit.page import by_layer, check_figure, comparison_page, report_page, save_figure
 
 BLOCKS, KINDS = 32, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAMES = [f"model.layers.{block}.self_attn.{kind}" for block in range(BLOCKS) for kind in KINDS]
@@ -238,6 +240,28 @@ def test_what_to_mind_is_on_top(comparison: dict[str, Any]) -> None:
         assert wanted in top
     clean = comparison | {"rows": comparison["rows"][3:4], "front": ["recipe <3>"], "left_out": []}
     assert 'class="alarm"' not in comparison_page(clean)
+
+
+def test_names_are_no_formulas(comparison: dict[str, Any]) -> None:
+    """matplotlib would read what is between two dollars as one, and this as a bad one."""
+    named = json.loads(json.dumps(comparison).replace("recipe <1>", "a$^$b").replace("q_proj", "q$^$proj"))
+    page = comparison_page(named)
+    assert page.count("a$^$b") == comparison_page(comparison).count("recipe &lt;1&gt;") and "q$^$proj" in page
+
+
+@pytest.mark.parametrize("name", ["roofline", "roofline.xyz", ".png"])
+def test_pictures_of_no_format(name: str) -> None:
+    with pytest.raises(ValueError, match=r"does not end in a format of pictures; allowed are .*\.png"):
+        check_figure(name)
+
+
+def test_pictures(tmp_path: Path) -> None:
+    """Written by the ending of the name, not through a link."""
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "a.PNG").symlink_to(tmp_path / "victim")
+    check_figure(tmp_path / "a.PNG")
+    save_figure(Figure(), tmp_path / "a.PNG")
+    assert (tmp_path / "a.PNG").read_bytes().startswith(b"\x89PNG") and (tmp_path / "victim").read_text() == "precious"
 
 
 def test_by_layer() -> None:

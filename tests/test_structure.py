@@ -247,7 +247,8 @@ def unsafe_nodes(tree: ast.Module) -> Iterator[str]:
                 what = ["bare except"]
             case ast.ExceptHandler(type=ast.expr() as caught):
                 names = [ast.unparse(n) for n in (caught.elts if isinstance(caught, ast.Tuple) else [caught])]
-                what = [f"except {n}" for n in names if n.split(".")[-1] in ("Exception", "BaseException")]
+                if not isinstance(node.body[-1], ast.Raise):
+                    what = [f"except {n}" for n in names if n.split(".")[-1] in ("Exception", "BaseException")]
         line = getattr(node, "lineno", None)
         yield from (f"{'' if line is None else f'line {line}: '}{text}" for text in what)
 
@@ -277,6 +278,7 @@ def test_nothing_unsafe(path: Path) -> None:
         ("np.load(p, allow_pickle=True)", True),
         ("try: pass\nexcept: pass", True),
         ("try: pass\nexcept Exception: pass", True),
+        ("try: pass\nexcept Exception as error: raise ValueError('x') from error", False),
         ("try: pass\nexcept (ValueError, builtins.BaseException): pass", True),
         ("try: pass\nexcept (ValueError, OSError): pass", False),
     ],
