@@ -66,6 +66,7 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="run this one alone and tell everything")
     parser.add_argument("--area", choices=list(fuzz.AREAS), help="only cases of it")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many")
+    parser.add_argument("--workers", type=int, default=1, help="processes that run cases (default 1)")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "fuzz")
     parser.add_argument("--markdown", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -91,7 +92,7 @@ def main() -> int:
                 if verdict.number % 100 == 99:
                     print(f"{verdict.number + 1} cases, {time.monotonic() - began:.0f} s", file=sys.stderr)
 
-            count = fuzz.run_cases(materials, chosen, seed=args.seed, say=say, until=began + args.seconds)
+            count = fuzz.run_cases(materials, chosen, seed=args.seed, say=say, until=began + args.seconds, workers=args.workers)
     result = {
         "date": date.today().isoformat(),
         "cases": sum(sum(row.values()) for row in count.kinds.values()),

@@ -14,7 +14,6 @@ import re
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -80,6 +79,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=kills.SEED)
     parser.add_argument("--jobs", nargs="+", choices=list(kills.JOBS), default=list(kills.JOBS))
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after so many")
+    parser.add_argument("--workers", type=int, default=1, help="processes that kill others (default 1)")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "kills")
     parser.add_argument("--markdown", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -87,14 +87,15 @@ def main() -> int:
 
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="lowbit-kills-") as root, (args.out / "kills.log").open("w") as log:
-
-        def say(kill: kills.Kill) -> None:
-            told = "; ".join(kill.failures) or "good"
-            print(f"{kill.seconds:.1f} s {kill.job}: {'; '.join(kill.steps)}: {told}", file=log, flush=True)
-
-        killing = kills.Killing(Path(root), args.jobs)
-        done = kills.run_kills(killing, args.kills, seed=args.seed, say=say, until=began + args.seconds)
+    with tempfile.TemporaryDirectory(prefix="lowbit-kills-") as root:
+        found = kills.run_side_by_side(
+            Path(root), args.jobs, args.kills, seed=args.seed, until=began + args.seconds, workers=args.workers
+        )
+    done, steps = [kill for each in found[::2] for kill in each], {name: n for each in found[1::2] for name, n in each.items()}
+    with (args.out / "kills.log").open("w", encoding="utf-8") as log:
+        for kill in done:
+            told = "; ".join(kill["failures"]) or "good"
+            print(f"{kill['seconds']:.1f} s {kill['job']}: {'; '.join(kill['steps'])}: {told}", file=log)
     result = {
         "date": date.today().isoformat(),
         "seed": args.seed,
@@ -102,11 +103,11 @@ def main() -> int:
         "environment": environment(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "jobs": args.jobs,
-        "steps": {name: len(steps) for name, steps in killing.steps.items()},
-        "kills": [asdict(kill) for kill in done],
+        "steps": steps,
+        "kills": done,
     }
     keep(result, args.out / "kills.json", markdown(result), page=args.markdown, name="kills")
-    return 1 if any(kill.failures for kill in done) else 0
+    return 1 if any(kill["failures"] for kill in done) else 0
 
 
 if __name__ == "__main__":

@@ -1342,7 +1342,7 @@ def _judge_recipe(folder: Path, materials: Materials) -> str:
         return f"steps {steps}, {given['steps']} in the recipe"
     for row in report["linears"]:
         rule = next((rule for rule in given["rules"] if re.search(rule["match"], row["name"])), None)
-        if rule is None or rule["scheme"] != row["scheme"]:
+        if rule is None or rule["scheme"].lower() != row["scheme"]:
             return f"{row['name']} has the scheme {row['scheme']}, but the first rule that matches is {rule}"
     return ""
 
@@ -1612,19 +1612,33 @@ def run_cases(
     seed: int = SEED,
     say: Callable[[Verdict], None] = lambda verdict: None,
     until: float = math.inf,
+    workers: int = 1,
 ) -> Count:
-    """Run cases one after the other, until `until` (of time.monotonic) at most."""
+    """Run cases one after the other, or by several processes, until `until` (of time.monotonic) at most."""
     import time
 
     count = Count()
+    if workers > 1:
+        shares = [partial(_share, materials, numbers[i::workers], seed, until, i) for i in range(workers)]
+        for given in sorted(forked.side_by_side(shares, materials.root), key=lambda given: given["number"]):
+            count.add(Verdict(**given))
+            say(Verdict(**given))
+        return count
     for number in numbers:
         if time.monotonic() > until:
             break
         one = case(materials, number, seed)
-        folder = materials.root / "case"
+        folder = materials.root / f"case-{os.getpid()}"
         verdict = judged(one, materials, folder)
         if verdict.kind not in GOOD:
             verdict = minimal(one, verdict, materials, folder)
         count.add(verdict)
         say(verdict)
     return count
+
+
+def _share(materials: Materials, numbers: Sequence[int], seed: int, until: float, worker: int) -> list[dict[str, Any]]:
+    """What one of several processes finds."""
+    verdicts: list[Verdict] = []
+    run_cases(materials, numbers, seed=seed, say=verdicts.append, until=until)
+    return [vars(verdict) for verdict in verdicts]

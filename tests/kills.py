@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -437,3 +437,17 @@ def run_kills(
         say(kill)
         number += 1
     return done
+
+
+def run_side_by_side(root: Path, jobs: Sequence[str], count: int, *, seed: int, until: float, workers: int) -> list[Any]:
+    """`run_kills` by several processes, each with jobs of its own; `Kill`s, and by job the number of steps, as JSON."""
+    forked.warm()
+
+    def share(mine: Sequence[str], folder: Path) -> list[Any]:
+        folder.mkdir()
+        killing = Killing(folder, mine)
+        kills = run_kills(killing, -(-count * len(mine) // len(jobs)), seed=seed, until=until)
+        return [[vars(kill) for kill in kills], {name: len(steps) for name, steps in killing.steps.items()}]
+
+    shares = [partial(share, jobs[i::workers], root / str(i)) for i in range(min(workers, len(jobs)))]
+    return forked.side_by_side(shares, root)
