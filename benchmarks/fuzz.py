@@ -83,7 +83,7 @@ def main() -> int:
         numbers = range(args.first, args.first + args.cases)
         chosen = [n for n in numbers if args.area in (None, fuzz.area(n, args.seed))]
         began = time.monotonic()
-        with (args.out / "fuzz.log").open("w", encoding="utf-8", errors="backslashreplace") as log:
+        with (args.out / "fuzz.log").open("a", encoding="utf-8", errors="backslashreplace") as log:
 
             def say(verdict: fuzz.Verdict) -> None:
                 if verdict.kind not in fuzz.GOOD:

@@ -87,15 +87,16 @@ def main() -> int:
 
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="lowbit-kills-") as root:
-        found = kills.run_side_by_side(
-            Path(root), args.jobs, args.kills, seed=args.seed, until=began + args.seconds, workers=args.workers
+    log = (args.out / "kills.log").open("a", encoding="utf-8")
+
+    def say(kill: kills.Kill) -> None:
+        told = f"{'; '.join(kill.steps)}: {'; '.join(kill.failures) or 'good'}"
+        print(f"{kill.seconds:.1f} s {kill.job}: {told}", file=log, flush=True)
+
+    with log, tempfile.TemporaryDirectory(prefix="lowbit-kills-") as root:
+        done, steps = kills.run_side_by_side(
+            Path(root), args.jobs, args.kills, seed=args.seed, until=began + args.seconds, workers=args.workers, say=say
         )
-    done, steps = [kill for each in found[::2] for kill in each], {name: n for each in found[1::2] for name, n in each.items()}
-    with (args.out / "kills.log").open("w", encoding="utf-8") as log:
-        for kill in done:
-            told = "; ".join(kill["failures"]) or "good"
-            print(f"{kill['seconds']:.1f} s {kill['job']}: {'; '.join(kill['steps'])}: {told}", file=log)
     result = {
         "date": date.today().isoformat(),
         "seed": args.seed,

@@ -20,7 +20,9 @@ import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lowbit
@@ -302,12 +304,15 @@ def fork_commands() -> None:
 
     def run_forked(command: Sequence[str], *, timeout: float | None = None, **_: Any) -> subprocess.CompletedProcess[str]:
         words = list(command[command.index("quantize") :])
+        parent = os.getpid()
         with tempfile.TemporaryFile() as told:
             sys.stdout.flush()
             pid = os.fork()
             if pid == 0:
                 code = 1
                 try:
+                    if "tie_to" in command[2]:  # it is to end with its parent
+                        import_module("lowbit.processes").tie_to(parent)
                     os.dup2(told.fileno(), 2)
                     sys.stderr = os.fdopen(2, "w")
                     code = main(words)
@@ -320,10 +325,5 @@ def fork_commands() -> None:
             told.seek(0)
             return subprocess.CompletedProcess(command, status, "", told.read().decode(errors="replace"))
 
-    class Forking:
-        """The module subprocess, but for `run`."""
-
-        run = staticmethod(run_forked)
-        TimeoutExpired = subprocess.TimeoutExpired
-
-    lowbit.comparison.subprocess = Forking  # type: ignore[attr-defined]
+    forking = SimpleNamespace(**vars(subprocess) | {"run": run_forked})
+    lowbit.comparison.subprocess = forking  # type: ignore[attr-defined, assignment]

@@ -26,6 +26,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -1614,15 +1615,12 @@ def run_cases(
     until: float = math.inf,
     workers: int = 1,
 ) -> Count:
-    """Run cases one after the other, or by several processes, until `until` (of time.monotonic) at most."""
-    import time
-
+    """Run cases one after the other, or by several processes, which call `say`; until `until` (of time.monotonic) at most."""
     count = Count()
     if workers > 1:
-        shares = [partial(_share, materials, numbers[i::workers], seed, until, i) for i in range(workers)]
+        shares = [partial(_share, materials, numbers[i::workers], seed, until, say) for i in range(workers)]
         for given in sorted(forked.side_by_side(shares, materials.root), key=lambda given: given["number"]):
             count.add(Verdict(**given))
-            say(Verdict(**given))
         return count
     for number in numbers:
         if time.monotonic() > until:
@@ -1637,8 +1635,15 @@ def run_cases(
     return count
 
 
-def _share(materials: Materials, numbers: Sequence[int], seed: int, until: float, worker: int) -> list[dict[str, Any]]:
+def _share(
+    materials: Materials, numbers: Sequence[int], seed: int, until: float, say: Callable[[Verdict], None]
+) -> list[dict[str, Any]]:
     """What one of several processes finds."""
     verdicts: list[Verdict] = []
-    run_cases(materials, numbers, seed=seed, say=verdicts.append, until=until)
+
+    def keep(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        say(verdict)
+
+    run_cases(materials, numbers, seed=seed, say=keep, until=until)
     return [vars(verdict) for verdict in verdicts]

@@ -439,15 +439,18 @@ def run_kills(
     return done
 
 
-def run_side_by_side(root: Path, jobs: Sequence[str], count: int, *, seed: int, until: float, workers: int) -> list[Any]:
-    """`run_kills` by several processes, each with jobs of its own; `Kill`s, and by job the number of steps, as JSON."""
+def run_side_by_side(
+    root: Path, jobs: Sequence[str], count: int, *, seed: int, until: float, workers: int, say: Callable[[Kill], None]
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """`run_kills` by several processes, each with jobs of its own: what `Kill` holds, and by job the number of steps."""
     forked.warm()
 
     def share(mine: Sequence[str], folder: Path) -> list[Any]:
         folder.mkdir()
         killing = Killing(folder, mine)
-        kills = run_kills(killing, -(-count * len(mine) // len(jobs)), seed=seed, until=until)
-        return [[vars(kill) for kill in kills], {name: len(steps) for name, steps in killing.steps.items()}]
+        kills = run_kills(killing, -(-count * len(mine) // len(jobs)), seed=seed, until=until, say=say)
+        return [([vars(kill) for kill in kills], {name: len(steps) for name, steps in killing.steps.items()})]
 
     shares = [partial(share, jobs[i::workers], root / str(i)) for i in range(min(workers, len(jobs)))]
-    return forked.side_by_side(shares, root)
+    found = forked.side_by_side(shares, root)
+    return [kill for kills, _ in found for kill in kills], {name: n for _, steps in found for name, n in steps.items()}

@@ -6,9 +6,12 @@ They run as scripts of their own, since children are forked from a process that 
 import ctypes
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +80,8 @@ def test_killed_runs_at_length(tmp_path: Path) -> None:
 
 def test_every_method_is_killed() -> None:
     """A new method needs a job in tests/kills.py."""
-    words = " ".join(" ".join([*job.words, *job.files.values()]) for job in kills.JOBS.values())
-    missing = [name for name in METHODS if name not in words]
-    assert not missing
+    texts = [" ".join([*job.words, *job.files.values()]) for job in kills.JOBS.values()]
+    assert not METHODS.keys() - set(re.findall(r"\w+", " ".join(texts)))
 
 
 # ------------------------------------------------------------------------------------------------- the children themselves
@@ -119,6 +121,74 @@ def test_children(tmp_path: Path) -> None:
     assert left.kind == "returned" and [words.split() for words in left.orphans] == [["sleep", "60"]]
     assert time.monotonic() - began < 30
     assert not forked.run(lambda: None, cwd=tmp_path).orphans
+
+
+def say(message: str, status: int = 2) -> Callable[..., int]:
+    def command(*words: str) -> int:
+        print(message, file=sys.stderr)
+        return status
+
+    return command
+
+
+def break_down(*words: str) -> int:
+    raise KeyError("shape")
+
+
+def die(*words: str) -> int:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return 0
+
+
+def litter(*words: str) -> int:
+    Path(os.environ["TMPDIR"], "rest").touch()
+    return 0
+
+
+def spoil(*words: str) -> int:
+    Path("text.txt").write_text("another")
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        (say("", 0), "ran"),
+        (say("lowbit: text.txt has no text"), "clean"),
+        (say("lowbit: --rows 0: give at least 1"), "clean"),
+        (say("lowbit: Expecting value: line 1 column 1 (char 0)"), "bare"),
+        (say("lowbit: text.txt is wrong:\n  here"), "bare"),
+        (break_down, "traceback"),
+        (die, "signal"),
+        (litter, "litter"),
+        (spoil, "litter"),
+    ],
+)
+def test_verdicts(command: Callable[..., int], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command does is told from what it should have done; a judge's complaint makes a wrong result of a good one."""
+    materials = fuzz.Materials.__new__(fuzz.Materials)
+    materials.root = tmp_path
+    (tmp_path / "text.txt").write_text("text")
+    monkeypatch.setattr(fuzz, "command", command)
+    one = fuzz.Case(7, "data", {"text.txt": "text.txt"}, [], ("eval", "model"))
+    verdict = fuzz.judged(one, materials, tmp_path / "case")
+    assert verdict.kind == kind and not (tmp_path / "case").exists(), verdict
+    one.judge = lambda folder, materials: "other logits (0.25 of their size)"
+    verdict = fuzz.judged(one, materials, tmp_path / "case")
+    assert verdict.kind == ("wrong" if kind in ("ran", "litter") else kind)
+
+
+def test_cases_follow_from_their_number(tmp_path: Path) -> None:
+    """The same damage for the same number, whatever was made before, and nearly always another for another."""
+    materials = fuzz.Materials.__new__(fuzz.Materials)
+    materials.root = tmp_path
+    (tmp_path / "recipe.toml").write_text(fuzz.RECIPE)
+    (tmp_path / "plan.toml").write_text(fuzz.RECIPE)
+    numbers = [n for n in range(400) if fuzz.area(n) in ("recipe", "interface")]
+    stories = [fuzz.case(materials, n).story for n in numbers]
+    assert stories == [fuzz.case(materials, n).story for n in numbers]
+    assert len(set(stories)) > 0.9 * len(stories) and {fuzz.area(n) for n in range(400)} == set(fuzz.AREAS)
+    assert [fuzz.area(n, seed=1) for n in range(40)] != [fuzz.area(n) for n in range(40)]
 
 
 def test_a_wrong_result_is_told(tmp_path: Path) -> None:
