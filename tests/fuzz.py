@@ -41,6 +41,8 @@ import torch
 from forked import Ending
 from torch import Tensor
 
+from lowbit.recipe import METHODS
+
 GOOD = ("ran", "clean")
 SEED = 20261129
 
@@ -87,11 +89,13 @@ class Damage:
         what: in words.
         apply: apply(folder).
         names: a refusal names one of these, or a file of the case, or an option.
+        foreign: a file that lowbit did not write and may refuse to touch.
     """
 
     what: str
     apply: Callable[[Path], None]
     names: tuple[str, ...] = ()
+    foreign: str = ""
 
 
 @dataclass
@@ -762,7 +766,7 @@ def _recipe(rng: random.Random, root: Path) -> dict[str, Any]:
         damage = [file_damage(rng, root, recipe, target)]
     call = ("quantize", "model", "--out", "out", "--recipe", target)
     lay = {"model": "llama", target: recipe}
-    return {"lay": lay, "damage": damage, "call": call, "judge": _judge_recipe, "names": ("gptq", "smooth", "rtn", "rule ")}
+    return {"lay": lay, "damage": damage, "call": call, "judge": _judge_recipe, "names": (*METHODS, "rule ")}
 
 
 def _in_toml(value: Any) -> bool:
@@ -1078,7 +1082,7 @@ def _interface(rng: random.Random, root: Path) -> dict[str, Any]:
         key = rng.choice(every)
         value = odd(rng, base.get(key, {"data": "text.txt", "method": "gptq"}.get(key)))
         arguments[key] = value
-        names.append(key)
+        names += [key, *(["source"] if key == "data" else [])]
     lay = {
         "model": rng.choice(["llama", "llama", "out-4"]) if name in ("load", "evaluate") else "llama",
         "text.txt": "text.txt",
@@ -1243,7 +1247,8 @@ def _journals(rng: random.Random, root: Path) -> dict[str, Any]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("strange")
 
-        return Damage(f"out.partial/{strange} is there", add, (strange,))
+        foreign = "" if strange.startswith(".work/") else strange.partition("/")[0]
+        return Damage(f"out.partial/{strange} is there", add, (strange,), foreign)
 
     return {
         "lay": {"model": "llama", "out.partial": partial_name},
@@ -1469,7 +1474,8 @@ def judged(case: Case, materials: Materials, folder: Path, *, seconds: float = 2
                 kind = kind if kind != "ran" else "traceback"
             elif ending.value:
                 kind, where, message = "wrong", f"{case.area}: {_without_details(ending.value)}", ending.value
-        if kind in ("clean", "bare") and case.again:
+        told = kind == "clean" and any(damage.foreign and damage.foreign in message for damage in case.damage)
+        if kind in ("clean", "bare") and case.again and not told:
             ending = forked.run(partial(command, *case.again), cwd=folder, seconds=seconds)
             spent += ending.seconds
             if ending.kind == "returned" and ending.value == 0:
@@ -1488,6 +1494,7 @@ def judged(case: Case, materials: Materials, folder: Path, *, seconds: float = 2
                 kind = "litter"
                 where = f"{case.area}: in TMPDIR {len(left)}, processes {len(ending.orphans)}, changed {unlike + gone}"
                 message = f"left in TMPDIR: {left}; processes: {ending.orphans}; changed: {unlike}; removed: {gone}"
+        message = message.replace(f"{folder}/", "").replace(str(folder), ".")
         return Verdict(case.number, case.area, kind, where, message[:300], case.story, spent)
     finally:
         subprocess.run(["rm", "-rf", str(folder)], check=True)
@@ -1558,7 +1565,7 @@ def _names_something(case: Case, message: str, folder: Path) -> bool:
     given = [part for part in case.call if isinstance(part, str)]
     if len(case.call) == 2 and isinstance(case.call[1], dict):
         given += [str(value) for value in case.call[1].values()]
-    words += [word for word in given if len(word) > 3]
+    words += [word if len(word) > 3 else repr(word) for word in given]
     return bool(re.search(r"--[a-z]", message)) or any(word and word in message for word in words)
 
 

@@ -241,6 +241,7 @@ class Killing:
         unlike = difference(content(folder), expected)
         if unlike:
             failures.append(unlike)
+        failures = [failure.replace(f"{folder}/", "") for failure in failures]
         return Kill(name, steps, failures, kills, time.monotonic() - began)
 
 
