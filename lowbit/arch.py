@@ -183,6 +183,8 @@ class Arch:
         """model: the transformers model on the meta device; built from the checkpoint's config by default."""
         self.source = source
         self.dtype = dtype
+        if model is not None:
+            _check_sizes(model, source)
         self.model = _empty_model(source) if model is None else model
         self.device = torch.device(device)
         self.matrix_dtype = _matrix_dtype(source, dtype, self.device)
@@ -292,11 +294,6 @@ class Arch:
         """The parameter of which a checkpoint tensor is the whole or a slice; None where the model holds it otherwise."""
         place = self._places.place(tensor)
         return None if place is None else place[0]
-
-    def shape_of(self, tensor: str) -> torch.Size | None:
-        """The shape of the parameter that a checkpoint tensor alone fills as it is; None of others."""
-        place = self._places.place(tensor)
-        return self.model.get_parameter(place[0]).shape if place is not None and place[2] is None else None
 
     def held(self, tensor: str) -> Tensor:
         """What the loaded model holds for a checkpoint tensor that has a `place`, in the checkpoint's layout and dtype."""

@@ -11,6 +11,7 @@ Every error is a ValueError that names the file, the tensor or key, what is expe
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,9 +248,9 @@ def _check_slices(path: Path, modules: dict[str, Module], points: dict[str, Stor
             raise ValueError(f"{path}: the indices of {names} are not 0 .. {len(members) - 1} of tensor {tensor!r}; {REMEDY}")
         if any((module.shape, module.transposed) != (first.shape, first.transposed) for module in members):
             raise ValueError(f"{path}: slices of tensor {tensor!r} differ in shape or transposed; {REMEDY}")
-    named = [point.tensor for point in points.values() if point.tensor is not None]
-    for tensor in named:
-        if named.count(tensor) > 1 or tensor in by_tensor:
+    named = Counter(point.tensor for point in points.values() if point.tensor is not None)
+    for tensor, count in named.items():
+        if count > 1 or tensor in by_tensor:
             raise ValueError(f"{path}: tensor {tensor!r} is named twice; {REMEDY}")
 
 
@@ -564,8 +565,8 @@ def check_corrections(folder: Path, corrections: dict[str, LowRank], modules: di
             raise ValueError(
                 f"{path}: the correction of {name} is {shapes}, not [{out}, rank] times [rank, {columns}]; {REMEDY}"
             )
-        if not all(part.is_floating_point() and bool(torch.isfinite(part).all()) for part in low):
-            raise ValueError(f"{path}: the correction of {name} is not of finite floats; {REMEDY}")
+        if low.a.dtype != low.b.dtype or not all(part.is_floating_point() and bool(torch.isfinite(part).all()) for part in low):
+            raise ValueError(f"{path}: the correction of {name} is not of finite floats of one dtype; {REMEDY}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- values

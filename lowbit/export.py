@@ -635,7 +635,8 @@ class QuantizedSource(Source):
 
 
 def open_checkpoint(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
-    """Open a float checkpoint (folder or hub id) or a quantized one (folder, either format), see `checks`.
+    """Open a float checkpoint (folder or hub id), see `source.open_source`, or a quantized one (folder, either format), see
+    `checks`.
 
     Raises:
         ValueError: incomplete or damaged, another file than report.json says, or in a format that lowbit does not read.
@@ -709,18 +710,12 @@ def check_model(arch: Arch, source: QuantizedSource) -> None:
     """Compare what a checkpoint says is quantized with the model that its config.json describes.
 
     Raises:
-        ValueError: the model has no such tensor, or one of another shape, no such attention module, or no such point.
+        ValueError: the model has no such tensor, no such attention module, or no such point.
     """
     described = source.folder / (NATIVE_FILE if source.native else "config.json")
     for tensor in (*source.by_tensor, *source.parameters):
-        info = source.tensors[tensor]
         if tensor in arch.unused:
             raise ValueError(f"{described}: {tensor} is quantized, but the model has no place for it; {REMEDY}")
-        held = arch.shape_of(tensor)
-        if held is not None and held != info.shape:
-            raise ValueError(
-                f"{described}: {tensor} has shape {list(info.shape)}, but the model of config.json has {list(held)}; {REMEDY}"
-            )
     modules = dict(arch.model.named_modules())
     for name in source.cache_scales():
         if name not in modules:

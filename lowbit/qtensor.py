@@ -118,6 +118,8 @@ def check_input(spec: Spec) -> None:
     """Raise ValueError for what `fake_quantize_input` cannot do."""
     if spec.format.codebook or spec.format.kind == "table" or spec.scale == "int8" or spec.rows != 1:
         raise ValueError(f"inputs cannot be quantized to {spec.format.name} with {spec.scale} scales and rows {spec.rows}")
+    if spec.scale == "e4m3" and spec.format != FP4_E2M1:
+        raise ValueError(f"inputs with e4m3 scales are fp4_e2m1, not {spec.format.name}")
     if spec.dynamic and spec.group == TENSOR:
         raise ValueError("inputs have dynamic scales for a token or a group of it, not for a tensor")
     if not spec.dynamic and (spec.group != TENSOR or not spec.symmetric or spec.scale != "float"):

@@ -517,6 +517,8 @@ def _how(
     if corrected and (len(members) > 1 or inputs.get(members[0][1]) is not None):
         return "a low-rank correction of several matrices, or with quantized inputs", None
     scheme = schemes[0]
+    if any(linear.out_features % scheme.weight.rows for linear, _ in members):
+        return f"its rows are no multiple of blocks of {scheme.weight.rows}", None
     if first.in_features % max(1, scheme.weight.group):
         return f"its {first.in_features} columns are no multiple of groups of {scheme.weight.group}", None
     reason = entry.reason_against(scheme)
