@@ -1540,6 +1540,10 @@ def _verdict(case: Case, ending: Ending, folder: Path) -> tuple[str, str, str]:
     status = value if isinstance(value, int) else value.get("status") if isinstance(value, dict) else 1
     if status == 0:
         return "ran", "", ""
+    if "a fault of lowbit" in ending.err:
+        return "traceback", *_logged(ending, folder)
+    if "lowbit: out of memory" in ending.err:
+        return "memory", f"{case.area}: told", ending.err.strip()
     lines = [line for line in ending.err.splitlines() if line.strip()]
     own = [line for line in lines if line.startswith("lowbit")]
     if isinstance(value, dict) and "message" in value:
@@ -1554,6 +1558,16 @@ def _verdict(case: Case, ending: Ending, folder: Path) -> tuple[str, str, str]:
         text = re.sub(r"^lowbit( \w+)?: (error: )?", "", message)
         return "bare", f"{case.area}: {_without_details(text)[:70]}", message
     return "clean", "", message
+
+
+def _logged(ending: Ending, folder: Path) -> tuple[str, str]:
+    """Place and message of a fault that lowbit told in a line, from the log with its traceback."""
+    log = "".join(path.read_text(errors="replace") for path in (folder / "tmp").glob("*.log"))
+    frames = re.findall(r'File ".*/lowbit/(?:\w+/)*(\w+\.py)", line (\d+), in (\S+)', log)
+    said = (ending.err.strip().splitlines() or [""])[-1]
+    error = re.search(r"(\w+(?:Error|Exception|Iteration)\b)", said)
+    place = "{}:{} {}".format(*frames[-1]) if frames else "no log"
+    return f"{place} {error[1] if error else ''}", said
 
 
 def _names_something(case: Case, message: str, folder: Path) -> bool:

@@ -158,6 +158,8 @@ def spoil(*words: str) -> int:
         (say("lowbit: --rows 0: give at least 1"), "clean"),
         (say("lowbit: Expecting value: line 1 column 1 (char 0)"), "bare"),
         (say("lowbit: text.txt is wrong:\n  here"), "bare"),
+        (say("lowbit: a fault of lowbit, not of what you gave it: KeyError: 'text.txt' (a.py:3)", 1), "traceback"),
+        (say("lowbit: out of memory (text.txt); use a machine with more"), "memory"),
         (break_down, "traceback"),
         (die, "signal"),
         (litter, "litter"),
