@@ -14,11 +14,10 @@ checkpoint names.
 import contextlib
 import ctypes
 import gc
-import inspect
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowbit.source import FLOAT_DTYPES, Source
 from lowbit.ssm import Mixer, is_mixer, point
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 16
 _SAME = 1e-2  # relative, of a mixer's output: another formula differs by more, bfloat16 products by less
+_REPEATED = 1e-4  # relative, of a block's output on a second call: a key more in a cache changes it by more
 REARRANGED = "transformers stores it rearranged"  # a reason in `Block.skipped`
 
 
@@ -114,6 +115,10 @@ class Block:
 
     `skipped` names the matrices of the block that no scheme can choose, with the reason. `points` are those of a state space
     mixer, if there is one and lowbit's own forward computes what the model's does.
+
+    The block's other arguments, as `leaves` lists them: `varying` are those that depend on the tokens (per-layer embeddings,
+    tokens that choose experts). `carried` are mappings that blocks fill and later blocks read (keys and values of another
+    layer).
     """
 
     index: int
@@ -123,6 +128,8 @@ class Block:
     skipped: tuple[tuple[str, str], ...] = ()
     returns: int = 0  # 0: a tensor, n: a tuple of n with the hidden states first
     points: tuple[Point, ...] = ()
+    varying: tuple[int, ...] = ()
+    carried: tuple[int, ...] = ()
 
 
 class Tap(TorchFunctionMode):
@@ -197,9 +204,8 @@ class Arch:
         self.outside = tuple(name for name in source.tensors if name not in taken and name not in self.unused)
         self.head, self.tied_head = self._find_head()
         self.table = self._find_table()
-        # Caches would carry state from call to call; encoders know no such argument.
-        forward = inspect.signature(self.model.forward).parameters
-        self._no_cache = {"use_cache": False} if "use_cache" in forward else {}
+        self._configs = _configs_with_cache(self.model)
+        self._rows_axis = 0  # of hidden states in the model; everywhere else rows come first
         self._check_complete()
 
     # ------------------------------------------------------------------------------------------------------ filling
@@ -320,7 +326,8 @@ class Arch:
 
         Returns:
             hidden states [rows, length, width] float32 that enter the first block, and for every block the other
-            positional and keyword arguments the model calls it with (masks, positions).
+            positional and keyword arguments the model calls it with (masks, positions), without caches. A model that keeps
+            several streams has further dimensions behind the rows.
         """
         first: list[Tensor] = []
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -336,7 +343,8 @@ class Arch:
 
         with contextlib.suppress(_Reached):
             self._run(tokens, stub, parameters)
-        return first[0], calls
+        self._rows_axis = _axis_of_rows(first[0], tokens)
+        return first[0].movedim(self._rows_axis, 0), calls
 
     @torch.no_grad()
     def call(self, block: Block, hidden: Tensor, call: Any, observe: Observe | None = None) -> Tensor:
@@ -357,10 +365,14 @@ class Arch:
                 return self.finish(call, hidden, parameters)
         args, kwargs = call
         module = self.model.get_submodule(block.name)
-        given = (hidden.to(self.device, self.dtype), *args)
+        given = (self._inside(hidden).to(self.dtype), *args)
         with Tap(observe or (lambda weight, x, transposed: x)):
             out = torch.func.functional_call(module, parameters, given, kwargs) if parameters else module(*given, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return (out[0] if isinstance(out, (tuple, list)) else out).movedim(self._rows_axis, 0)
+
+    def _inside(self, hidden: Tensor) -> Tensor:
+        """Hidden states with rows first as the model's blocks take them, on `device`."""
+        return hidden.to(self.device).movedim(0, self._rows_axis)
 
     def finish(self, tokens: Tensor, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """Run what comes after the blocks: logits [rows, length, vocabulary] of `hidden`, the last block's output, or the
@@ -369,7 +381,7 @@ class Arch:
 
         def stub(block: Block, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = _split_call(args, kwargs)[0]
-            return self._returned(block, hidden.to(self.device) if block.index == len(self.blocks) - 1 else given)
+            return self._returned(block, self._inside(hidden) if block.index == len(self.blocks) - 1 else given)
 
         out = self._run(tokens, stub, parameters)
         return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
@@ -405,8 +417,14 @@ class Arch:
 
     def run(self, tokens: Tensor, parameters: dict[str, Tensor] | None = None) -> Any:
         """The whole model, filled, on tokens [rows, length] on its device, without a cache; `parameters` replace some."""
-        given = {"input_ids": tokens, **self._no_cache}
-        return torch.func.functional_call(self.model, parameters, kwargs=given) if parameters else self.model(**given)
+        given = {"input_ids": tokens}
+        with _without_caches(self._configs):
+            return torch.func.functional_call(self.model, parameters, kwargs=given) if parameters else self.model(**given)
+
+    @property
+    def calls_differ(self) -> bool:
+        """Whether batches of one shape call blocks with other arguments beside the hidden states; see `Block`."""
+        return any(block.varying or block.carried for block in self.blocks)
 
     # --------------------------------------------------------------------------------------------------- discovery
 
@@ -449,8 +467,8 @@ class Arch:
         """Discover the linears by running one short row through the model, block by block from the checkpoint.
 
         Raises:
-            ValueError: the blocks do not form a chain, share parameters, depend on the tokens beside the hidden states, contain
-                no linear, or a tensor is damaged.
+            ValueError: the blocks do not form a chain, share parameters, keep state from call to call, contain no linear, or a
+                tensor is damaged.
         """
         for name, original in self.tied.items():
             if any(name.startswith(f"{block.name}.") for block in self.blocks):
@@ -460,6 +478,7 @@ class Arch:
                 )
         tokens = self.sample_tokens()
         found: list[Block] = []
+        empty: list[tuple[int, int, Any]] = []  # mappings, with the block and the argument
         previous: list[Tensor] = []
 
         def observed(block: Block, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -470,8 +489,11 @@ class Arch:
                 raise ValueError(
                     f"{block.name} does not start from the output of the block before it; lowbit needs a plain chain"
                 )
+            given = leaves(_split_call(args, kwargs)[1:])[0]
+            empty.extend((block.index, i, x) for i, x in enumerate(given) if isinstance(x, MutableMapping) and not x)
             values = self.load(block.tensors)
             linears, skipped, out = self._observe(block, values, original, args, kwargs)
+            _check_repeats(block, out, original, args, kwargs)
             points, reasons = self._checked_points(block, out, original, args, kwargs)
             self.free(block.name)
             found.append(
@@ -480,10 +502,10 @@ class Arch:
                     points=points,
                     linears=linears,
                     skipped=(*skipped, *reasons),
-                    returns=len(out) if isinstance(out, tuple) else 0,
+                    returns=len(out) if isinstance(out, (tuple, list)) else 0,
                 )
             )
-            previous[:] = [out[0] if isinstance(out, tuple) else out]
+            previous[:] = [out[0] if isinstance(out, (tuple, list)) else out]
             if progress is not None:
                 progress(len(found), len(self.blocks))
             return out
@@ -496,8 +518,15 @@ class Arch:
         if not any(block.linears for block in self.blocks):
             raise ValueError("no linear layer was found in any block of this model")
         first, second = self.embed(tokens[:1])[1], self.embed(tokens[1:])[1]
-        if not all(_equal(a, b) for a, b in zip(first, second, strict=True)):
-            raise ValueError("the blocks of this model take token-dependent inputs beside the hidden states: not supported")
+        filled = {id(leaves(first[block])[0][i]) for block, i, mapping in empty if mapping}
+        self.blocks = tuple(
+            replace(
+                block,
+                varying=_varying(block, first[block.index], second[block.index]),
+                carried=tuple(i for i, x in enumerate(leaves(first[block.index])[0]) if id(x) in filled),
+            )
+            for block in self.blocks
+        )
         self.free_outside()
 
     def _observe(
@@ -584,7 +613,7 @@ class Arch:
         self._use_mixers(block)
         with Tap(lambda weight, x, transposed: x):
             own = original(*args, **kwargs)
-        a, b = (value[0] if isinstance(value, tuple) else value for value in (own, out))
+        a, b = (value[0] if isinstance(value, (tuple, list)) else value for value in (own, out))
         if float((a - b).norm()) <= _SAME * float(b.norm()):
             return block.points, ()
         paths = {each.mixer for each in block.points}
@@ -649,7 +678,7 @@ class _Replaced:
     original: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(self.block, self.original, args, kwargs)
+        return self.call(self.block, self.original, _without_cache(args), _without_cache(kwargs))
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -660,14 +689,101 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
     return rest.pop("hidden_states"), (), rest
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    return True
+def leaves(call: Any) -> tuple[list[Any], Any]:
+    """The arguments of a block's call one by one, containers taken apart, and what `unflattened` needs to put them together.
+    A mapping that is still empty is one argument, for blocks to fill."""
+    return tree_flatten(call, is_leaf=lambda x: isinstance(x, MutableMapping) and not x)
+
+
+def unflattened(found: list[Any], shape: Any) -> Any:
+    """The inverse of `leaves`."""
+    return tree_unflatten(found, shape)
+
+
+def _varying(block: Block, first: Any, second: Any) -> tuple[int, ...]:
+    """The arguments that differ between the calls for two rows of tokens.
+
+    Raises:
+        ValueError: something differs that is no tensor.
+    """
+    a, b = leaves(first)[0], leaves(second)[0]
+    if len(a) != len(b):
+        raise ValueError(
+            f"{block.name} is called with other arguments for every row of tokens; lowbit cannot quantize this model"
+        )
+    return tuple(
+        i
+        for i, (x, y) in enumerate(zip(a, b, strict=True))
+        if isinstance(x, Tensor) and not (isinstance(y, Tensor) and x.shape == y.shape and torch.equal(x, y))
+    )
+
+
+def _axis_of_rows(hidden: Tensor, tokens: Tensor) -> int:
+    """Where hidden states have the rows of tokens [rows, length].
+
+    Raises:
+        ValueError: nowhere.
+    """
+    for axis in range(hidden.dim() - 1):
+        if hidden.shape[axis : axis + 2] == tokens.shape:
+            return axis
+    raise ValueError(
+        f"hidden states of shape {list(hidden.shape)} enter the blocks for tokens of shape {list(tokens.shape)}; lowbit needs "
+        "one hidden state for every token"
+    )
+
+
+def _configs_with_cache(model: nn.Module) -> list[Any]:
+    """All configs in a model that say whether it caches."""
+    found: dict[int, Any] = {}
+    pending = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    while pending:
+        config = pending.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            pending += [
+                part for name in getattr(config, "sub_configs", {}) if (part := getattr(config, name, None)) is not None
+            ]
+    return [config for config in found.values() if getattr(config, "use_cache", None) is not None]
+
+
+@contextlib.contextmanager
+def _without_caches(configs: list[Any]) -> Iterator[None]:
+    """Have a model make no cache, however its classes pass on the argument `use_cache`."""
+    before = [config.use_cache for config in configs]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            config.use_cache = value
+
+
+def _without_cache(args: Any) -> Any:
+    """A block's arguments with None in the place of a cache that the model made all the same."""
+    from transformers import Cache
+
+    if isinstance(args, dict):
+        return {name: None if isinstance(x, Cache) else x for name, x in args.items()}
+    return tuple(None if isinstance(x, Cache) else x for x in args)
+
+
+def _check_repeats(block: Block, out: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call a block with other hidden states, and then again as it was called when it gave `out`.
+
+    Raises:
+        ValueError: the output is another one, so the block keeps state somewhere.
+    """
+    hidden, others, named = _split_call(args, kwargs)
+    original(hidden.flip(-2), *others, **named)
+    again = original(*args, **kwargs)
+    a, b = ((value[0] if isinstance(value, (tuple, list)) else value).nan_to_num() for value in (out, again))
+    if a.shape != b.shape or float((a - b).norm()) > _REPEATED * float(a.norm()):
+        raise ValueError(
+            f"{block.name} gives another output when it is called again with the same arguments, so it keeps state, such "
+            "as a cache, from call to call; lowbit calls blocks many times and cannot quantize this model"
+        )
 
 
 def matrix_of(linear: Linear, values: dict[str, Tensor]) -> Tensor:
@@ -707,12 +823,21 @@ def _matrix_dtype(source: Source, dtype: torch.dtype, device: torch.device) -> t
     return stored if fast and dtype == torch.float32 else dtype
 
 
-def _block_list(model: nn.Module) -> str:
-    """The path of the model's chain of blocks: of the module lists in no other list, the one with the most parameters."""
+def _block_list(model: "PreTrainedModel") -> str:
+    """The path of the model's chain of blocks: of the module lists in no other list, the one with the most parameters among
+    those nearest to the token embeddings, since the tower for images may be larger."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [(n, m) for n, m in lists if not any(n.startswith(other + ".") for other, _ in lists)]
     if not outer:
         raise ValueError(f"{type(model).__name__} has no list of blocks; lowbit quantizes models that are a chain of blocks")
+    embedding = model.get_input_embeddings()
+    path = next((name for name, module in model.named_modules() if module is embedding), "")
+    while path:
+        path = path.rpartition(".")[0]
+        near = [(n, m) for n, m in outer if n.startswith(f"{path}.")]
+        if near and path:
+            outer = near
+            break
     return max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0]
 
 
