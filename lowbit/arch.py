@@ -53,6 +53,7 @@ class Linear:
         transposed: the parameter is stored as [in, out] (GPT-2's Conv1D).
         stacked: the checkpoint's tensor is 3-D itself, and `index` selects from it too.
         shares: name of the first linear of the block that has the same input, possibly its own.
+        router: it chooses experts.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Linear:
     out_features: int
     in_features: int
     shares: str = ""
+    router: bool = False
 
     @property
     def site(self) -> "Site":
@@ -107,6 +109,8 @@ class Point:
 Site = tuple[str, int | None]
 Observe = Callable[[Tensor | str, Tensor, bool], Tensor]
 MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+BATCHED = (*MATMUL, torch.bmm, Tensor.bmm)
+TOPK = (torch.topk, Tensor.topk)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +118,8 @@ class Block:
     """One transformer (or state space) block: its path in the model, its checkpoint tensors, its linears as they run.
 
     `skipped` names the matrices of the block that no scheme can choose, with the reason. `points` are those of a state space
-    mixer, if there is one and lowbit's own forward computes what the model's does.
+    mixer, if there is one and lowbit's own forward computes what the model's does. `aside` are linears that stay float, for the
+    reason beside them, unless a rule is for such linears alone.
 
     The block's other arguments, as `leaves` lists them: `varying` are those that depend on the tokens (per-layer embeddings,
     tokens that choose experts). `carried` are mappings that blocks fill and later blocks read (keys and values of another
@@ -130,11 +135,13 @@ class Block:
     points: tuple[Point, ...] = ()
     varying: tuple[int, ...] = ()
     carried: tuple[int, ...] = ()
+    aside: tuple[tuple[Linear, str], ...] = ()
 
 
 class Tap(TorchFunctionMode):
     """While active, calls `observe(weight, x, transposed)` for every product x W^T (or x W: transposed) and uses what it
-    returns in place of x. Sees F.linear, addmm and x @ w, hence nn.Linear, Conv1D and experts that slice a 3-D parameter.
+    returns in place of x. Sees F.linear, addmm and x @ w, hence nn.Linear, Conv1D and experts that slice a 3-D parameter, or
+    multiply all of its slices at once.
     A `ssm.point` x is seen as well, with its name in the place of the weight.
 
     A weight in another dtype than x is multiplied in its own dtype, and the product returned in that of x."""
@@ -154,7 +161,30 @@ class Tap(TorchFunctionMode):
             return _product(torch.matmul, self.observe(args[2], args[1], True), args[2], args[0])
         if func in MATMUL and len(args) == 2 and args[1].dim() == 2:
             return _product(torch.matmul, self.observe(args[1], args[0], args[1].is_contiguous()), args[1], None)
+        if func in BATCHED and len(args) == 2 and isinstance(args[1], nn.Parameter) and args[0].dim() == args[1].dim() == 3:
+            each = zip(args[0].unbind(), args[1].unbind(), strict=True)
+            return torch.stack([_product(torch.matmul, self.observe(w, x, True), w, None) for x, w in each])
         return func(*args, **kwargs)
+
+
+class _Discovery(Tap):
+    """A `Tap` that also tells which linears choose experts: `routers` gets the weight whose product a top-k looks at next."""
+
+    def __init__(self, observe: Observe) -> None:
+        super().__init__(self._seen)
+        self._observe, self._last, self.routers = observe, (torch.empty(0), 0, 0), list[Tensor]()
+
+    def _seen(self, weight: Tensor | str, x: Tensor, transposed: bool) -> Tensor:
+        if not isinstance(weight, str):
+            width = weight.shape[1] if transposed else weight.shape[0]
+            self._last = (weight, width, width * (x.numel() // x.shape[-1]))
+        return self._observe(weight, x, transposed)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        weight, width, size = self._last
+        if func in TOPK and args and args[0].shape[-1] == width and args[0].numel() == size:
+            self.routers.append(weight)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _product(multiply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -308,6 +338,20 @@ class Arch:
     def stored_dtype(self, tensor: str) -> torch.dtype:
         """The dtype of a float tensor in the checkpoint."""
         return FLOAT_DTYPES[self.source.tensors[tensor].dtype]
+
+    def set_aside(self, reasons: dict[str, str]) -> None:
+        """Leave the named linears float, for the reason given, unless they are taken back."""
+        self.adopt(tuple(_divided(block, reasons) for block in self.blocks))
+
+    def take_back(self, names: Iterable[str]) -> None:
+        """Have linears that were set aside be linears as all others."""
+        wanted = set(names)
+        for_good = []
+        for block in self.blocks:
+            back = tuple(replace(linear, shares=linear.name) for linear, _ in block.aside if linear.name in wanted)
+            aside = tuple(pair for pair in block.aside if pair[0].name not in wanted)
+            for_good.append(replace(block, linears=(*block.linears, *back), aside=aside))
+        self.adopt(tuple(for_good))
 
     # ------------------------------------------------------------------------------------------------------ running
 
@@ -492,19 +536,18 @@ class Arch:
             given = leaves(_split_call(args, kwargs)[1:])[0]
             empty.extend((block.index, i, x) for i, x in enumerate(given) if isinstance(x, MutableMapping) and not x)
             values = self.load(block.tensors)
-            linears, skipped, out = self._observe(block, values, original, args, kwargs)
+            linears, skipped, routers, out = self._observe(block, values, original, args, kwargs)
             _check_repeats(block, out, original, args, kwargs)
             points, reasons = self._checked_points(block, out, original, args, kwargs)
             self.free(block.name)
-            found.append(
-                replace(
-                    block,
-                    points=points,
-                    linears=linears,
-                    skipped=(*skipped, *reasons),
-                    returns=len(out) if isinstance(out, (tuple, list)) else 0,
-                )
+            seen = replace(
+                block,
+                points=points,
+                linears=linears,
+                skipped=(*skipped, *reasons),
+                returns=len(out) if isinstance(out, (tuple, list)) else 0,
             )
+            found.append(_divided(seen, dict.fromkeys(routers, "router")))
             previous[:] = [out[0] if isinstance(out, (tuple, list)) else out]
             if progress is not None:
                 progress(len(found), len(self.blocks))
@@ -531,8 +574,9 @@ class Arch:
 
     def _observe(
         self, block: Block, values: dict[str, Tensor], original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Linear, ...], tuple[tuple[str, str], ...], Any]:
-        """Run a loaded block and tell which of its matrices multiply inputs, and which inputs are the same tensor."""
+    ) -> tuple[tuple[Linear, ...], tuple[tuple[str, str], ...], list[str], Any]:
+        """Run a loaded block and tell which matrices multiply inputs, which inputs are the same tensor, and which linears
+        choose experts."""
         sites = self.sites(block)
         inputs: dict[Site, Tensor] = {}
         transposed: dict[str, bool] = {}
@@ -544,15 +588,16 @@ class Arch:
                 transposed[site[0]] = transpose
             return x
 
-        with Tap(observe):
+        with _Discovery(observe) as tap:
             out = original(*args, **kwargs)
+        choosing = {site_of(weight, sites) for weight in tap.routers}
         linears: list[Linear] = []
         skipped: list[tuple[str, str]] = []
         for tensor in block.tensors:
             if values[tensor].dim() < 2:
                 continue
             for linear in self._places.linears(tensor, values[tensor].shape, transposed):
-                reason = self._reason_to_skip(linear, transposed)
+                reason = self._reason_to_skip(linear, transposed, inputs.get(linear.site))
                 if reason is None and not torch.equal(
                     linear.view(self.param(linear)).cpu(), matrix_of(linear, values).to(self.dtype)
                 ):
@@ -560,7 +605,7 @@ class Arch:
                 if reason is not None:
                     skipped.append((linear.name, reason))
                 else:
-                    linears.append(linear)
+                    linears.append(replace(linear, router=linear.site in choosing or self._named_router(block, linear)))
         # In the order in which they run. Experts that no token of the probe reached have no observed input: they come last,
         # in the order of the others, and theirs is shared by site alone.
         position = {site: i for i, site in enumerate(inputs)}
@@ -571,7 +616,7 @@ class Arch:
             x = inputs.get(linear.site)
             key = linear.site if x is None or linear.index is not None else (x.data_ptr(), x.shape, x._version)
             linears[i] = replace(linear, shares=leaders.setdefault(key, linear.name))
-        return tuple(linears), tuple(skipped), out
+        return tuple(linears), tuple(skipped), [linear.name for linear in linears if linear.router], out
 
     def _mixers(self, block: Block) -> list[str]:
         """The paths of the state space mixers of a block."""
@@ -621,12 +666,25 @@ class Arch:
             del self.model.get_submodule(path).forward
         return (), tuple((path, "a scan that lowbit does not know; its projections can be quantized") for path in sorted(paths))
 
-    def _reason_to_skip(self, linear: Linear, transposed: dict[str, bool]) -> str | None:
+    def _named_router(self, block: Block, linear: Linear) -> bool:
+        """Whether a linear is called a router, or belongs to a module of the block that is."""
+        path = linear.param.removeprefix(f"{block.name}.").rpartition(".")[0]
+        if linear.index is not None or not path:
+            return False
+        parts = path.split(".")
+        inside = [self.model.get_submodule(".".join((block.name, *parts[:i]))) for i in range(1, len(parts))]
+        kinds = [type(module).__name__ for module in inside]
+        return "router" in path.lower() or any(re.search("Router|Gating|Gate$", kind) for kind in kinds)
+
+    def _reason_to_skip(self, linear: Linear, transposed: dict[str, bool], x: Tensor | None) -> str | None:
+        """x: what the linear was seen to multiply."""
         module = self.model.get_submodule(linear.param.rpartition(".")[0])
         kind = type(module).__name__
         if linear.param not in transposed:
             return f"not used as a linear layer ({kind})"
         if not (isinstance(module, nn.Linear) or kind == "Conv1D" or linear.index is not None):
+            return f"not a linear layer but a {kind}"
+        if isinstance(module, nn.Linear) and x is not None and not _multiplies(module, x):
             return f"not a linear layer but a {kind}"
         if linear.out_features == 1:
             return "a gate of one output"
@@ -639,6 +697,26 @@ class Arch:
                 f"{self.source.folder}: the checkpoint lacks {len(missing)} tensors the model needs: "
                 f"{', '.join(sorted(missing)[:5])}{' ...' if len(missing) > 5 else ''}"
             )
+
+
+def _multiplies(module: nn.Linear, x: Tensor) -> bool:
+    """Whether a module of a class derived from nn.Linear does nothing but what nn.Linear does."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    try:
+        out = module(x)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(out, Tensor) and torch.allclose(out, F.linear(x, module.weight, module.bias), rtol=1e-3, atol=1e-5)
+
+
+def _divided(block: Block, reasons: dict[str, str]) -> Block:
+    """A block with the named linears set aside, for the reason given."""
+    kept = [linear for linear in block.linears if linear.name not in reasons]
+    leaders: dict[str, str] = {}  # the first linear with an input may be among those set aside
+    kept = [replace(linear, shares=leaders.setdefault(linear.shares, linear.name)) for linear in kept]
+    aside = tuple((linear, reasons[linear.name]) for linear in block.linears if linear.name in reasons)
+    return replace(block, linears=tuple(kept), aside=(*block.aside, *aside))
 
 
 class _Reached(Exception):

@@ -53,6 +53,8 @@ _PARTS = (
     *("input_scale", "input_global_scale"),
 )
 _E4M3 = torch.float8_e4m3fn
+_ROWS_IN_VLLM, _COLUMNS_IN_VLLM = 64, 32  # what its kernels want multiples of
+_SMALL = 0.02  # of the weights of a block's linears
 _NEED_WEIGHTS = ("falcon", "mamba", "mamba2")  # models whose code in transformers reads the weights of some linears itself
 # vLLM stacks these linears into one matrix, which has one scheme.
 _STACKED_IN_VLLM = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
@@ -113,6 +115,19 @@ def _reason_of_transformers(linear: Linear, scheme: Scheme, model_type: str) -> 
     return None
 
 
+def too_small(arch: Arch, engine: str) -> dict[str, str]:
+    """Linears that an engine has no kernel for and that hardly count, with the reason to leave them float."""
+    found: dict[str, str] = {}
+    for block in arch.blocks if engine == "vllm" else ():
+        total = sum(linear.out_features * linear.in_features for linear in block.linears)
+        for linear in block.linears:
+            odd = linear.out_features % _ROWS_IN_VLLM or linear.in_features % _COLUMNS_IN_VLLM
+            if odd and linear.out_features * linear.in_features <= _SMALL * total:
+                shape = f"{linear.out_features} x {linear.in_features}"
+                found[linear.name] = f"vLLM has no kernel for {shape}, no multiple of {_ROWS_IN_VLLM} x {_COLUMNS_IN_VLLM}"
+    return found
+
+
 def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: dict[str, Scheme], model_type: str = "") -> None:
     """Refuse, before any work, what the chosen engine would not load.
 
@@ -133,10 +148,12 @@ def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: d
     for linear in linears:
         if linear.name not in schemes:
             continue
-        if linear.transposed:
-            raise ValueError(f"{linear.name} is stored as [in, out] (Conv1D), which compressed-tensors does not know; {remedy}")
         if linear.stacked:
             raise ValueError(f"{linear.name} is a slice of a 3-D tensor, for which no engine has a layout; {remedy}")
+        if linear.transposed:
+            raise ValueError(f"{linear.name} is stored as [in, out] (Conv1D), which compressed-tensors does not know; {remedy}")
+        if linear.router and engine == "vllm":
+            raise ValueError(f"{linear.name} chooses experts, and vLLM keeps such linears float; leave it float, or {remedy}")
         reason = _reason_of_transformers(linear, schemes[linear.name], model_type) if engine == "transformers" else None
         if reason is not None:
             raise ValueError(f"{linear.name} cannot be exported for transformers: {reason}; or {remedy}")
@@ -433,7 +450,10 @@ def _float_linears(arch: Arch, schemes: dict[str, Scheme]) -> list[str]:
             names.append(name)
     for block in arch.blocks:
         names += [name for name, _ in block.skipped if f"{name}.weight" in arch.source.tensors]
+        names += [linear.name for linear, _ in block.aside]
         names += [linear.name for linear in block.linears if linear.name not in schemes and not linear.stacked]
+    # Further layers and heads for several tokens, which other programs may build.
+    names += [name.removesuffix(".weight") for name in sorted(arch.unused) if len(arch.source.tensors[name].shape) >= 2]
     return list(dict.fromkeys(names))
 
 

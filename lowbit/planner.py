@@ -31,7 +31,7 @@ from lowbit.files import write_json
 from lowbit.methods.embed import Rounded
 from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
-from lowbit.run import Progress, available_memory, differences, drawn, rewritten
+from lowbit.run import Progress, available_memory, differences, drawn, rewritten, set_aside
 from lowbit.sensitivity import (
     PER,
     SIGNALS,
@@ -153,6 +153,7 @@ def plan(
     effort = effort or Effort()
     source = open_source(model, revision)
     arch = rewritten(Arch(source, device=device), base, say)
+    set_aside(arch, base)
     if isinstance(arch.source, Rounded) and max_ppl_ratio is not None:
         raise ValueError("embed is what a plan for max_ppl_ratio decides about itself; leave it out of the method")
     if not causal(arch):

@@ -40,7 +40,17 @@ from lowbit.adapter import FOLDER as ADAPTER
 from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, Site, return_freed_memory
 from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
-from lowbit.export import NATIVE, QuantizedSource, check_export, encode, encode_static, load, quantized_sites, write_config
+from lowbit.export import (
+    NATIVE,
+    QuantizedSource,
+    check_export,
+    encode,
+    encode_static,
+    load,
+    quantized_sites,
+    too_small,
+    write_config,
+)
 from lowbit.files import TEMPORARY, replacing, save_shard, sha256_of, write_json
 from lowbit.methods.embed import Rounded
 from lowbit.parallel import Team, join, judging, launch, parallel_step, say_step, shares, train
@@ -214,11 +224,22 @@ def rewritten(arch: Arch, recipe: Recipe, say: Progress, clock: "_Clock | None" 
 
 def _chosen(arch: Arch, recipe: Recipe) -> tuple[list[Linear], dict[str, Scheme]]:
     """All linears of the model, and the schemes of those that the rules quantize, which are then read as exactly as known."""
+    set_aside(arch, recipe)
     chain = arch.blocks if arch.head is None else (*arch.blocks, arch.head)
     linears = [linear for block in chain for linear in block.linears]
-    schemes = recipe.schemes((linear.name for linear in linears), _points(arch), tied_head=arch.tied_head)
+    left = [name for block in arch.blocks for name, _ in block.skipped]
+    left += [linear.name for block in arch.blocks for linear, _ in block.aside]
+    schemes = recipe.schemes((linear.name for linear in linears), _points(arch), tied_head=arch.tied_head, left=left)
     arch.source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
     return linears, schemes
+
+
+def set_aside(arch: Arch, recipe: Recipe) -> None:
+    """Leave float the small linears that the recipe's engine cannot multiply, and routers, unless a rule is for them alone."""
+    if recipe.format != NATIVE:
+        arch.set_aside(too_small(arch, recipe.engine))
+    aside = [linear.name for block in arch.blocks for linear, _ in block.aside]
+    arch.take_back(recipe.named(aside, (linear.name for block in arch.blocks for linear in block.linears)))
 
 
 def _points(arch: Arch) -> list[str]:
@@ -1285,10 +1306,12 @@ def _left_float(arch: Arch, rows: list[dict[str, Any]], points: Iterable[str]) -
     left: list[tuple[str, str]] = []
     for block in arch.blocks:
         left += [(name, reason) for name, reason in block.skipped if name not in quantized]
+        left += [(linear.name, reason) for linear, reason in block.aside]
         left += [(linear.name, "left float by the rules") for linear in block.linears if linear.name not in quantized]
     head = {linear.name for linear in arch.head.linears} if arch.head is not None else set()
     outside = [name.removesuffix(".weight") for name in arch.outside if len(arch.source.tensors[name].shape) > 1]
     reasons = [(name, "left float by the rules" if name in head else "outside the blocks") for name in outside]
+    reasons += [(name.removesuffix(".weight"), "kept as it is: the model has no place for it") for name in sorted(arch.unused)]
     return [*left, *((name, reason) for name, reason in reasons if name not in quantized)]
 
 
