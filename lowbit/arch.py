@@ -52,6 +52,7 @@ class Linear:
         rows: the output rows it occupies there.
         transposed: the parameter is stored as [in, out] (GPT-2's Conv1D).
         stacked: the checkpoint's tensor is 3-D itself, and `index` selects from it too.
+        swapped: the checkpoint's tensor has the last two dimensions the other way round than the parameter.
         shares: name of the first linear of the block that has the same input, possibly its own.
         router: it chooses experts.
     """
@@ -67,6 +68,12 @@ class Linear:
     in_features: int
     shares: str = ""
     router: bool = False
+    swapped: bool = False
+
+    @property
+    def stored_transposed(self) -> bool:
+        """The checkpoint's tensor is stored as [in, out]."""
+        return self.transposed != self.swapped
 
     @property
     def site(self) -> "Site":
@@ -416,7 +423,7 @@ class Arch:
 
     def _inside(self, hidden: Tensor) -> Tensor:
         """Hidden states with rows first as the model's blocks take them, on `device`."""
-        return hidden.to(self.device).movedim(0, self._rows_axis)
+        return hidden.to(self.device).movedim(0, self._rows_axis).contiguous()  # sums depend on the layout in memory
 
     def finish(self, tokens: Tensor, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """Run what comes after the blocks: logits [rows, length, vocabulary] of `hidden`, the last block's output, or the
@@ -870,7 +877,7 @@ def matrix_of(linear: Linear, values: dict[str, Tensor]) -> Tensor:
     if linear.stacked:
         assert linear.index is not None
         tensor = tensor[linear.index]
-    return tensor.T if linear.transposed else tensor
+    return tensor.T if linear.stored_transposed else tensor
 
 
 def _empty_model(source: Source) -> "PreTrainedModel":
@@ -973,7 +980,11 @@ class _Places:
                 self._members.setdefault(param, []).append(name)
         # Where each converted tensor ends up, found by converting labelled stand-ins of shape [2, 3].
         self._located: dict[str, tuple[str, int | None, tuple[int, int], bool]] = {}
-        for first, names in self._members.items():
+        self._stacks: dict[str, bool] = {}  # 3-D tensors that are a parameter; whether the last two dimensions are exchanged
+        for first, names in list(self._members.items()):
+            if any(len(self._shapes[name]) != 2 for name in names):
+                filled |= self._take_whole(first, names)
+                continue
             labels = {name: torch.arange(6).view(2, 3) + 6 * i for i, name in enumerate(names)}
             for param, value in self._convert(first, labels).items():
                 filled.add(param)
@@ -987,6 +998,24 @@ class _Places:
         self.tied = {a: b for a, b in tied.items() if a not in filled and b in filled}
         self.tied |= {b: a for a, b in tied.items() if b not in filled and a in filled}
         self.missing = set(state) - filled - set(self.tied) - buffers
+
+    def _take_whole(self, first: str, names: list[str]) -> set[str]:
+        """Take tensors of other than two dimensions, whose conversion depends on their shapes; returns the parameters filled.
+
+        A stack of matrices that becomes one parameter, as it is or turned, is found here. Matrices of others are not located.
+        """
+        made = self._convert(first, {name: torch.empty(self._shapes[name], device="meta") for name in names})
+        shape = self._shapes[names[0]]
+        if len(names) == 1 and list(made) == [first] and len(shape) == 3:
+            found, turned = tuple(made[first].shape), (shape[0], shape[2], shape[1])
+            exchanged = found == turned
+            if exchanged and shape == turned:  # the shape does not tell: see where one entry goes
+                label = torch.zeros(shape, dtype=torch.uint8)
+                label[0, 0, 1] = 1
+                exchanged = bool(self._convert(first, {names[0]: label})[first][0, 1, 0])
+            if exchanged or found == tuple(shape):
+                self._stacks[names[0]] = exchanged
+        return set(made)
 
     def sources_under(self, prefix: str) -> tuple[str, ...]:
         """The checkpoint tensors that fill parameters whose names start with `prefix`."""
@@ -1026,15 +1055,15 @@ class _Places:
                 name=name, tensor=tensor, param=param, index=index, rows=rows, transposed=flipped, stacked=False,
                 out_features=shape[0], in_features=shape[1],
             )  # fmt: skip
-        elif tensor in self._plain and len(shape) in (2, 3):
-            param = self._plain[tensor]
+        elif (tensor in self._plain or tensor in self._stacks) and len(shape) in (2, 3):
+            param, swapped = self.param_of(tensor), self._stacks.get(tensor, False)
             flipped = transposed.get(param, False)
-            out, inner = (shape[-1], shape[-2]) if flipped else (shape[-2], shape[-1])
+            out, inner = (shape[-1], shape[-2]) if flipped != swapped else (shape[-2], shape[-1])
             stacked = len(shape) == 3 and param in transposed
             for index in range(shape[0]) if stacked else (None,):
                 yield Linear(
                     name=name if index is None else f"{name}.{index}", tensor=tensor, param=param, index=index,
-                    rows=(0, out), transposed=flipped, stacked=stacked, out_features=out, in_features=inner,
+                    rows=(0, out), transposed=flipped, stacked=stacked, out_features=out, in_features=inner, swapped=swapped,
                 )  # fmt: skip
 
     def _convert(self, first: str, values: dict[str, Tensor]) -> dict[str, Tensor]:

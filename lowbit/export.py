@@ -122,7 +122,9 @@ def too_small(arch: Arch, engine: str) -> dict[str, str]:
         total = sum(linear.out_features * linear.in_features for linear in block.linears)
         for linear in block.linears:
             odd = linear.out_features % _ROWS_IN_VLLM or linear.in_features % _COLUMNS_IN_VLLM
-            if odd and linear.out_features * linear.in_features <= _SMALL * total:
+            # Of what vLLM stacks, the rows of all together count.
+            stacked = any(linear.name.rpartition(".")[2] in stack for stack in _STACKED_IN_VLLM)
+            if odd and not stacked and linear.out_features * linear.in_features <= _SMALL * total:
                 shape = f"{linear.out_features} x {linear.in_features}"
                 found[linear.name] = f"vLLM has no kernel for {shape}, no multiple of {_ROWS_IN_VLLM} x {_COLUMNS_IN_VLLM}"
     return found
@@ -341,7 +343,7 @@ def write_config(
             linear.name: {
                 "tensor": linear.tensor,
                 "index": linear.index if linear.stacked else None,
-                "transposed": linear.transposed,
+                "transposed": linear.stored_transposed,
                 "shape": [linear.out_features, linear.in_features],
                 "scheme": schemes[linear.name].name,
                 "weight": schemes[linear.name].weight.to_dict(),

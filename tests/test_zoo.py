@@ -8,15 +8,17 @@ import pytest
 import torch
 import zoo
 from compressed_tensors.utils.match import match_named_modules
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Cache, DynamicCache
 
 from lowbit.arch import Arch, leaves
-from lowbit.export import check_export, library_config
+from lowbit.export import QuantizedSource, check_export, library_config
 from lowbit.qtensor import parse_scheme
 from lowbit.recipe import Rule, short_recipe
-from lowbit.run import set_aside
+from lowbit.run import quantize, set_aside
 from lowbit.source import open_source
+from lowbit.unit import Stream
 
 # Classes that are refused, with a part of the message.
 REFUSED = {
@@ -128,6 +130,81 @@ def test_experts_multiplied_all_at_once_are_linears_that_no_engine_loads(tmp_pat
     assert {(linear.out_features, linear.in_features) for linear in experts} == {(256, 64), (64, 128)}
     with pytest.raises(ValueError, match="is a slice of a 3-D tensor"):
         check_export("compressed-tensors", "vllm", experts, {linear.name: parse_scheme("w4a16-g32") for linear in experts})
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text", "deepseek_v4"])
+def test_arguments_that_depend_on_tokens_reach_every_batch_also_after_a_restart(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowbit.unit.TOKENS_PER_BATCH", 32)
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    shared = kinds if model_type == "gemma4_text" else {}
+    zoo.save(model_type, tmp_path / "model", **shared)
+    arch = Arch(open_source(str(tmp_path / "model")))
+    arch.probe()
+    assert arch.calls_differ
+    assert any(block.varying for block in arch.blocks)
+    assert any(block.carried for block in arch.blocks) == model_type.startswith("gemma")
+    tokens = torch.randint(10, 100, (5, 16), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "work").mkdir()
+    for index, block in enumerate(arch.blocks):
+        stream = Stream(arch, tokens, tmp_path / "work")  # as after a kill
+        assert len(stream.taken) == 3
+        stream.start()
+        arch.load(block.tensors)
+        hidden, call = stream.stand_in(index)
+        assert arch.call(block, hidden, call).shape == hidden.shape
+        stream.advance(block, lambda hidden, call, block=block: arch.call(block, hidden, call))
+        arch.free(block.name)
+        stream.drop(index)
+    arch.load_outside()
+    found = arch.finish(tokens, stream.read(len(arch.blocks), 0, 5))
+    expected = arch.fill()(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_tensors_without_a_place_are_kept_named_and_ignored(tmp_path: Path) -> None:
+    model = zoo.save("llama", tmp_path / "model")
+    further = {
+        "mtp.fc.weight": torch.randn(64, 128),
+        "mtp.norm.weight": torch.randn(64),
+        "model.layers.2.mlp.experts.up": torch.randn(2, 64, 64),
+    }
+    save_file(model.state_dict() | further, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    report = quantize(str(tmp_path / "model"), tmp_path / "out", scheme="w4a16-g32")
+    left = {row["name"]: row["reason"] for row in report["float_matrices"]}
+    assert left["mtp.fc"] == left["mtp.norm"] == "kept as it is: the model has no place for it"
+    out = QuantizedSource(tmp_path / "out")
+    assert all(torch.equal(out.read([name])[name], value) for name, value in further.items())
+    ignore = out.config["quantization_config"]["ignore"]
+    assert {"mtp.fc", "model.layers.2.mlp.experts.up"} <= set(ignore)
+    assert "mtp.norm" not in ignore
+
+
+def test_a_stack_that_transformers_turns_is_found(tmp_path: Path) -> None:
+    zoo.save("qwen3_vl_moe", tmp_path / "model")
+    source = open_source(str(tmp_path / "model"))
+    (name,) = [name for name in source.tensors if name.endswith("layers.1.mlp.experts.down_proj")]
+    report = quantize(str(tmp_path / "model"), tmp_path / "out", scheme="w4a16-g32", format="lowbit")
+    rows = {row["name"]: row["shape"] for row in report["linears"]}
+    assert [rows[f"{name}.{i}"] for i in range(4)] == [[64, 64]] * 4
+    assert QuantizedSource(tmp_path / "out").tensors[name].shape == source.tensors[name].shape
+
+
+def test_small_linears_that_vllm_has_no_kernel_for_stay_float(tmp_path: Path) -> None:
+    zoo.save("qwen3_5", tmp_path)
+    arch = Arch(open_source(str(tmp_path)))
+    arch.probe()
+    linears = {linear.name.rpartition(".")[2] for block in arch.blocks for linear in block.linears}
+    assert {"in_proj_a", "in_proj_b", "k_proj"} <= linears
+    set_aside(arch, short_recipe(scheme="w4a16-g32", engine="transformers"))
+    assert not any(block.aside for block in arch.blocks)
+    set_aside(arch, short_recipe(scheme="w4a16-g32"))
+    aside = {linear.name.rpartition(".")[2]: reason for block in arch.blocks for linear, reason in block.aside}
+    assert set(aside) == {"in_proj_a", "in_proj_b"}
+    assert all("vLLM has no kernel for 4 x 64" in reason for reason in aside.values())
+    kept = [linear for block in arch.blocks for linear in block.linears]
+    assert {linear.shares for linear in kept} <= {linear.name for linear in kept}
 
 
 def test_a_block_that_keeps_state_is_refused_before_any_work(tmp_path: Path) -> None:
