@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit import __version__
 from lowbit.adapter import FOLDER as ADAPTER
@@ -64,6 +64,7 @@ from lowbit.views import histograms, outliers, watching
 
 _WRITTEN = "written-"  # name of the files with tokens that the model wrote
 _ROUNDINGS = 8  # of the checkpoint's dtype that a transform may add to a block's output, relative
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_seq_length", "n_ctx")  # in configs
 GATE_ROWS = 2
 GATE_POSITIONS = 256  # of each row, whose logits are compared
 GATE_TOKENS = 128  # length of random rows, where a recipe has no calibration data
@@ -151,7 +152,7 @@ def quantize(
     _check_apart(out, source.folder)
     arch = original = Arch(source, device=device)
     recipe.schemes(_candidates(arch, recipe), _points(arch), tied_head=arch.tied_head)
-    data_used, solver_tokens = _calibration(recipe, source, out, device, say)
+    data_used, solver_tokens = _calibration(recipe, source, out, device, say, positions(arch))
     with (
         _journal(out, _job(source, recipe, data_used, device, parallel, deterministic), overwrite) as folder,
         _saying_what_is_kept(folder),
@@ -898,19 +899,36 @@ def _candidates(arch: Arch, recipe: Recipe) -> list[str]:
     return names
 
 
-def _calibration(recipe: Recipe, source: Source, out: Path, device: str, say: Progress) -> tuple[Calibration, Tensor]:
+def positions(arch: Arch) -> int | None:
+    """How long a row the model can take, as its config says; None where it does not."""
+    config = arch.model.config.get_text_config()
+    found = next((x for name in _POSITIONS if isinstance(x := getattr(config, name, None), int) and x > 0), None)
+    for name, module in arch.model.named_modules():
+        # RoBERTa counts positions from behind the one of padding.
+        if isinstance(module, nn.Embedding) and "position" in name and module.num_embeddings == found:
+            return found if module.padding_idx is None else found - module.padding_idx - 1
+    return found
+
+
+def _calibration(
+    recipe: Recipe, source: Source, out: Path, device: str, say: Progress, limit: int | None
+) -> tuple[Calibration, Tensor]:
     """The calibration data, and the rows of it that stream through the model [rows, length] int64."""
     spec = recipe.data
     if spec is None:
-        limit = source.config.get("max_position_embeddings") or source.config.get("n_positions") or GATE_TOKENS
-        spec = DataSpec(source="random", rows=GATE_ROWS, length=max(2, min(GATE_TOKENS, limit // 2)))
+        spec = DataSpec(source="random", rows=GATE_ROWS, length=max(2, min(GATE_TOKENS, (limit or GATE_TOKENS) // 2)))
+    rows, length = spec.size
+    spec = spec.fitted(limit)
     if not recipe.calibrated:
-        spec = replace(spec, rows=min(spec.rows, GATE_ROWS))
+        spec = replace(spec, rows=min(rows, GATE_ROWS))
     if spec.kind == "self":
         say("writing calibration text", 0, 1)
         calibration = _written(spec, source, out, device)
     else:
         calibration = drawn(spec, source)
+    if calibration.tokens.shape != (spec.rows or rows, length):
+        found = calibration.tokens
+        say(f"calibrating on {len(found)} rows of {found.shape[1]} tokens, all that the model and the text have", 0, 1)
     return calibration, calibration.tokens
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import zoo
 from compressed_tensors.utils.match import match_named_modules
@@ -13,10 +14,11 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from lowbit.arch import Arch, leaves
+from lowbit.data import DataSpec, calibration_tokens
 from lowbit.export import QuantizedSource, check_export, library_config
 from lowbit.qtensor import parse_scheme
 from lowbit.recipe import Rule, short_recipe
-from lowbit.run import quantize, set_aside
+from lowbit.run import positions, quantize, set_aside
 from lowbit.source import open_source
 from lowbit.unit import Stream
 
@@ -205,6 +207,47 @@ def test_small_linears_that_vllm_has_no_kernel_for_stay_float(tmp_path: Path) ->
     assert all("vLLM has no kernel for 4 x 64" in reason for reason in aside.values())
     kept = [linear for block in arch.blocks for linear in block.linears]
     assert {linear.shares for linear in kept} <= {linear.name for linear in kept}
+
+
+@pytest.mark.parametrize(("name", "limit"), [("bert", 256), ("roberta", 256 - 1 - 2), ("gpt2", 256), ("llama", 256)])
+def test_rows_are_as_long_as_the_model_has_positions(name: str, limit: int, tmp_path: Path) -> None:
+    tiny.save(name, tmp_path / "model")
+    data = DataSpec(source="random", rows=2)
+    arch = Arch(open_source(str(tmp_path / "model")))
+    assert positions(arch) == limit
+    told: list[str] = []
+    report = quantize(
+        str(tmp_path / "model"),
+        tmp_path / "out",
+        scheme="w4a16-g32",
+        data=data,
+        format="lowbit",
+        progress=lambda stage, done, total: told.append(stage),
+    )
+    assert report["data"]["length"] == limit
+    assert f"calibrating on 2 rows of {limit} tokens, all that the model and the text have" in told
+    with pytest.raises(ValueError, match=f"length = {limit + 1}: the model has {limit} positions"):
+        quantize(
+            str(tmp_path / "model"),
+            tmp_path / "long",
+            scheme="w4a16-g32",
+            data=replace(data, length=limit + 1),
+            format="lowbit",
+        )
+    assert not (tmp_path / "long.partial").exists()
+
+
+def test_rows_and_length_fit_a_short_text_unless_they_are_given(tmp_path: Path) -> None:
+    tokenizer = tiny.save_tokenizer(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("A smaller model is a faster model. " * 30, encoding="utf-8")
+    spec = DataSpec(source=str(text), length=16)
+    found = calibration_tokens(spec, tokenizer, vocab_size=tiny.VOCAB)
+    assert 2 <= len(found.tokens) < 128
+    assert found.describe()["rows"] == len(found.tokens)
+    assert calibration_tokens(DataSpec(source=str(text)), tokenizer, vocab_size=tiny.VOCAB).tokens.shape[0] == 1
+    with pytest.raises(ValueError, match="use a length <= "):
+        calibration_tokens(replace(spec, rows=1, length=4096), tokenizer, vocab_size=tiny.VOCAB)
 
 
 def test_a_block_that_keeps_state_is_refused_before_any_work(tmp_path: Path) -> None:
