@@ -473,6 +473,11 @@ class Arch:
             return torch.func.functional_call(self.model, parameters, kwargs=given) if parameters else self.model(**given)
 
     @property
+    def merged(self) -> list[str]:
+        """Tensors of other than two dimensions, such as convolutions, of which transformers makes one parameter."""
+        return self._places.merged
+
+    @property
     def calls_differ(self) -> bool:
         """Whether batches of one shape call blocks with other arguments beside the hidden states; see `Block`."""
         return any(block.varying or block.carried for block in self.blocks)
@@ -980,6 +985,7 @@ class _Places:
                 self._members.setdefault(param, []).append(name)
         # Where each converted tensor ends up, found by converting labelled stand-ins of shape [2, 3].
         self._located: dict[str, tuple[str, int | None, tuple[int, int], bool]] = {}
+        self.merged: list[str] = []  # tensors of other than two dimensions that make a parameter together
         self._stacks: dict[str, bool] = {}  # 3-D tensors that are a parameter; whether the last two dimensions are exchanged
         for first, names in list(self._members.items()):
             if any(len(self._shapes[name]) != 2 for name in names):
@@ -1004,6 +1010,8 @@ class _Places:
 
         A stack of matrices that becomes one parameter, as it is or turned, is found here. Matrices of others are not located.
         """
+        if len(names) > 1:
+            self.merged += names
         made = self._convert(first, {name: torch.empty(self._shapes[name], device="meta") for name in names})
         shape = self._shapes[names[0]]
         if len(names) == 1 and list(made) == [first] and len(shape) == 3:

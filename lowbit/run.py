@@ -44,6 +44,7 @@ from lowbit.export import (
     NATIVE,
     QuantizedSource,
     check_export,
+    check_loading,
     encode,
     encode_static,
     load,
@@ -166,7 +167,8 @@ def quantize(
         source = arch.source
         linears, schemes = _chosen(arch, recipe)
         _check_linears(linears, schemes)
-        check_export(recipe.format, recipe.engine, linears, schemes, str(source.config.get("model_type", "")))
+        check_export(recipe.format, recipe.engine, linears, schemes)
+        check_loading(arch, recipe.format, recipe.engine, linears, schemes)
         _check_head(arch, recipe, schemes)
         _check_memory(arch, schemes)
         _check_training_memory(arch, recipe, schemes)

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache
 
 from lowbit.arch import Arch, leaves
 from lowbit.data import DataSpec, calibration_tokens
-from lowbit.export import QuantizedSource, check_export, library_config
+from lowbit.export import QuantizedSource, check_export, check_loading, library_config
 from lowbit.qtensor import parse_scheme
 from lowbit.recipe import Rule, short_recipe
 from lowbit.run import positions, quantize, set_aside
@@ -248,6 +248,32 @@ def test_rows_and_length_fit_a_short_text_unless_they_are_given(tmp_path: Path) 
     assert calibration_tokens(DataSpec(source=str(text)), tokenizer, vocab_size=tiny.VOCAB).tokens.shape[0] == 1
     with pytest.raises(ValueError, match="use a length <= "):
         calibration_tokens(replace(spec, rows=1, length=4096), tokenizer, vocab_size=tiny.VOCAB)
+
+
+# What `from_pretrained` did with a packed checkpoint of the class, by transformers 5.22.
+LOADS = {"llama": True, "bamba": True, "jamba": True, "gpt_neox": True, "qwen3_5": True, "granitemoehybrid": True}
+FAILS = {
+    "falcon": "its code for FalconLinear reads weights",
+    "falcon_mamba": "its code for FalconMambaMixer reads weights",
+    "mamba2": "its code for Mamba2Mixer reads weights",
+    "kimi_linear": "makes one parameter of",
+}
+
+
+@pytest.mark.parametrize("model_type", [*LOADS, *FAILS])
+def test_what_transformers_cannot_load_is_refused_by_running_its_code(model_type: str, tmp_path: Path) -> None:
+    zoo.save(model_type, tmp_path)
+    arch = Arch(open_source(str(tmp_path)))
+    arch.probe()
+    linears = [linear for block in arch.blocks for linear in block.linears if not linear.stacked]
+    schemes = {linear.name: parse_scheme("w4a16-g32") for linear in linears}
+    check_loading(arch, "compressed-tensors", "vllm", linears, schemes)
+    check_loading(arch, "lowbit", "transformers", linears, schemes)
+    if model_type in LOADS:
+        check_loading(arch, "compressed-tensors", "transformers", linears, schemes)
+        return
+    with pytest.raises(ValueError, match=FAILS[model_type]):
+        check_loading(arch, "compressed-tensors", "transformers", linears, schemes)
 
 
 def test_a_block_that_keeps_state_is_refused_before_any_work(tmp_path: Path) -> None:
