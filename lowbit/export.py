@@ -105,7 +105,8 @@ def check_loading(arch: Arch, format: str, engine: str, linears: Iterable[Linear
     """Refuse, before any work, what transformers' `from_pretrained` would not load of a compressed-tensors checkpoint.
 
     Raises:
-        ValueError: the model's code, run here without them, reads weights that packed checkpoints do not have; or parameters are made of several tensors when the checkpoint is loaded.
+        ValueError: the model's code, run here without them, reads weights that packed checkpoints do not have; or parameters
+            are made of several tensors when the checkpoint is loaded.
     """
     if format == NATIVE or engine != "transformers":
         return
