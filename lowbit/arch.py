@@ -14,12 +14,11 @@ checkpoint names.
 import contextlib
 import ctypes
 import gc
-import inspect
 import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowbit.outputs import distance, gives_choices, input_ids, output_of
 from lowbit.source import FLOAT_DTYPES, Source, in_short, read_json, refused_code
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 16
 _SLACK = 2**24  # weights, or bytes of computed tables, that a model may have beyond what its files explain
 _SAME = 1e-2  # relative, of a mixer's output: another formula differs by more, bfloat16 products by less
+_REPEATED = 1e-4  # relative, of a block's output on a second call: a key more in a cache changes it by more
 REARRANGED = "transformers stores it rearranged"  # a reason in `Block.skipped`
 
 
@@ -56,7 +57,9 @@ class Linear:
         rows: the output rows it occupies there.
         transposed: the parameter is stored as [in, out] (GPT-2's Conv1D).
         stacked: the checkpoint's tensor is 3-D itself, and `index` selects from it too.
+        swapped: the checkpoint's tensor has the last two dimensions the other way round than the parameter.
         shares: name of the first linear of the block that has the same input, possibly its own.
+        router: it chooses experts.
     """
 
     name: str
@@ -69,6 +72,13 @@ class Linear:
     out_features: int
     in_features: int
     shares: str = ""
+    router: bool = False
+    swapped: bool = False
+
+    @property
+    def stored_transposed(self) -> bool:
+        """The checkpoint's tensor is stored as [in, out]."""
+        return self.transposed != self.swapped
 
     @property
     def site(self) -> "Site":
@@ -111,6 +121,8 @@ class Point:
 Site = tuple[str, int | None]
 Observe = Callable[[Tensor | str, Tensor, bool], Tensor]
 MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+BATCHED = (*MATMUL, torch.bmm, Tensor.bmm)
+TOPK = (torch.topk, Tensor.topk)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +130,12 @@ class Block:
     """One transformer (or state space) block: its path in the model, its checkpoint tensors, its linears as they run.
 
     `skipped` names the matrices of the block that no scheme can choose, with the reason. `points` are those of a state space
-    mixer, if there is one and lowbit's own forward computes what the model's does.
+    mixer, if there is one and lowbit's own forward computes what the model's does. `aside` are linears that stay float, for the
+    reason beside them, unless a rule is for such linears alone.
+
+    The block's other arguments, as `leaves` lists them: `varying` are those that depend on the tokens (per-layer embeddings,
+    tokens that choose experts). `carried` are mappings that blocks fill and later blocks read (keys and values of another
+    layer).
     """
 
     index: int
@@ -128,11 +145,15 @@ class Block:
     skipped: tuple[tuple[str, str], ...] = ()
     returns: int = 0  # 0: a tensor, n: a tuple of n with the hidden states first
     points: tuple[Point, ...] = ()
+    varying: tuple[int, ...] = ()
+    carried: tuple[int, ...] = ()
+    aside: tuple[tuple[Linear, str], ...] = ()
 
 
 class Tap(TorchFunctionMode):
     """While active, calls `observe(weight, x, transposed)` for every product x W^T (or x W: transposed) and uses what it
-    returns in place of x. Sees F.linear, addmm and x @ w, hence nn.Linear, Conv1D and experts that slice a 3-D parameter.
+    returns in place of x. Sees F.linear, addmm and x @ w, hence nn.Linear, Conv1D and experts that slice a 3-D parameter, or
+    multiply all of its slices at once.
     A `ssm.point` x is seen as well, with its name in the place of the weight.
 
     A weight in another dtype than x is multiplied in its own dtype, and the product returned in that of x."""
@@ -152,7 +173,30 @@ class Tap(TorchFunctionMode):
             return _product(torch.matmul, self.observe(args[2], args[1], True), args[2], args[0])
         if func in MATMUL and len(args) == 2 and args[1].dim() == 2:
             return _product(torch.matmul, self.observe(args[1], args[0], args[1].is_contiguous()), args[1], None)
+        if func in BATCHED and len(args) == 2 and isinstance(args[1], nn.Parameter) and args[0].dim() == args[1].dim() == 3:
+            each = zip(args[0].unbind(), args[1].unbind(), strict=True)
+            return torch.stack([_product(torch.matmul, self.observe(w, x, True), w, None) for x, w in each])
         return func(*args, **kwargs)
+
+
+class _Discovery(Tap):
+    """A `Tap` that also tells which linears choose experts: `routers` gets the weight whose product a top-k looks at next."""
+
+    def __init__(self, observe: Observe) -> None:
+        super().__init__(self._seen)
+        self._observe, self._last, self.routers = observe, (torch.empty(0), 0, 0), list[Tensor]()
+
+    def _seen(self, weight: Tensor | str, x: Tensor, transposed: bool) -> Tensor:
+        if not isinstance(weight, str):
+            width = weight.shape[1] if transposed else weight.shape[0]
+            self._last = (weight, width, width * (x.numel() // x.shape[-1]))
+        return self._observe(weight, x, transposed)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        weight, width, size = self._last
+        if func in TOPK and args and args[0].shape[-1] == width and args[0].numel() == size:
+            self.routers.append(weight)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _product(multiply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -204,9 +248,8 @@ class Arch:
         self.outside = tuple(name for name in source.tensors if name not in taken and name not in self.unused)
         self.head, self.tied_head = self._find_head()
         self.table = self._find_table()
-        # Caches would carry state from call to call; encoders know no such argument.
-        forward = inspect.signature(self.model.forward).parameters
-        self._no_cache = {"use_cache": False} if "use_cache" in forward else {}
+        self._configs = _configs_with_cache(self.model)
+        self._rows_axis = 0  # of hidden states in the model; everywhere else rows come first
         self._check_complete()
 
     # ------------------------------------------------------------------------------------------------------ filling
@@ -310,6 +353,20 @@ class Arch:
         """The dtype of a float tensor in the checkpoint."""
         return FLOAT_DTYPES[self.source.tensors[tensor].dtype]
 
+    def set_aside(self, reasons: dict[str, str]) -> None:
+        """Leave the named linears float, for the reason given, unless they are taken back."""
+        self.adopt(tuple(_divided(block, reasons) for block in self.blocks))
+
+    def take_back(self, names: Iterable[str]) -> None:
+        """Have linears that were set aside be linears as all others."""
+        wanted = set(names)
+        for_good = []
+        for block in self.blocks:
+            back = tuple(replace(linear, shares=linear.name) for linear, _ in block.aside if linear.name in wanted)
+            aside = tuple(pair for pair in block.aside if pair[0].name not in wanted)
+            for_good.append(replace(block, linears=(*block.linears, *back), aside=aside))
+        self.adopt(tuple(for_good))
+
     # ------------------------------------------------------------------------------------------------------ running
 
     def adopt(self, blocks: tuple[Block, ...]) -> None:
@@ -327,7 +384,8 @@ class Arch:
 
         Returns:
             hidden states [rows, length, width] float32 that enter the first block, and for every block the other
-            positional and keyword arguments the model calls it with (masks, positions).
+            positional and keyword arguments the model calls it with (masks, positions), without caches. A model that keeps
+            several streams has further dimensions behind the rows.
         """
         first: list[Tensor] = []
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -343,7 +401,8 @@ class Arch:
 
         with contextlib.suppress(_Reached):
             self._run(tokens, stub, parameters)
-        return first[0], calls
+        self._rows_axis = _axis_of_rows(first[0], tokens)
+        return first[0].movedim(self._rows_axis, 0), calls
 
     @torch.no_grad()
     def call(self, block: Block, hidden: Tensor, call: Any, observe: Observe | None = None) -> Tensor:
@@ -364,10 +423,14 @@ class Arch:
                 return self.finish(call, hidden, parameters)
         args, kwargs = call
         module = self.model.get_submodule(block.name)
-        given = (hidden.to(self.device, self.dtype), *args)
+        given = (self._inside(hidden).to(self.dtype), *args)
         with Tap(observe or (lambda weight, x, transposed: x)):
             out = torch.func.functional_call(module, parameters, given, kwargs) if parameters else module(*given, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return (out[0] if isinstance(out, (tuple, list)) else out).movedim(self._rows_axis, 0)
+
+    def _inside(self, hidden: Tensor) -> Tensor:
+        """Hidden states with rows first as the model's blocks take them, on `device`."""
+        return hidden.to(self.device).movedim(0, self._rows_axis).contiguous()  # sums depend on the layout in memory
 
     def finish(self, tokens: Tensor, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """Run what comes after the blocks: what the model gives out (see `outputs`) for `hidden`, the last block's output.
@@ -375,7 +438,7 @@ class Arch:
 
         def stub(block: Block, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = _split_call(args, kwargs)[0]
-            return self._returned(block, hidden.to(self.device) if block.index == len(self.blocks) - 1 else given)
+            return self._returned(block, self._inside(hidden) if block.index == len(self.blocks) - 1 else given)
 
         return output_of(self._run(tokens, stub, parameters))
 
@@ -401,8 +464,19 @@ class Arch:
 
     def run(self, tokens: Tensor, parameters: dict[str, Tensor] | None = None) -> Any:
         """The whole model, filled, on tokens [rows, length] on its device, without a cache; `parameters` replace some."""
-        given = {"input_ids": input_ids(self.model, tokens), **self._no_cache}
-        return torch.func.functional_call(self.model, parameters, kwargs=given) if parameters else self.model(**given)
+        given = {"input_ids": input_ids(self.model, tokens)}
+        with _without_caches(self._configs):
+            return torch.func.functional_call(self.model, parameters, kwargs=given) if parameters else self.model(**given)
+
+    @property
+    def merged(self) -> list[str]:
+        """Tensors of other than two dimensions, such as convolutions, of which transformers makes one parameter."""
+        return self._places.merged
+
+    @property
+    def calls_differ(self) -> bool:
+        """Whether batches of one shape call blocks with other arguments beside the hidden states; see `Block`."""
+        return any(block.varying or block.carried for block in self.blocks)
 
     # --------------------------------------------------------------------------------------------------- discovery
 
@@ -447,8 +521,8 @@ class Arch:
         """Discover the linears by running one short row through the model, block by block from the checkpoint.
 
         Raises:
-            ValueError: the blocks do not form a chain, share parameters, depend on the tokens beside the hidden states, contain
-                no linear, or a tensor is damaged.
+            ValueError: the blocks do not form a chain, share parameters, keep state from call to call, contain no linear, or a
+                tensor is damaged.
         """
         for name, original in self.tied.items():
             if any(name.startswith(f"{block.name}.") for block in self.blocks):
@@ -458,6 +532,7 @@ class Arch:
                 )
         tokens = self.sample_tokens()
         found: list[Block] = []
+        empty: list[tuple[int, int, Any]] = []  # mappings, with the block and the argument
         previous: list[Tensor] = []
 
         def observed(block: Block, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -468,20 +543,22 @@ class Arch:
                 raise ValueError(
                     f"{block.name} does not start from the output of the block before it; lowbit needs a plain chain"
                 )
+            given = leaves(_split_call(args, kwargs)[1:])[0]
+            empty.extend((block.index, i, x) for i, x in enumerate(given) if isinstance(x, MutableMapping) and not x)
             values = self.load(block.tensors)
-            linears, skipped, out = self._observe(block, values, original, args, kwargs)
+            linears, skipped, routers, out = self._observe(block, values, original, args, kwargs)
+            _check_repeats(block, out, original, args, kwargs)
             points, reasons = self._checked_points(block, out, original, args, kwargs)
             self.free(block.name)
-            found.append(
-                replace(
-                    block,
-                    points=points,
-                    linears=linears,
-                    skipped=(*skipped, *reasons),
-                    returns=len(out) if isinstance(out, tuple) else 0,
-                )
+            seen = replace(
+                block,
+                points=points,
+                linears=linears,
+                skipped=(*skipped, *reasons),
+                returns=len(out) if isinstance(out, (tuple, list)) else 0,
             )
-            previous[:] = [out[0] if isinstance(out, tuple) else out]
+            found.append(_divided(seen, dict.fromkeys(routers, "router")))
+            previous[:] = [out[0] if isinstance(out, (tuple, list)) else out]
             if progress is not None:
                 progress(len(found), len(self.blocks))
             return out
@@ -500,14 +577,22 @@ class Arch:
         if not any(block.linears for block in self.blocks):
             raise ValueError("no linear layer was found in any block of this model")
         first, second = self.embed(tokens[:1])[1], self.embed(tokens[1:])[1]
-        if not all(_equal(a, b) for a, b in zip(first, second, strict=True)):
-            raise ValueError("the blocks of this model take token-dependent inputs beside the hidden states: not supported")
+        filled = {id(leaves(first[block])[0][i]) for block, i, mapping in empty if mapping}
+        self.blocks = tuple(
+            replace(
+                block,
+                varying=_varying(block, first[block.index], second[block.index]),
+                carried=tuple(i for i, x in enumerate(leaves(first[block.index])[0]) if id(x) in filled),
+            )
+            for block in self.blocks
+        )
         self.free_outside()
 
     def _observe(
         self, block: Block, values: dict[str, Tensor], original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Linear, ...], tuple[tuple[str, str], ...], Any]:
-        """Run a loaded block and tell which of its matrices multiply inputs, and which inputs are the same tensor."""
+    ) -> tuple[tuple[Linear, ...], tuple[tuple[str, str], ...], list[str], Any]:
+        """Run a loaded block and tell which matrices multiply inputs, which inputs are the same tensor, and which linears
+        choose experts."""
         sites = self.sites(block)
         inputs: dict[Site, Tensor] = {}
         transposed: dict[str, bool] = {}
@@ -519,15 +604,16 @@ class Arch:
                 transposed[site[0]] = transpose
             return x
 
-        with Tap(observe):
+        with _Discovery(observe) as tap:
             out = original(*args, **kwargs)
+        choosing = {site_of(weight, sites) for weight in tap.routers}
         linears: list[Linear] = []
         skipped: list[tuple[str, str]] = []
         for tensor in block.tensors:
             if values[tensor].dim() < 2:
                 continue
             for linear in self._places.linears(tensor, values[tensor].shape, transposed):
-                reason = self._reason_to_skip(linear, transposed)
+                reason = self._reason_to_skip(linear, transposed, inputs.get(linear.site))
                 if reason is None and not torch.equal(
                     linear.view(self.param(linear)).cpu(), matrix_of(linear, values).to(self.dtype)
                 ):
@@ -535,7 +621,7 @@ class Arch:
                 if reason is not None:
                     skipped.append((linear.name, reason))
                 else:
-                    linears.append(linear)
+                    linears.append(replace(linear, router=linear.site in choosing or self._named_router(block, linear)))
         # In the order in which they run. Experts that no token of the probe reached have no observed input: they come last,
         # in the order of the others, and theirs is shared by site alone.
         position = {site: i for i, site in enumerate(inputs)}
@@ -546,7 +632,7 @@ class Arch:
             x = inputs.get(linear.site)
             key = linear.site if x is None or linear.index is not None else (x.data_ptr(), x.shape, x._version)
             linears[i] = replace(linear, shares=leaders.setdefault(key, linear.name))
-        return tuple(linears), tuple(skipped), out
+        return tuple(linears), tuple(skipped), [linear.name for linear in linears if linear.router], out
 
     def _mixers(self, block: Block) -> list[str]:
         """The paths of the state space mixers of a block."""
@@ -588,7 +674,7 @@ class Arch:
         self._use_mixers(block)
         with Tap(lambda weight, x, transposed: x):
             own = original(*args, **kwargs)
-        a, b = (value[0] if isinstance(value, tuple) else value for value in (own, out))
+        a, b = (value[0] if isinstance(value, (tuple, list)) else value for value in (own, out))
         if float((a - b).norm()) <= _SAME * float(b.norm()):
             return block.points, ()
         paths = {each.mixer for each in block.points}
@@ -596,12 +682,25 @@ class Arch:
             del self.model.get_submodule(path).forward
         return (), tuple((path, "a scan that lowbit does not know; its projections can be quantized") for path in sorted(paths))
 
-    def _reason_to_skip(self, linear: Linear, transposed: dict[str, bool]) -> str | None:
+    def _named_router(self, block: Block, linear: Linear) -> bool:
+        """Whether a linear is called a router, or belongs to a module of the block that is."""
+        path = linear.param.removeprefix(f"{block.name}.").rpartition(".")[0]
+        if linear.index is not None or not path:
+            return False
+        parts = path.split(".")
+        inside = [self.model.get_submodule(".".join((block.name, *parts[:i]))) for i in range(1, len(parts))]
+        kinds = [type(module).__name__ for module in inside]
+        return "router" in path.lower() or any(re.search("Router|Gating|Gate$", kind) for kind in kinds)
+
+    def _reason_to_skip(self, linear: Linear, transposed: dict[str, bool], x: Tensor | None) -> str | None:
+        """x: what the linear was seen to multiply."""
         module = self.model.get_submodule(linear.param.rpartition(".")[0])
         kind = type(module).__name__
         if linear.param not in transposed:
             return f"not used as a linear layer ({kind})"
         if not (isinstance(module, nn.Linear) or kind == "Conv1D" or linear.index is not None):
+            return f"not a linear layer but a {kind}"
+        if isinstance(module, nn.Linear) and x is not None and not _multiplies(module, x):
             return f"not a linear layer but a {kind}"
         if linear.out_features == 1:
             return "a gate of one output"
@@ -614,6 +713,26 @@ class Arch:
                 f"{self.source.folder}: the checkpoint lacks {len(missing)} tensors the model needs: "
                 f"{', '.join(sorted(missing)[:5])}{' ...' if len(missing) > 5 else ''}"
             )
+
+
+def _multiplies(module: nn.Linear, x: Tensor) -> bool:
+    """Whether a module of a class derived from nn.Linear does nothing but what nn.Linear does."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    try:
+        out = module(x)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(out, Tensor) and torch.allclose(out, F.linear(x, module.weight, module.bias), rtol=1e-3, atol=1e-5)
+
+
+def _divided(block: Block, reasons: dict[str, str]) -> Block:
+    """A block with the named linears set aside, for the reason given."""
+    kept = [linear for linear in block.linears if linear.name not in reasons]
+    leaders: dict[str, str] = {}  # the first linear with an input may be among those set aside
+    kept = [replace(linear, shares=leaders.setdefault(linear.shares, linear.name)) for linear in kept]
+    aside = tuple((linear, reasons[linear.name]) for linear in block.linears if linear.name in reasons)
+    return replace(block, linears=tuple(kept), aside=(*block.aside, *aside))
 
 
 class _Reached(Exception):
@@ -653,7 +772,7 @@ class _Replaced:
     original: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(self.block, self.original, args, kwargs)
+        return self.call(self.block, self.original, _without_cache(args), _without_cache(kwargs))
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -664,14 +783,101 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
     return rest.pop("hidden_states"), (), rest
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    return True
+def leaves(call: Any) -> tuple[list[Any], Any]:
+    """The arguments of a block's call one by one, containers taken apart, and what `unflattened` needs to put them together.
+    A mapping that is still empty is one argument, for blocks to fill."""
+    return tree_flatten(call, is_leaf=lambda x: isinstance(x, MutableMapping) and not x)
+
+
+def unflattened(found: list[Any], shape: Any) -> Any:
+    """The inverse of `leaves`."""
+    return tree_unflatten(found, shape)
+
+
+def _varying(block: Block, first: Any, second: Any) -> tuple[int, ...]:
+    """The arguments that differ between the calls for two rows of tokens.
+
+    Raises:
+        ValueError: something differs that is no tensor.
+    """
+    a, b = leaves(first)[0], leaves(second)[0]
+    if len(a) != len(b):
+        raise ValueError(
+            f"{block.name} is called with other arguments for every row of tokens; lowbit cannot quantize this model"
+        )
+    return tuple(
+        i
+        for i, (x, y) in enumerate(zip(a, b, strict=True))
+        if isinstance(x, Tensor) and not (isinstance(y, Tensor) and x.shape == y.shape and torch.equal(x, y))
+    )
+
+
+def _axis_of_rows(hidden: Tensor, tokens: Tensor) -> int:
+    """Where hidden states have the rows of tokens [rows, length].
+
+    Raises:
+        ValueError: nowhere.
+    """
+    for axis in range(hidden.dim() - 1):
+        if hidden.shape[axis : axis + 2] == tokens.shape:
+            return axis
+    raise ValueError(
+        f"hidden states of shape {list(hidden.shape)} enter the blocks for tokens of shape {list(tokens.shape)}; lowbit needs "
+        "one hidden state for every token"
+    )
+
+
+def _configs_with_cache(model: nn.Module) -> list[Any]:
+    """All configs in a model that say whether it caches."""
+    found: dict[int, Any] = {}
+    pending = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    while pending:
+        config = pending.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            pending += [
+                part for name in getattr(config, "sub_configs", {}) if (part := getattr(config, name, None)) is not None
+            ]
+    return [config for config in found.values() if getattr(config, "use_cache", None) is not None]
+
+
+@contextlib.contextmanager
+def _without_caches(configs: list[Any]) -> Iterator[None]:
+    """Have a model make no cache, however its classes pass on the argument `use_cache`."""
+    before = [config.use_cache for config in configs]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            config.use_cache = value
+
+
+def _without_cache(args: Any) -> Any:
+    """A block's arguments with None in the place of a cache that the model made all the same."""
+    from transformers import Cache
+
+    if isinstance(args, dict):
+        return {name: None if isinstance(x, Cache) else x for name, x in args.items()}
+    return tuple(None if isinstance(x, Cache) else x for x in args)
+
+
+def _check_repeats(block: Block, out: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call a block with other hidden states, and then again as it was called when it gave `out`.
+
+    Raises:
+        ValueError: the output is another one, so the block keeps state somewhere.
+    """
+    hidden, others, named = _split_call(args, kwargs)
+    original(hidden.flip(-2), *others, **named)
+    again = original(*args, **kwargs)
+    a, b = ((value[0] if isinstance(value, (tuple, list)) else value).nan_to_num() for value in (out, again))
+    if a.shape != b.shape or float((a - b).norm()) > _REPEATED * float(a.norm()):
+        raise ValueError(
+            f"{block.name} gives another output when it is called again with the same arguments, so it keeps state, such "
+            "as a cache, from call to call; lowbit calls blocks many times and cannot quantize this model"
+        )
 
 
 def matrix_of(linear: Linear, values: dict[str, Tensor]) -> Tensor:
@@ -680,7 +886,7 @@ def matrix_of(linear: Linear, values: dict[str, Tensor]) -> Tensor:
     if linear.stacked:
         assert linear.index is not None
         tensor = tensor[linear.index]
-    return tensor.T if linear.transposed else tensor
+    return tensor.T if linear.stored_transposed else tensor
 
 
 def _empty_model(source: Source) -> "PreTrainedModel":
@@ -844,12 +1050,21 @@ def _matrix_dtype(source: Source, dtype: torch.dtype, device: torch.device) -> t
     return stored if fast and dtype == torch.float32 else dtype
 
 
-def _block_list(model: nn.Module) -> str:
-    """The path of the model's chain of blocks: of the module lists in no other list, the one with the most parameters."""
+def _block_list(model: "PreTrainedModel") -> str:
+    """The path of the model's chain of blocks: of the module lists in no other list, the one with the most parameters among
+    those nearest to the token embeddings, since the tower for images may be larger."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [(n, m) for n, m in lists if not any(n.startswith(other + ".") for other, _ in lists)]
     if not outer:
         raise ValueError(f"{type(model).__name__} has no list of blocks; lowbit quantizes models that are a chain of blocks")
+    embedding = model.get_input_embeddings()
+    path = next((name for name, module in model.named_modules() if module is embedding), "")
+    while path:
+        path = path.rpartition(".")[0]
+        near = [(n, m) for n, m in outer if n.startswith(f"{path}.")]
+        if near and path:
+            outer = near
+            break
     return max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0]
 
 
@@ -921,7 +1136,12 @@ class _Places:
                 self._members.setdefault(param, []).append(name)
         # Where each converted tensor ends up, found by converting labelled stand-ins of shape [2, 3].
         self._located: dict[str, tuple[str, int | None, tuple[int, int], bool]] = {}
-        for first, names in self._members.items():
+        self.merged: list[str] = []  # tensors of other than two dimensions that make a parameter together
+        self._stacks: dict[str, bool] = {}  # 3-D tensors that are a parameter; whether the last two dimensions are exchanged
+        for first, names in list(self._members.items()):
+            if any(len(self._shapes[name]) != 2 for name in names):
+                filled |= self._take_whole(first, names)
+                continue
             labels = {name: torch.arange(6).view(2, 3) + 6 * i for i, name in enumerate(names)}
             for param, value in self._convert(first, labels).items():
                 filled.add(param)
@@ -935,6 +1155,26 @@ class _Places:
         self.tied = {a: b for a, b in tied.items() if a not in filled and b in filled}
         self.tied |= {b: a for a, b in tied.items() if b not in filled and a in filled}
         self.missing = set(state) - filled - set(self.tied) - buffers
+
+    def _take_whole(self, first: str, names: list[str]) -> set[str]:
+        """Take tensors of other than two dimensions, whose conversion depends on their shapes; returns the parameters filled.
+
+        A stack of matrices that becomes one parameter, as it is or turned, is found here. Matrices of others are not located.
+        """
+        if len(names) > 1:
+            self.merged += names
+        made = self._convert(first, {name: torch.empty(self._shapes[name], device="meta") for name in names})
+        shape = self._shapes[names[0]]
+        if len(names) == 1 and list(made) == [first] and len(shape) == 3:
+            found, turned = tuple(made[first].shape), (shape[0], shape[2], shape[1])
+            exchanged = found == turned
+            if exchanged and shape == turned:  # the shape does not tell: see where one entry goes
+                label = torch.zeros(shape, dtype=torch.uint8)
+                label[0, 0, 1] = 1
+                exchanged = bool(self._convert(first, {names[0]: label})[first][0, 1, 0])
+            if exchanged or found == tuple(shape):
+                self._stacks[names[0]] = exchanged
+        return set(made)
 
     def sources_under(self, prefix: str) -> tuple[str, ...]:
         """The checkpoint tensors that fill parameters whose names start with `prefix`."""
@@ -974,15 +1214,15 @@ class _Places:
                 name=name, tensor=tensor, param=param, index=index, rows=rows, transposed=flipped, stacked=False,
                 out_features=shape[0], in_features=shape[1],
             )  # fmt: skip
-        elif tensor in self._plain and len(shape) in (2, 3):
-            param = self._plain[tensor]
+        elif (tensor in self._plain or tensor in self._stacks) and len(shape) in (2, 3):
+            param, swapped = self.param_of(tensor), self._stacks.get(tensor, False)
             flipped = transposed.get(param, False)
-            out, inner = (shape[-1], shape[-2]) if flipped else (shape[-2], shape[-1])
+            out, inner = (shape[-1], shape[-2]) if flipped != swapped else (shape[-2], shape[-1])
             stacked = len(shape) == 3 and param in transposed
             for index in range(shape[0]) if stacked else (None,):
                 yield Linear(
                     name=name if index is None else f"{name}.{index}", tensor=tensor, param=param, index=index,
-                    rows=(0, out), transposed=flipped, stacked=stacked, out_features=out, in_features=inner,
+                    rows=(0, out), transposed=flipped, stacked=stacked, out_features=out, in_features=inner, swapped=swapped,
                 )  # fmt: skip
 
     def _convert(self, first: str, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--per", default="linear", help="what gets one scheme: linear (default) or block, as in Q-BERT")
     sub.add_argument("--data", required=True, metavar="SOURCE", help="calibration data of measurement and recipe")
     sub.add_argument("--rows", type=int, default=16, metavar="N", help="sequences to measure on (default 16)")
-    sub.add_argument("--length", type=int, default=256, metavar="N", help="tokens of each (default 256)")
+    sub.add_argument("--length", type=int, metavar="N", help="tokens of each (default 256)")
     sub.add_argument("--method", default="gptq", help="steps of the recipe (default gptq)")
     sub.add_argument("--ignore", action="append", metavar="REGEX", help="what to leave float, undecided; repeatable")
     sub.add_argument("--option", action="append", metavar="NAME=VALUE", help="of the steps, as for quantize; repeatable")

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lowbit.outputs import distance, gives_choices, input_ids, output_of
+from lowbit.outputs import distance, gives_choices, input_ids, output_of, positions
 from lowbit.source import read_json
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def evaluate_model(
         raise ValueError(f"tokens hold the id {int(tokens.min())}: give ids of the vocabulary, without padding marks")
     for name, candidate in (("model", model), ("reference", reference)):
         if candidate is not None:
-            _check_model(name, candidate, positions=windows[0].end, largest=largest)
+            _check_model(name, candidate, length=windows[0].end, largest=largest)
     device = _input_device("model", model, device)
     reference_device = None if reference is None else _input_device("reference", reference, None)
 
@@ -292,10 +292,10 @@ def evaluate_outputs(
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows = {max_windows}: give at least 1")
     tokens = tokens.to("cpu", torch.int64)
-    window = min(window, len(tokens), _positions(model) or window)
+    window = min(window, len(tokens), positions(model) or window)
     windows = plan_windows(len(tokens), window=window, stride=window, bos="none")[:max_windows]
     for name, candidate in (("model", model), ("reference", reference)):
-        _check_model(name, candidate, positions=window, largest=int(tokens.max()))
+        _check_model(name, candidate, length=window, largest=int(tokens.max()))
     choices = gives_choices(model)
     began = time.perf_counter()
     sums = torch.zeros(2, dtype=torch.float64)
@@ -442,7 +442,7 @@ def run_tasks(
     return {key: found[key] for key in keys} | {"limit": limit, "lm_eval_version": lm_eval.__version__}
 
 
-def _check_model(name: str, model: Any, *, positions: int, largest: int) -> None:
+def _check_model(name: str, model: Any, *, length: int, largest: int) -> None:
     """Raise what would otherwise be a wrong figure or an index error deep inside the model."""
     if getattr(model, "training", False):
         raise ValueError(f"the {name} is in training mode: call .eval() on it")
@@ -453,22 +453,9 @@ def _check_model(name: str, model: Any, *, positions: int, largest: int) -> None
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and largest >= vocabulary:
         raise ValueError(f"id {largest} in the text, but the {name} has vocab_size {vocabulary}: use its own tokenizer")
-    longest = _positions(model)
-    if longest is not None and positions > longest:
-        raise ValueError(f"window of {positions} tokens, but the {name} has {longest} positions: use window <= {longest}")
-
-
-def _positions(model: Any) -> int | None:
-    """The most tokens in a row that a model takes; None where nothing limits it."""
-    config = getattr(model, "config", None)
-    config = getattr(config, "get_text_config", lambda: config)()
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is None:
-        return None
-    # RoBERTa and its kin begin behind the id of padding
-    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
-    padding = getattr(tables[0], "padding_idx", None) if tables else None
-    return longest if padding is None else longest - padding - 1
+    longest = positions(model)
+    if longest is not None and length > longest:
+        raise ValueError(f"window of {length} tokens, but the {name} has {longest} positions: use window <= {longest}")
 
 
 def _input_device(name: str, model: Any, device: torch.device | str | None) -> torch.device:

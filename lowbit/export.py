@@ -14,6 +14,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _E4M3 = torch.float8_e4m3fn
-_NEED_WEIGHTS = ("falcon", "mamba", "mamba2")  # models whose code in transformers reads the weights of some linears itself
+_ROWS_IN_VLLM, _COLUMNS_IN_VLLM = 64, 32  # what its kernels want multiples of
+_SMALL = 0.02  # of the weights of a block's linears
 # vLLM stacks these linears into one matrix, which has one scheme.
 _STACKED_IN_VLLM = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
 
@@ -111,11 +113,60 @@ def _reason_for_no_layout(scheme: Scheme) -> str:
     return "compressed-tensors has no layout for it"
 
 
-def _reason_of_transformers(linear: Linear, scheme: Scheme, model_type: str) -> str | None:
+def check_loading(arch: Arch, format: str, engine: str, linears: Iterable[Linear], schemes: dict[str, Scheme]) -> None:
+    """Refuse, before any work, what transformers' `from_pretrained` would not load of a compressed-tensors checkpoint.
+
+    Raises:
+        ValueError: the model's code, run here without them, reads weights that packed checkpoints do not have; or parameters
+            are made of several tensors when the checkpoint is loaded.
+    """
+    if format == NATIVE or engine != "transformers":
+        return
+    remedy = "write lowbit's own format with --format lowbit"
+    if arch.merged:
+        raise ValueError(
+            f"transformers makes one parameter of {', '.join(arch.merged[:3])} when it loads a float checkpoint, but not a "
+            f"quantized one; use --engine vllm, or {remedy}"
+        )
+    packed = {
+        linear.param.removesuffix(".weight")
+        for linear in linears
+        if linear.index is None and linear.name in schemes and "pack" in (_library_format(schemes[linear.name]) or "")
+    }
+    reader = _reader_of_weights(arch, packed)
+    if reader is not None:
+        raise ValueError(
+            f"transformers cannot load packed weights of this model: its code for {reader} reads weights that packed "
+            f"checkpoints do not have; use w8a8 or fp8, --engine vllm, or {remedy}"
+        )
+
+
+def _reader_of_weights(arch: Arch, packed: set[str]) -> str | None:
+    """The class of a module whose own code reads a weight of the linears `packed`, which a packed checkpoint lacks: when it is
+    initialized, or in a forward that is not that of nn.Linear."""
+    model: Any = deepcopy(arch.model)
+    model = model.to("meta")
+    for name in packed:
+        if type(model.get_submodule(name)).forward is not nn.Linear.forward:
+            return type(model.get_submodule(name)).__name__
+        model.get_submodule(name)._parameters.pop("weight", None)
+    for name, module in model.named_modules():
+        if name in packed:
+            continue
+        try:
+            with torch.random.fork_rng(devices=[]):
+                model._init_weights(module)
+        except AttributeError as error:
+            if "'weight'" in str(error):
+                return type(module).__name__
+        except (RuntimeError, NotImplementedError, TypeError):  # what initializes from values has none here
+            continue
+    return None
+
+
+def _reason_of_transformers(linear: Linear, scheme: Scheme) -> str | None:
     """Why transformers (5.22) would not load this linear, or compute something else from it; measured over tests/tiny.py."""
     weight, layout = scheme.weight, _library_format(scheme)
-    if model_type in _NEED_WEIGHTS and layout is not None and "pack" in layout:
-        return f"its code for {model_type} reads weights that packed checkpoints do not have; use w8a8 or fp8"
     if linear.index is None or linear.stacked:
         return None
     if scheme.input is not None:
@@ -125,11 +176,23 @@ def _reason_of_transformers(linear: Linear, scheme: Scheme, model_type: str) -> 
     return None
 
 
-def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: dict[str, Scheme], model_type: str = "") -> None:
-    """Refuse, before any work, what the chosen engine would not load.
+def too_small(arch: Arch, engine: str) -> dict[str, str]:
+    """Linears that an engine has no kernel for and that hardly count, with the reason to leave them float."""
+    found: dict[str, str] = {}
+    for block in arch.blocks if engine == "vllm" else ():
+        total = sum(linear.out_features * linear.in_features for linear in block.linears)
+        for linear in block.linears:
+            odd = linear.out_features % _ROWS_IN_VLLM or linear.in_features % _COLUMNS_IN_VLLM
+            # Of what vLLM stacks, the rows of all together count.
+            stacked = any(linear.name.rpartition(".")[2] in stack for stack in _STACKED_IN_VLLM)
+            if odd and not stacked and linear.out_features * linear.in_features <= _SMALL * total:
+                shape = f"{linear.out_features} x {linear.in_features}"
+                found[linear.name] = f"vLLM has no kernel for {shape}, no multiple of {_ROWS_IN_VLLM} x {_COLUMNS_IN_VLLM}"
+    return found
 
-    Args:
-        model_type: as the model's config names it.
+
+def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: dict[str, Scheme]) -> None:
+    """Refuse, before any work, what the chosen engine would not load.
 
     Raises:
         ValueError: with the reason and what to do.
@@ -145,11 +208,13 @@ def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: d
     for linear in linears:
         if linear.name not in schemes:
             continue
-        if linear.transposed:
-            raise ValueError(f"{linear.name} is stored as [in, out] (Conv1D), which compressed-tensors does not know; {remedy}")
         if linear.stacked:
             raise ValueError(f"{linear.name} is a slice of a 3-D tensor, for which no engine has a layout; {remedy}")
-        reason = _reason_of_transformers(linear, schemes[linear.name], model_type) if engine == "transformers" else None
+        if linear.transposed:
+            raise ValueError(f"{linear.name} is stored as [in, out] (Conv1D), which compressed-tensors does not know; {remedy}")
+        if linear.router and engine == "vllm":
+            raise ValueError(f"{linear.name} chooses experts, and vLLM keeps such linears float; leave it float, or {remedy}")
+        reason = _reason_of_transformers(linear, schemes[linear.name]) if engine == "transformers" else None
         if reason is not None:
             raise ValueError(f"{linear.name} cannot be exported for transformers: {reason}; or {remedy}")
     if engine == "vllm":
@@ -336,7 +401,7 @@ def write_config(
             linear.name: {
                 "tensor": linear.tensor,
                 "index": linear.index if linear.stacked else None,
-                "transposed": linear.transposed,
+                "transposed": linear.stored_transposed,
                 "shape": [linear.out_features, linear.in_features],
                 "scheme": schemes[linear.name].name,
                 "weight": schemes[linear.name].weight.to_dict(),
@@ -443,7 +508,10 @@ def _float_linears(arch: Arch, schemes: dict[str, Scheme]) -> list[str]:
             names.append(name)
     for block in arch.blocks:
         names += [name for name, _ in block.skipped if f"{name}.weight" in arch.source.tensors]
+        names += [linear.name for linear, _ in block.aside]
         names += [linear.name for linear in block.linears if linear.name not in schemes and not linear.stacked]
+    # Further layers and heads for several tokens, which other programs may build.
+    names += [name.removesuffix(".weight") for name in sorted(arch.unused) if len(arch.source.tensors[name].shape) >= 2]
     return list(dict.fromkeys(names))
 
 

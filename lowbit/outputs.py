@@ -1,4 +1,4 @@
-"""What a model gives out, and how far one model's output is from another's.
+"""What a model takes in and gives out, and how far one model's output is from another's.
 
 Three kinds of output, told by the model's class:
 
@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_seq_length", "n_ctx")  # in configs
 _CHOICES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
@@ -40,6 +41,18 @@ def gives_choices(model: Any) -> bool:
 def input_ids(model: Any, tokens: Tensor) -> Tensor:
     """Tokens [rows, length] in the shape that the model takes: a multiple choice gets one choice a row."""
     return tokens[:, None] if "ForMultipleChoice" in type(model).__name__ else tokens
+
+
+def positions(model: Any) -> int | None:
+    """The most tokens in a row that a transformers model takes, as its config says; None where it does not."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    found = next((x for name in _POSITIONS if isinstance(x := getattr(config, name, None), int) and x > 0), None)
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        # RoBERTa counts positions from behind the one of padding.
+        if isinstance(module, nn.Embedding) and "position" in name and module.num_embeddings == found:
+            return found if module.padding_idx is None else found - module.padding_idx - 1
+    return found
 
 
 def output_of(returned: Any) -> Tensor:

@@ -252,7 +252,7 @@ class Queue:
         self,
         count: int,
         steps: int,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         *,
         source: int,
         lead: int,
@@ -260,7 +260,7 @@ class Queue:
         carrier: torch.device,
         capacity: int = CAPACITY,
     ) -> None:
-        """count: of batches in a message; steps: messages in all; shape: length and width of the hidden states; lead: messages
+        """count: of batches in a message; steps: messages in all; shape: of a row of hidden states; lead: messages
         that come before the first is taken, and if deterministic are left out; carrier: where they are when they arrive."""
         self.count, self.steps, self.shape, self.source, self.carrier = count, steps, shape, source, carrier
         self.lead, self.deterministic, self.capacity = lead, deterministic, capacity
@@ -424,7 +424,7 @@ def train(
     steps = plan.steps + ahead * (world - 1 - rank)  # those after training are for the ranks behind
     queue = None
     if rank > 0:
-        shape = (tokens.shape[1], stream.width)
+        shape = tuple(stream.shape)
         queue = Queue(
             order.count, steps + ahead, shape, source=rank - 1, lead=ahead, deterministic=deterministic, carrier=carrier
         )

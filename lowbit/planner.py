@@ -31,11 +31,11 @@ from lowbit.export import NATIVE, encode, reason_against
 from lowbit.files import write_json
 from lowbit.journal import differences, working_folder
 from lowbit.methods.embed import Rounded
-from lowbit.outputs import predicts_next_token
+from lowbit.outputs import positions, predicts_next_token
 from lowbit.patterns import Matcher
 from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
-from lowbit.run import Progress, available_memory, drawn, rewritten
+from lowbit.run import Progress, available_memory, drawn, rewritten, set_aside
 from lowbit.sensitivity import (
     PER,
     SIGNALS,
@@ -58,6 +58,7 @@ from lowbit.unit import Stream, Unit
 SCHEMES = ("w2a16-g64", "w3a16-g128", "w4a16-g128", "w4a16-g32", "w8a16-g128", FLOAT)
 _OFFSET = 10**13  # of the most digits in a shard's header
 _SHARD = 1024  # bytes for what else is in the headers of a shard, and its padding
+_LENGTH = 256  # of the rows that are measured on
 _SOLVED = 4  # rows that the solver sees for each that is measured on
 _TRIALS = 10  # budgets tried for a ratio of perplexities
 
@@ -104,7 +105,7 @@ def plan(
     effort: Effort | None = None,
     data: DataSpec | str | None = None,
     rows: int = 16,
-    length: int = 256,
+    length: int | None = None,
     method: str = "gptq",
     options: dict[str, Any] | None = None,
     ignore: Iterable[str] = (),
@@ -129,7 +130,8 @@ def plan(
         signal: what a scheme's cost is measured by, see `sensitivity`.
         per: what gets one scheme: a "linear", with those that engines keep in one matrix with it, or a whole "block".
         data: calibration data of the recipe. Of it, `rows` of `length` tokens are what is measured on, and four times as many
-            others what the solver sees for it.
+            others what the solver sees for it. The length is 256 by default, or what the model can take. The length that the
+            recipe calibrates with is written into it.
         method: what the recipe does, such as "gptq" or "awq+gptq", with `options` as in `recipe.short_recipe`. A model that is
             rotated is measured so; "embed" decides about the embeddings beforehand.
         ignore: regular expressions of what to leave float, and not to decide about.
@@ -168,6 +170,7 @@ def plan(
     source = open_source(model, revision, trust_remote_code=trust_remote_code)
     source.track()
     arch = rewritten(Arch(source, device=device), base, say)
+    set_aside(arch, base)
     if isinstance(arch.source, Rounded) and max_ppl_ratio is not None:
         raise ValueError("embed is what a plan for max_ppl_ratio decides about itself; leave it out of the method")
     if not predicts_next_token(type(arch.model)):
@@ -175,7 +178,10 @@ def plan(
             raise ValueError(f"{type(arch.model).__name__} has no perplexity; plan for --bits or --size")
         if signal == "fisher":
             raise ValueError(f"{type(arch.model).__name__} has no loss of text, so no Fisher information; use another --signal")
-    calibration = drawn(replace(spec, rows=(_SOLVED + 1) * rows, length=length), source)
+    limit = positions(arch.model)
+    base = replace(base, data=spec.fitted(limit))
+    length = length or min(_LENGTH, limit or _LENGTH)
+    calibration = drawn(replace(spec, rows=(_SOLVED + 1) * rows, length=length).fitted(limit), source)
     given, judged = calibration.tokens[:-rows], calibration.tokens[-rows:]
     solver = next(step for step in base.steps if METHODS[step.method].kind == "solver")
     if signal != "kl":

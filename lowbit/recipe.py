@@ -274,11 +274,24 @@ class Recipe:
         first = {name: next((rule.point for rule in rules if found(rule.match, name)), None) for name in points}
         return {name: scheme for name, scheme in first.items() if scheme is not None}
 
-    def schemes(self, names: Iterable[str], points: Iterable[str] = (), *, tied_head: str | None = None) -> dict[str, Scheme]:
+    def named(self, aside: Iterable[str], names: Iterable[str]) -> list[str]:
+        """Those linears of `aside`, which stay float by default, that a rule gives a scheme which is for none of `names`."""
+        names = list(names)
+        found = []
+        for name in aside:
+            rule = next((rule for rule in self.rules if rule.point is None and re.search(rule.match, name)), None)
+            if rule is not None and rule.scheme != FLOAT and not any(re.search(rule.match, other) for other in names):
+                found.append(name)
+        return found
+
+    def schemes(
+        self, names: Iterable[str], points: Iterable[str] = (), *, tied_head: str | None = None, left: Iterable[str] = ()
+    ) -> dict[str, Scheme]:
         """Which of the named linears get which scheme; linears left float are absent. `points` may use rules too.
 
         Args:
             tied_head: name of a head that is no linear of its own, for the message to who asks for it.
+            left: names of matrices that stay float anyhow; a rule that leaves them float is in place.
 
         Raises:
             ValueError: a rule decides about no linear, no linear is left to quantize, or an expression takes too long.
@@ -297,6 +310,8 @@ class Recipe:
         for name in points:
             of_points = [i for i, rule in enumerate(self.rules) if rule.point is not None or rule.scheme == FLOAT]
             used.update([i for i in of_points if found(self.rules[i].match, name)][:1])
+        for name in left:
+            used.update([i for i, rule in enumerate(self.rules) if rule.scheme == FLOAT and found(rule.match, name)][:1])
         for i, rule in enumerate(self.rules):
             if i not in used and not rule.optional:
                 if rule.point is not None:

@@ -36,15 +36,18 @@ from lowbit.export import (
     NATIVE_FILE,
     QuantizedSource,
     check_export,
+    check_loading,
     encode,
     encode_static,
     load,
     quantized_sites,
+    too_small,
     write_config,
 )
 from lowbit.files import check_name, load_sealed, replacing, save_sealed, save_shard, sha256_of, write_json
 from lowbit.journal import WORK, Journal, check_apart, check_out, open_journal, place_of, some
 from lowbit.methods.embed import Rounded
+from lowbit.outputs import positions
 from lowbit.parallel import Team, join, judging, launch, parallel_step, say_step, shares, train
 from lowbit.qtensor import QTensor, Scheme, check_shape
 from lowbit.recipe import METHODS, Recipe, Step, default_of, recipe_from_dict, short_recipe
@@ -152,7 +155,7 @@ def quantize(
     recipe.schemes(_candidates(arch, recipe), _points(arch), tied_head=arch.tied_head)
     side_files, left_out = _side_files(source)
     with open_journal(place, overwrite) as journal:
-        data_used, solver_tokens = _calibration(recipe, source, journal.work, device, say)
+        data_used, solver_tokens = _calibration(recipe, source, journal.work, device, say, positions(arch.model))
         job = _job(source, recipe, data_used, device, parallel, deterministic)
         names = {*_checkpoint_names(arch, recipe), *side_files}
         with _saying_what_is_kept(journal), _quick_collections():
@@ -172,7 +175,8 @@ def quantize(
             source = arch.source
             linears, schemes = _chosen(arch, recipe)
             _check_linears(linears, schemes)
-            check_export(recipe.format, recipe.engine, linears, schemes, str(source.config.get("model_type", "")))
+            check_export(recipe.format, recipe.engine, linears, schemes)
+            check_loading(arch, recipe.format, recipe.engine, linears, schemes)
             _check_head(arch, recipe, schemes)
             _check_memory(arch, schemes)
             _check_training_memory(arch, recipe, schemes)
@@ -234,11 +238,22 @@ def rewritten(arch: Arch, recipe: Recipe, say: Progress, clock: "_Clock | None" 
 
 def _chosen(arch: Arch, recipe: Recipe) -> tuple[list[Linear], dict[str, Scheme]]:
     """All linears of the model, and the schemes of those that the rules quantize, which are then read as exactly as known."""
+    set_aside(arch, recipe)
     chain = arch.blocks if arch.head is None else (*arch.blocks, arch.head)
     linears = [linear for block in chain for linear in block.linears]
-    schemes = recipe.schemes((linear.name for linear in linears), _points(arch), tied_head=arch.tied_head)
+    left = [name for block in arch.blocks for name, _ in block.skipped]
+    left += [linear.name for block in arch.blocks for linear, _ in block.aside]
+    schemes = recipe.schemes((linear.name for linear in linears), _points(arch), tied_head=arch.tied_head, left=left)
     arch.source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
     return linears, schemes
+
+
+def set_aside(arch: Arch, recipe: Recipe) -> None:
+    """Leave float the small linears that the recipe's engine cannot multiply, and routers, unless a rule is for them alone."""
+    if recipe.format != NATIVE:
+        arch.set_aside(too_small(arch, recipe.engine))
+    aside = [linear.name for block in arch.blocks for linear, _ in block.aside]
+    arch.take_back(recipe.named(aside, (linear.name for block in arch.blocks for linear in block.linears)))
 
 
 def _points(arch: Arch) -> list[str]:
@@ -925,19 +940,25 @@ def _candidates(arch: Arch, recipe: Recipe) -> list[str]:
     return names
 
 
-def _calibration(recipe: Recipe, source: Source, work: Path, device: str, say: Progress) -> tuple[Calibration, Tensor]:
+def _calibration(
+    recipe: Recipe, source: Source, work: Path, device: str, say: Progress, limit: int | None
+) -> tuple[Calibration, Tensor]:
     """The calibration data, and the rows of it that stream through the model [rows, length] int64."""
     spec = recipe.data
     if spec is None:
-        limit = source.config.get("max_position_embeddings") or source.config.get("n_positions") or GATE_TOKENS
-        spec = DataSpec(source="random", rows=GATE_ROWS, length=max(2, min(GATE_TOKENS, limit // 2)))
+        spec = DataSpec(source="random", rows=GATE_ROWS, length=max(2, min(GATE_TOKENS, (limit or GATE_TOKENS) // 2)))
+    rows, length = spec.size
+    spec = spec.fitted(limit)
     if not recipe.calibrated:
-        spec = replace(spec, rows=min(spec.rows, GATE_ROWS))
+        spec = replace(spec, rows=min(rows, GATE_ROWS))
     if spec.kind == "self":
         say("writing calibration text", 0, 1)
         calibration = _written(spec, source, work, device)
     else:
         calibration = drawn(spec, source)
+    if calibration.tokens.shape != (spec.rows or rows, length):
+        found = calibration.tokens
+        say(f"calibrating on {len(found)} rows of {found.shape[1]} tokens, all that the model and the text have", 0, 1)
     return calibration, calibration.tokens
 
 
@@ -1304,10 +1325,12 @@ def _left_float(arch: Arch, rows: list[dict[str, Any]], points: Iterable[str]) -
     left: list[tuple[str, str]] = []
     for block in arch.blocks:
         left += [(name, reason) for name, reason in block.skipped if name not in quantized]
+        left += [(linear.name, reason) for linear, reason in block.aside]
         left += [(linear.name, "left float by the rules") for linear in block.linears if linear.name not in quantized]
     head = {linear.name for linear in arch.head.linears} if arch.head is not None else set()
     outside = [name.removesuffix(".weight") for name in arch.outside if len(arch.source.tensors[name].shape) > 1]
     reasons = [(name, "left float by the rules" if name in head else "outside the blocks") for name in outside]
+    reasons += [(name.removesuffix(".weight"), "kept as it is: the model has no place for it") for name in sorted(arch.unused)]
     return [*left, *((name, reason) for name, reason in reasons if name not in quantized)]
 
 

@@ -165,12 +165,16 @@ class Whole:
         arch.load_outside()
         for block in arch.blocks:
             arch.load(block.tensors)
-        self._calls: dict[int, list[Any]] = {}
-        for start, stop in self.parts:
-            if stop - start not in self._calls:
-                self._calls[stop - start] = arch.embed(tokens[start:stop])[1]
+        self._calls: dict[Any, list[Any]] = {}
+        for part in self.parts:
+            if self._key(part) not in self._calls:
+                self._calls[self._key(part)] = arch.embed(tokens[slice(*part)])[1]
         self.restart()
         self.ends = [self.end(k).cpu() for k in range(len(self.parts))]
+
+    def _key(self, part: tuple[int, int]) -> Any:
+        """What subsets with the same calls have in common."""
+        return part if self.arch.calls_differ else part[1] - part[0]
 
     @torch.no_grad()
     def end(self, k: int, inputs: Inputs | None = None) -> Tensor:
@@ -180,8 +184,7 @@ class Whole:
 
     def _through(self, k: int, inputs: Inputs, parameters: dict[str, Tensor]) -> Tensor:
         """`parameters` replace some of the model, by name."""
-        start, stop = self.parts[k]
-        calls, hidden = self._calls[stop - start], self._entering(k, parameters)
+        calls, hidden = self._calls[self._key(self.parts[k])], self._entering(k, parameters)
         for block in self.arch.blocks[max(self.at, 0) :]:
             observe = quantized_inputs(self.arch.sites(block), inputs) if inputs else None
             prefix = block.name + "."
@@ -213,7 +216,7 @@ class Whole:
             with fast_products():
                 states = [self._entering(k, {}) for k in range(len(self.parts))]
                 if self.at >= 0:
-                    calls = [self._calls[stop - start][self.at] for start, stop in self.parts]
+                    calls = [self._calls[self._key(part)][self.at] for part in self.parts]
                     block = self.arch.blocks[self.at]
                     states = [self.arch.call(block, *given) for given in zip(states, calls, strict=True)]
             self.states = [hidden.cpu() for hidden in states]
