@@ -791,7 +791,7 @@ def test_disk_that_is_too_small(llama: Path, tmp_path: Path, monkeypatch: pytest
     seen: list[str] = []
     parts = ("are free, but up to", "are needed while quantizing", "choose another --out")
     refused(llama, tmp_path / "out", *parts, progress=lambda stage, done, total: seen.append(stage), **SHORT)
-    assert asked == [tmp_path] and not seen and not list(tmp_path.glob("out*"))
+    assert asked == [tmp_path / "out.partial"] and not seen and not list(tmp_path.glob("out*"))
     with pytest.raises(ValueError, match=r"\d\.?\d* kB are free, but up to [1-9]\d*\.\d\d kB are needed"):
         quantize(str(llama), tmp_path / "out", **SHORT)
     # The hidden states of two boundaries are counted too.

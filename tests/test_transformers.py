@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
+from packaging.version import Version
 from test_runtime import written
 from transformers import CompressedTensorsConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -30,6 +32,8 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("format", ["compressed-tensors", "lowbit"])
 def test_from_pretrained(name: str, scheme: str, format: str, tmp_path: Path) -> None:
     """Logits to the bit, and no file is written from it."""
+    if format == "lowbit" and Version(transformers.__version__) < Version("5.22"):
+        pytest.skip("transformers before 5.22 looks for weight files before it asks a quantizer")
     out = written(name, tmp_path, scheme, format)
     model = tiny.auto_class(name).from_pretrained(out)
     assert any(isinstance(module, PackedLinear) for module in model.modules()) and model.lowbit

@@ -16,7 +16,7 @@ from lowbit.methods.gptq import gptq
 from lowbit.methods.rtn import rtn
 from lowbit.qtensor import Grid, Scheme, dequantize, find_params, parse_scheme, quantize
 from lowbit.source import open_source
-from lowbit.unit import Input, Stream, Unit, _mirror, add_gram, energy, quantized_inputs
+from lowbit.unit import Input, Stream, Unit, _mirror, add_gram, energy, fast_products, quantized_inputs
 
 
 @pytest.fixture(scope="module")
@@ -584,3 +584,15 @@ def test_teacher_is_dropped(folder: Callable[[str], Path], tmp_path: Path) -> No
     assert not setting.stream.complete(1)
     setting.stream.drop(1)
     assert [path.name for path in tmp_path.iterdir()] == ["hidden-00000"]
+
+
+@pytest.mark.parametrize("rows", [1, 64, 1024])
+def test_fast_products_are_exact_on_any_cpu(rows: int) -> None:
+    """Also on one that multiplies bfloat16 in hardware: batches of other sizes must give the same numbers."""
+    x, w = torch.randn(rows, 512), torch.randn(384, 512)
+    exact = x.double() @ w.double().T
+    before = torch.get_float32_matmul_precision()
+    with fast_products():
+        found = torch.nn.functional.linear(x, w)
+    assert float((found - exact).norm() / exact.norm()) < 1e-5
+    assert torch.get_float32_matmul_precision() == before

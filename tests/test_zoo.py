@@ -16,9 +16,10 @@ from transformers import Cache, DynamicCache
 from lowbit.arch import Arch, leaves
 from lowbit.data import DataSpec, calibration_tokens
 from lowbit.export import QuantizedSource, check_export, check_loading, library_config
+from lowbit.outputs import positions
 from lowbit.qtensor import parse_scheme
 from lowbit.recipe import Rule, short_recipe
-from lowbit.run import positions, quantize, set_aside
+from lowbit.run import quantize, set_aside
 from lowbit.source import open_source
 from lowbit.unit import Stream
 
@@ -214,7 +215,7 @@ def test_rows_are_as_long_as_the_model_has_positions(name: str, limit: int, tmp_
     tiny.save(name, tmp_path / "model")
     data = DataSpec(source="random", rows=2)
     arch = Arch(open_source(str(tmp_path / "model")))
-    assert positions(arch) == limit
+    assert positions(arch.model) == limit
     told: list[str] = []
     report = quantize(
         str(tmp_path / "model"),
