@@ -76,6 +76,9 @@ _NEEDS_IMAGE = "runs with an image only"
 _BOTH = "is an encoder-decoder"
 _MORE = "its config needs more than small values"
 UNBUILT: dict[str, str] = {
+    "qwen4_exp": "its config has no defaults for the sizes of its mixers",
+    "qwen4_exp_text": "its config has no defaults for the sizes of its mixers",
+    "reformer": "its positions are factors of the hidden size and of the length",
     **dict.fromkeys(
         (
             "bart",
