@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lowbit.adapter import merged, read_adapter
 from lowbit.arch import Arch, Linear, Site, Tap, addresses
+from lowbit.dequantize import decompress, library_scheme, library_shape, quantization_of, without_quantization
 from lowbit.formats import FP4_E2M1, FP6_E2M3, FP8_E4M3
 from lowbit.kv import CacheSpec, simulate_cache
 from lowbit.packing import pack, unpack
@@ -315,9 +316,8 @@ def write_config(
     kv_cache: the checkpoint holds scales of an FP8 key-value cache.
     points: schemes of points, by name. turned: names of linears whose inputs are multiplied by a Hadamard matrix.
     """
-    original = (arch.source.folder / "config.json").read_bytes()
-    if arch.source.overrides:
-        original = (json.dumps(json.loads(original) | arch.source.overrides, indent=2) + "\n").encode()
+    described = read_json(arch.source.folder / "config.json", "the model's configuration")
+    original = without_quantization(described) | arch.source.overrides
     if format == NATIVE:
         dtype = str(arch.source.dtype()).removeprefix("torch.")
         table = {
@@ -334,8 +334,8 @@ def write_config(
             for linear in linears
             if linear.name in schemes
         }
-        described = json.loads(original) | {"quantization_config": {"quant_method": NATIVE}}
-        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        config = original | {"quantization_config": {"quant_method": NATIVE}}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         of_points = {
             point.name: {
                 "tensor": point.tensor,
@@ -354,8 +354,7 @@ def write_config(
             + "\n"
         )
         return ["config.json", NATIVE_FILE]
-    config = json.loads(original)
-    config["quantization_config"] = library_config(arch, schemes, kv_cache=kv_cache)
+    config = original | {"quantization_config": library_config(arch, schemes, kv_cache=kv_cache)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return ["config.json"]
 
@@ -468,7 +467,6 @@ class QuantizedSource(Source):
     def __init__(self, folder: Path) -> None:
         self.native = (folder / NATIVE_FILE).exists()
         super().__init__(folder, NATIVE if self.native else STEM)
-        self.stored = self.tensors
         self.corrections = read_adapter(folder)
         self.modules = self._native_modules() if self.native else self._library_modules()
         self._by_tensor: dict[str, list[_Module]] = {}
@@ -495,7 +493,7 @@ class QuantizedSource(Source):
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named original tensors, dequantized where they are quantized."""
-        out = super().read([name for name in names if name not in self._by_tensor and name not in self.parameters])
+        out = self.read_stored([name for name in names if name not in self._by_tensor and name not in self.parameters])
         for name in names:
             if name in self.parameters:
                 out[name] = self._parameter(self.parameters[name])
@@ -509,7 +507,7 @@ class QuantizedSource(Source):
     def quantized(self, name: str, device: str | torch.device = "cpu") -> QTensor:
         """The codes and scales of a quantized linear, unpacked on `device`, without its low-rank correction."""
         module = self.modules[name]
-        tensors = {part: tensor.to(device) for part, tensor in self._read_stored(self._parts(module)).items()}
+        tensors = {part: tensor.to(device) for part, tensor in self.read_stored(self._parts(module)).items()}
         if self.native:
             return _decode_native(name, tensors, module.scheme.weight, module.shape[1])
         return _decode_library(name, tensors, module.scheme.weight, module.shape)
@@ -524,7 +522,7 @@ class QuantizedSource(Source):
         for name, entry in self._points.items():
             if entry["tensor"] is None:
                 parts = [f"{name}.{part}" for part in ("largest", "labels") if f"{name}.{part}" in self.stored]
-                read = self._read_stored(parts)
+                read = self.read_stored(parts)
                 labels = read.get(f"{name}.labels", torch.zeros(entry["shape"][0])).long()
                 found[name] = Static(spec=spec_from_dict(entry["spec"]), largest=read[f"{name}.largest"], labels=labels)
         return found
@@ -533,7 +531,7 @@ class QuantizedSource(Source):
         """A quantized parameter among the points, dequantized, in the shape that the source has."""
         entry = self._points[name]
         shape = entry["shape"]
-        read = self._read_stored([f"{name}.codes", f"{name}.scale"])
+        read = self.read_stored([f"{name}.codes", f"{name}.scale"])
         columns = torch.Size(shape[1:] if len(shape) > 1 else shape).numel()
         return dequantize(_decode_native(name, read, spec_from_dict(entry["spec"]), columns)).view(shape)
 
@@ -548,12 +546,12 @@ class QuantizedSource(Source):
                 continue
             largest = None
             if self.native and f"{name}.input_largest" in self.stored:
-                largest = float(self._read_stored([f"{name}.input_largest"])[f"{name}.input_largest"])
+                largest = float(self.read_stored([f"{name}.input_largest"])[f"{name}.input_largest"])
             elif f"{name}.input_scale" in self.stored:
-                largest = float(self._read_stored([f"{name}.input_scale"])[f"{name}.input_scale"]) * spec.format.max
+                largest = float(self.read_stored([f"{name}.input_scale"])[f"{name}.input_scale"]) * spec.format.max
             elif f"{name}.input_global_scale" in self.stored:
                 # the largest magnitude for which `outer_scale` gives this scale
-                given = float(self._read_stored([f"{name}.input_global_scale"])[f"{name}.input_global_scale"])
+                given = float(self.read_stored([f"{name}.input_global_scale"])[f"{name}.input_global_scale"])
                 largest = largest_of(1 / given, spec)
             found[name] = Input(spec, largest, turned=module.turned)
         return found
@@ -561,7 +559,7 @@ class QuantizedSource(Source):
     def cache_scales(self) -> dict[str, tuple[float, float]]:
         """Scales of keys and values of an FP8 key-value cache, by attention module."""
         modules = [name.removesuffix(".k_scale") for name in self.stored if name.endswith(".k_scale")]
-        read = self._read_stored([f"{module}.{part}" for module in modules for part in ("k_scale", "v_scale")])
+        read = self.read_stored([f"{module}.{part}" for module in modules for part in ("k_scale", "v_scale")])
         return {module: (float(read[f"{module}.k_scale"]), float(read[f"{module}.v_scale"])) for module in modules}
 
     def bits_per_weight(self, name: str) -> float:
@@ -586,19 +584,9 @@ class QuantizedSource(Source):
         dtype = FLOAT_DTYPES[self.tensors[module.tensor].dtype]
         if self.native:
             return dequantize(self.quantized(module.name), dtype)
-        from compressed_tensors.compressors import BaseCompressor
-
-        tensors = self._read_stored(self._parts(module))
+        tensors = self.read_stored(self._parts(module))
         local = {name.removeprefix(module.name + "."): tensor for name, tensor in tensors.items()}
-        compressor = BaseCompressor.get_value_from_registry(str(module.library.format))
-        return compressor.decompress(local, module.library)["weight"].to(dtype)
-
-    def _read_stored(self, names: list[str]) -> dict[str, Tensor]:
-        shown, self.tensors = self.tensors, self.stored
-        try:
-            return super().read(names)
-        finally:
-            self.tensors = shown
+        return decompress(local, module.library).to(dtype)
 
     def _described(self) -> dict[str, Any]:
         return read_json(self.folder / NATIVE_FILE, "the description of a checkpoint in lowbit's own format")
@@ -635,7 +623,7 @@ class QuantizedSource(Source):
     def _library_modules(self) -> dict[str, _Module]:
         from compressed_tensors.quantization import QuantizationConfig
 
-        given = self.config["quantization_config"]
+        given = quantization_of(self.config) or {}
         if given.get("quant_method") != "compressed-tensors":
             raise ValueError(
                 f"{self.folder}: quantization method {given.get('quant_method')!r} is not read by lowbit, only "
@@ -647,16 +635,8 @@ class QuantizedSource(Source):
             if not scale.endswith(".weight_scale"):
                 continue
             name = scale.removesuffix(".weight_scale")
-            library = _library_scheme(name, config)
-            plain = self.stored.get(f"{name}.weight")
-            packed = self.stored.get(f"{name}.weight_packed")
-            if plain is not None:
-                shape = (plain.shape[0], plain.shape[1])
-            elif packed is not None and packed.dtype == "U8":
-                shape = (packed.shape[0], packed.shape[1] * 8 // library.weights.num_bits)
-            else:
-                stored = self._stored_shape(f"{name}.weight_shape")
-                shape = (stored[0], stored[1])
+            library = library_scheme(name, config)
+            shape = library_shape(name, library, self.stored, self.read_stored)
             modules[name] = _Module(
                 name=name,
                 tensor=f"{name}.weight",
@@ -667,19 +647,6 @@ class QuantizedSource(Source):
                 library=library,
             )
         return modules
-
-    def _stored_shape(self, name: str) -> list[int]:
-        return Source.read(self, [name])[name].tolist()
-
-
-def _library_scheme(name: str, config: Any) -> Any:
-    """The library's scheme of a module, by the first target that names it; "Linear" names all."""
-    from compressed_tensors.utils.match import match_name
-
-    for group in config.config_groups.values():
-        if any(target == "Linear" or match_name(name, target) for target in group.targets):
-            return group if group.format else group.model_copy(update={"format": config.format})
-    raise ValueError(f"quantization_config has no group for {name}")
 
 
 def _scheme_of(library: Any) -> Scheme:
@@ -711,13 +678,21 @@ def _spec_of(args: Any) -> Spec:
 
 
 def open_checkpoint(model: str, revision: str | None = None) -> Source:
-    """Open a float checkpoint (folder or hub id) or a quantized one (folder, either format)."""
+    """Open a float checkpoint (folder or hub id) or a quantized one: as a `QuantizedSource` in both formats that lowbit
+    writes, dequantized as it is read (see `source.open_source`) in those of others."""
     folder = Path(model).expanduser()
-    quantized = (folder / NATIVE_FILE).exists() or (
-        (folder / "config.json").exists()
-        and "quantization_config" in read_json(folder / "config.json", "the model's configuration")
-    )
-    return QuantizedSource(folder) if quantized else open_source(model, revision)
+    if (folder / NATIVE_FILE).exists() or _of_library(folder):
+        return QuantizedSource(folder)
+    source = open_source(model, revision)
+    return QuantizedSource(source.folder) if _of_library(source.folder) else source
+
+
+def _of_library(folder: Path) -> bool:
+    """Whether a folder is a compressed-tensors checkpoint."""
+    if not (folder / "config.json").exists():
+        return False
+    found = quantization_of(read_json(folder / "config.json", "the model's configuration"))
+    return found is not None and found.get("quant_method") == "compressed-tensors"
 
 
 def quantized_sites(arch: Arch, source: QuantizedSource) -> dict[Site, Quantizer]:

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lowbit.export import NATIVE, QuantizedSource, open_checkpoint
+from lowbit.export import QuantizedSource, open_checkpoint
 from lowbit.qtensor import CHANNEL, TENSOR, Scheme, parse_scheme
 from lowbit.report import read_report
 from lowbit.source import Source, read_json
@@ -39,13 +39,9 @@ def summary_of(model: str) -> dict[str, Any]:
         method = config.get("quant_method") if isinstance(config, dict) else None
         if config is not None and method in ("gptq", "awq"):
             return _packed(path, method, config)
-        if method not in (None, "compressed-tensors", NATIVE):
-            raise ValueError(
-                f"{model} is quantized by {method}, which lowbit cannot inspect; known are compressed-tensors, gptq, awq"
-            )
     source = open_checkpoint(model)
     if not isinstance(source, QuantizedSource):
-        return _about(source, "float", {})
+        return _about(source, source.quantization or "float", {}, source.stored)
     linears = {
         name: {
             "scheme": scheme.name if source.native else scheme_name(scheme),

@@ -1230,6 +1230,7 @@ def _report(
             "revision": revision,
             "class": type(arch.model).__name__,
             "dtype": str(source.dtype()).removeprefix("torch."),
+            "source_quantization": source.quantization,
             "fingerprint": source.fingerprint(),
         },
         "recipe": recipe.to_dict(),
@@ -1244,7 +1245,7 @@ def _report(
         "blocks": [{key: record[key] for key in ("block", "seconds", "peak_rss", "transforms")} for record in records],
         "stages": clock.stages,
         "sizes": {
-            "source_bytes": source.nbytes(),
+            "source_bytes": source.stored_bytes(),
             "output_bytes": shards,
             "quantized_weights": weights,
             "parameters": parameters,

@@ -1,7 +1,8 @@
 """Lazy reading of a Hugging Face checkpoint: safetensors shards, config, and the files beside them.
 
 A `Source` knows every tensor's place, shape and dtype from the shard headers and reads tensors only when asked. Nothing is kept
-open between reads, so no memory-mapped page outlives the call that needed it. Pickled checkpoints are refused.
+open between reads, so no memory-mapped page outlives the call that needed it. Pickled checkpoints are refused. Weights that
+others quantized are dequantized as they are read (`Dequantized`).
 """
 
 import hashlib
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from lowbit.adapter import FOLDER as ADAPTER
+from lowbit.dequantize import Packing, packing_of
 
 STEM = "model"  # shards are STEM.safetensors, or STEM-00001-of-00003.safetensors listed in STEM.safetensors.index.json
 _DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F64": 64, "C64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32}
@@ -46,7 +50,9 @@ class Source:
     Attributes:
         folder: the local folder.
         config: config.json as a dict.
-        tensors: every tensor of every shard, by name.
+        stored: every tensor of every shard, by name.
+        tensors: every tensor that `read` gives, by name; the stored ones, where a subclass shows no others.
+        quantization: how others quantized the checkpoint, in words; None if no one did.
         overrides: what the model's configuration must say instead of config.json.
         unrounded: tensors that may be read in a wider dtype than is stored; of use where weights were rewritten.
     """
@@ -58,24 +64,30 @@ class Source:
         self.shards = _shards(folder, stem)
         self.overrides: dict[str, Any] = {}
         self.unrounded: frozenset[str] = frozenset()
-        self.tensors: dict[str, TensorInfo] = {}
+        self.quantization: str | None = None
+        self.stored: dict[str, TensorInfo] = {}
         for shard in self.shards:
             for name, info in _headers(folder, shard).items():
-                if name in self.tensors:
-                    raise ValueError(f"{folder}: tensor {name} is in both {self.tensors[name].shard} and {shard}")
-                self.tensors[name] = info
+                if name in self.stored:
+                    raise ValueError(f"{folder}: tensor {name} is in both {self.stored[name].shard} and {shard}")
+                self.stored[name] = info
+        self.tensors = self.stored
         self._check_index()
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """Read the named tensors in their stored dtype.
+        """Read the named tensors in the dtype that `tensors` says.
 
         Raises:
             ValueError: a tensor cannot be read (a truncated or damaged shard).
         """
+        return self.read_stored(names)
+
+    def read_stored(self, names: list[str]) -> dict[str, Tensor]:
+        """Read tensors as they are stored; see `read`."""
         out: dict[str, Tensor] = {}
         by_shard: dict[str, list[str]] = {}
         for name in names:
-            by_shard.setdefault(self.tensors[name].shard, []).append(name)
+            by_shard.setdefault(self.stored[name].shard, []).append(name)
         for shard, wanted in by_shard.items():
             try:
                 with safe_open(self.folder / shard, framework="pt") as file:
@@ -86,8 +98,12 @@ class Source:
         return out
 
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors as `read` gives them."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors in the shards."""
+        return sum(info.nbytes for info in self.stored.values())
 
     def side_files(self) -> list[Path]:
         """Every file beside the weights: tokenizer, chat template, generation config, README ... (not config.json)."""
@@ -129,16 +145,45 @@ class Source:
         if not self._index.exists():
             return
         for name, shard in _weight_map(self._index).items():
-            if name not in self.tensors:
+            if name not in self.stored:
                 raise ValueError(f"{self._index} says {name} is in {shard}, but it is not there; fetch {shard} again")
+
+
+class Dequantized(Source):
+    """A checkpoint that others quantized, shown as a float one: weights are dequantized as they are read."""
+
+    def __init__(self, plain: Source, packing: Packing) -> None:
+        self.__dict__.update(plain.__dict__)
+        self.plain = plain
+        self.quantization = packing.words
+        self._packing = packing
+        dtype = next(name for name, each in FLOAT_DTYPES.items() if each == packing.dtype)
+        parts = {part for packed in packing.weights.values() for part in packed.parts.values()}
+        self.tensors = {name: info for name, info in self.stored.items() if name not in parts | packing.dropped}
+        for name, packed in packing.weights.items():
+            shard = self.stored[next(iter(packed.parts.values()))].shard
+            self.tensors[name] = TensorInfo(shard, packed.shape, dtype)
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """The named tensors, dequantized where they are quantized."""
+        weights = self._packing.weights
+        out = self.read_stored([name for name in names if name not in weights])
+        for name in names:
+            if name in weights:
+                stored = self.read_stored(list(weights[name].parts.values()))
+                given = {part: stored[each] for part, each in weights[name].parts.items()}
+                out[name] = weights[name].decode(given).to(self._packing.dtype)
+        return out
 
 
 def open_source(model: str, revision: str | None = None) -> Source:
     """Open a local folder, or fetch a hub id ("org/name", optionally at `revision`) into the hub's cache and open that.
 
+    Weights that others quantized are dequantized as they are read; `dequantize` has what is known.
+
     Raises:
         ValueError: no such folder or hub model, no safetensors weights, missing, truncated or damaged files, or a model
-            that is quantized already.
+            that is quantized in another way.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -146,10 +191,14 @@ def open_source(model: str, revision: str | None = None) -> Source:
     elif revision is not None:
         raise ValueError(f"{model} is a local folder, which has no revisions; leave out --revision {revision}")
     source = Source(folder)
-    if source.config.get("quantization_config"):
-        method = source.config["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(f"{model} is quantized already ({method}); quantize the original checkpoint instead")
-    return source
+    packing = packing_of(model, source.config, source.stored, source.read_stored)
+    if packing is None:
+        return source
+    if (folder / ADAPTER / "adapter_config.json").exists():
+        raise ValueError(
+            f"{model} is quantized with a low-rank adapter beside it ({ADAPTER}/); quantize the original checkpoint"
+        )
+    return Dequantized(source, packing)
 
 
 def _fetch(model: str, revision: str | None) -> Path:
