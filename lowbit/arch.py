@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lowbit.experts import converters as converters_of_experts
+from lowbit.experts import open_experts
 from lowbit.source import FLOAT_DTYPES, Source
 from lowbit.ssm import Mixer, is_mixer, point
 
@@ -180,6 +182,7 @@ class Arch:
         self.source = source
         self.dtype = dtype
         self.model = _empty_model(source) if model is None else model
+        open_experts(self.model, source.tensors)
         self.device = torch.device(device)
         self.matrix_dtype = _matrix_dtype(source, dtype, self.device)
         self._matrices: frozenset[str] = frozenset()
@@ -743,6 +746,7 @@ class _Places:
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        converters += converters_of_experts(source.tensors, model.state_dict(), converters)
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         state = model.state_dict()
         buffers = {name for name, _ in model.named_buffers()}

@@ -233,9 +233,9 @@ def _quantize(arguments: argparse.Namespace) -> None:
         )
     if not report:  # not the first of the processes of torchrun
         return
-    sizes, how = report["sizes"], report["model"]["source_quantization"]
-    if how:
-        print(f"note: {arguments.model} was quantized already ({how}); what was lost before is lost", file=sys.stderr)
+    sizes = report["sizes"]
+    for note in report["notes"]:
+        print(f"note: {note}", file=sys.stderr)
     for row in report["linears"]:
         for warning in row["warnings"]:
             print(f"warning: {row['name']}: {warning}", file=sys.stderr)

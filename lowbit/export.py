@@ -134,10 +134,14 @@ def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: d
     for linear in linears:
         if linear.name not in schemes:
             continue
+        if linear.stacked:
+            raise ValueError(
+                f"{linear.tensor} holds all experts of a layer, and neither vLLM nor transformers loads quantized experts of "
+                f"{model_type or 'this model'} from compressed-tensors; leave them float with --ignore '.*experts.*', or "
+                f"{remedy}"
+            )
         if linear.transposed:
             raise ValueError(f"{linear.name} is stored as [in, out] (Conv1D), which compressed-tensors does not know; {remedy}")
-        if linear.stacked:
-            raise ValueError(f"{linear.name} is a slice of a 3-D tensor, for which no engine has a layout; {remedy}")
         reason = _reason_of_transformers(linear, schemes[linear.name], model_type) if engine == "transformers" else None
         if reason is not None:
             raise ValueError(f"{linear.name} cannot be exported for transformers: {reason}; or {remedy}")

@@ -31,7 +31,7 @@ from lowbit.files import write_json
 from lowbit.methods.embed import Rounded
 from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
-from lowbit.run import Progress, available_memory, differences, drawn, rewritten
+from lowbit.run import Progress, available_memory, differences, drawn, opened, rewritten
 from lowbit.sensitivity import (
     PER,
     SIGNALS,
@@ -152,7 +152,9 @@ def plan(
     )
     effort = effort or Effort()
     source = open_source(model, revision)
-    arch = rewritten(Arch(source, device=device), base, say)
+    ignore = list(ignore)
+    left = (Rule(match=pattern, scheme=FLOAT, optional=True) for pattern in ignore)
+    arch = rewritten(opened(source, replace(base, rules=(*left, *base.rules)), device), base, say)
     if isinstance(arch.source, Rounded) and max_ppl_ratio is not None:
         raise ValueError("embed is what a plan for max_ppl_ratio decides about itself; leave it out of the method")
     if not causal(arch):

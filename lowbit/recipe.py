@@ -260,6 +260,11 @@ class Recipe:
         """sha256 of the recipe."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
+    def quantizes(self, name: str) -> bool:
+        """Whether a linear of this name gets a scheme."""
+        rules = (rule for rule in self.rules if rule.point is None and re.search(rule.match, name))
+        return next((rule.scheme != FLOAT for rule in rules), False)
+
     def point_schemes(self, points: Iterable[str]) -> dict[str, PointScheme]:
         """Which of the named points get which scheme; points left float are absent."""
         rules = [rule for rule in self.rules if rule.point is not None or rule.scheme == FLOAT]

@@ -46,7 +46,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"({sizes['quantized_weights']:,} of {sizes['parameters']:,} parameters), "
         f"{sizes['bits_per_parameter']:.2f} bits for each parameter over all.",
         "",
-        *quantized_before(report),
+        *(line for note in report.get("notes", []) for line in (note, "")),
         "## What was done",
         "",
         table(["rule", "scheme"], [[rule["match"] or "(every linear)", rule["scheme"]] for rule in recipe["rules"]]),
@@ -111,18 +111,6 @@ def markdown(report: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def quantized_before(report: dict[str, Any]) -> list[str]:
-    """What is to be said, as lines of Markdown, where the source was quantized already."""
-    how = report["model"].get("source_quantization")
-    if not how:
-        return []
-    return [
-        f"The source was quantized already ({how}). Its dequantized weights are what was quantized here and what errors are "
-        "measured against; what was lost before is lost.",
-        "",
-    ]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -40,6 +40,7 @@ from lowbit.adapter import FOLDER as ADAPTER
 from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, Site, return_freed_memory
 from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
+from lowbit.experts import PerExpert, reason_of_transformers, split_experts
 from lowbit.export import NATIVE, QuantizedSource, check_export, encode, encode_static, load, quantized_sites, write_config
 from lowbit.files import TEMPORARY, replacing, save_shard, sha256_of, write_json
 from lowbit.methods.embed import Rounded
@@ -139,7 +140,7 @@ def quantize(
         raise ValueError(f"parallel = {parallel}: give the number of processes; deterministic is for two or more")
     source = open_source(model, revision)
     _check_apart(out, source.folder)
-    arch = original = Arch(source, device=device)
+    arch = original = opened(source, recipe, device)
     recipe.schemes(_candidates(arch, recipe), _points(arch), tied_head=arch.tied_head)
     data_used, solver_tokens = _calibration(recipe, source, out, device, say)
     with (
@@ -156,6 +157,7 @@ def quantize(
         linears, schemes = _chosen(arch, recipe)
         _check_linears(linears, schemes)
         check_export(recipe.format, recipe.engine, linears, schemes, str(source.config.get("model_type", "")))
+        _check_experts(arch, recipe, linears, schemes)
         _check_head(arch, recipe, schemes)
         _check_memory(arch, schemes)
         _check_training_memory(arch, recipe, schemes)
@@ -181,6 +183,7 @@ def quantize(
         gate = _gate(arch, stream, records, folder, say, after)
         clock.lap("gate")
         report = _report(source, model, revision, recipe, data_used, arch, records, searches, gate, clock, folder)
+        report["notes"] = _notes(arch, recipe, linears, schemes)
         if any(METHODS[step.method].kind in ("model", "search", "transform") for step in recipe.steps):
             report["outliers"] = {"before": outliers(original, solver_tokens[:GATE_ROWS]), "after": after}
         report["histograms"] = histograms(
@@ -189,6 +192,15 @@ def quantize(
         write_report(folder, report)
         _publish(folder, out)
     return report
+
+
+def opened(source: Source, recipe: Recipe, device: str) -> Arch:
+    """The model of a checkpoint, with experts one by one where the recipe's format needs them so; see `experts`."""
+    shown = source if recipe.format == NATIVE else split_experts(source, recipe.quantizes)
+    arch = Arch(shown, device=device)
+    if isinstance(shown, PerExpert) and arch.unused:  # layers for speculation, which are kept as they are
+        arch = Arch(shown.without(arch.unused), device=device)
+    return arch
 
 
 def rewritten(arch: Arch, recipe: Recipe, say: Progress, clock: "_Clock | None" = None) -> Arch:
@@ -293,7 +305,7 @@ def train_rank(work: Path, team: Team | None = None, progress: Callable[[int], N
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
     carrier = join(store, rank, world, torch.device(device))
     recipe = recipe_from_dict(job["recipe"])
-    arch = Arch(open_source(job["model"]), device=device)
+    arch = opened(open_source(job["model"]), recipe, device)
     with _quick_collections():
         arch = rewritten(arch, recipe, lambda stage, done, total: None)
     _, schemes = _chosen(arch, recipe)
@@ -968,6 +980,39 @@ def _check_linears(linears: list[Linear], schemes: dict[str, Scheme]) -> None:
             raise ValueError(f"{tensor} holds several experts in one tensor: quantize all of them or none")
 
 
+def _check_experts(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[str, Scheme]) -> None:
+    reason = _against_experts(arch, recipe, linears, schemes)
+    if reason is not None and recipe.engine == "transformers":
+        raise ValueError(
+            f"experts cannot be exported for transformers: {reason}; use --engine vllm, leave them float with --ignore "
+            "'.*experts.*', or write lowbit's own format with --format lowbit"
+        )
+
+
+def _against_experts(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[str, Scheme]) -> str | None:
+    """Why transformers would not load the quantized experts of the output; None if it would."""
+    if recipe.format == NATIVE:
+        return None
+    fused = [linear for linear in linears if linear.name in schemes and linear.index is not None and not linear.stacked]
+    return reason_of_transformers(arch.model, [linear.tensor for linear in fused])
+
+
+def _notes(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[str, Scheme]) -> list[str]:
+    """What whoever uses the output should know, in sentences."""
+    notes = []
+    if arch.source.quantization is not None:
+        notes.append(
+            f"The source was quantized already ({arch.source.quantization}): what was lost before is lost, and errors are "
+            "measured against its dequantized weights."
+        )
+    reason = _against_experts(arch, recipe, linears, schemes)
+    if reason is not None:
+        notes.append(
+            f"This checkpoint is for vLLM, which reads these experts one by one; transformers does not load it: {reason}."
+        )
+    return notes
+
+
 def _check_head(arch: Arch, recipe: Recipe, schemes: dict[str, Scheme]) -> None:
     if _quantized_head(arch, schemes) is not None and recipe.finish is not None:
         raise ValueError(
@@ -1236,6 +1281,7 @@ def _report(
         "recipe": recipe.to_dict(),
         "recipe_sha256": recipe.hash(),
         "data": data.describe(),
+        "notes": [],
         "searches": searches,
         "outliers": None,
         "histograms": [],

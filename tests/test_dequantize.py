@@ -248,7 +248,7 @@ def test_gpt_oss_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     gpt_oss(tmp_path / "model")
     command = ["quantize", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--scheme", "w4a16-g32"]
     assert main([*command, "--format", "lowbit"]) == 0
-    assert "was quantized already (mxfp4); what was lost before is lost" in capsys.readouterr().err
+    assert "note: The source was quantized already (mxfp4): what was lost before is lost" in capsys.readouterr().err
     assert "quantization_config" in json.loads((tmp_path / "out" / "config.json").read_text())
     assert type(open_checkpoint(str(tmp_path / "out"))) is QuantizedSource
 

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "lowbit"
 # A module imports from its own level and the levels before it. A folder stands for all of its modules.
 LEVELS = (
     ("files", "formats", "packing", "codebooks", "orthogonal", "ssm"),
-    ("qtensor", "adapter", "arch", "data", "source", "dequantize", "report", "page", "kv"),
+    ("qtensor", "adapter", "arch", "data", "source", "dequantize", "experts", "report", "page", "kv"),
     ("links",),
     ("unit", "kernels"),
     ("reconstruct",),
