@@ -6,6 +6,7 @@ calibration data and the output format. It is written as TOML or built in Python
     format = "compressed-tensors"         # or "lowbit"
     engine = "vllm"                       # or "transformers": who must load a compressed-tensors checkpoint
     kv_cache = "fp8"                      # calibrate scales for it; none by default
+    all_experts = true                    # statistics of experts from all tokens; by default from those the router sends
 
     [data]
     source = "calibration.jsonl"          # text file, jsonl, "hf:dataset", "self" (the model writes it), or "random"
@@ -174,6 +175,7 @@ class Recipe:
     format: str = "compressed-tensors"
     engine: str = "vllm"
     kv_cache: str | None = None
+    all_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.kv_cache not in (None, "fp8"):
@@ -183,6 +185,8 @@ class Recipe:
         for value, allowed, what in ((self.format, FORMATS, "format"), (self.engine, ENGINES, "engine")):
             if value not in allowed:
                 raise ValueError(f"unknown {what} {value!r}; allowed are {', '.join(allowed)}")
+        if not isinstance(self.all_experts, bool):
+            raise ValueError(f"all_experts = {self.all_experts!r} is neither true nor false")
         if not self.rules or not self.steps:
             raise ValueError("a recipe needs at least one rule ([[rules]]) and one step ([[steps]])")
         kinds = [METHODS[step.method].kind for step in self.steps]
@@ -213,6 +217,8 @@ class Recipe:
         needs = self.needs_data()
         if needs and self.data is None:
             raise ValueError(f"{needs[0]} needs calibration data: --data FILE, or [data] in the recipe")
+        if self.all_experts and not needs:
+            raise ValueError("all_experts: no step looks at calibration data; leave it out, or use gptq")
 
     @property
     def calibrated(self) -> bool:
@@ -330,6 +336,7 @@ def short_recipe(
     format: str = "compressed-tensors",
     engine: str = "vllm",
     kv_cache: str | None = None,
+    all_experts: bool = False,
     options: dict[str, Any] | None = None,
 ) -> Recipe:
     """One scheme for every linear but the ignored ones, one method or several in their order.
@@ -340,6 +347,7 @@ def short_recipe(
         ignore: regular expressions of linears to leave float; None stands for the head, "lm_head" or "embed_out", if there is
             one.
         kv_cache: "fp8" for scales of an FP8 key-value cache, which vLLM uses with kv_cache_dtype="fp8".
+        all_experts: gather the statistics of every expert from all tokens, not only from those that the router sends it.
     """
     if ignore is None:
         left = [Rule(match=_HEADS, scheme=FLOAT, optional=True)]
@@ -352,6 +360,7 @@ def short_recipe(
         format=format,
         engine=engine,
         kv_cache=kv_cache,
+        all_experts=all_experts,
     )
 
 
@@ -406,7 +415,7 @@ def recipe_from_dict(given: dict[str, Any], *, where: str = "recipe") -> Recipe:
     if given.get("data") is not None:
         _check_keys(given["data"], [f.name for f in fields(DataSpec)], f"{where}, [data]", required=("source",))
         data = DataSpec(**given["data"])
-    rest = {key: given[key] for key in ("format", "engine", "kv_cache") if key in given}
+    rest = {key: given[key] for key in ("format", "engine", "kv_cache", "all_experts") if key in given}
     return Recipe(rules=tuple(rules), steps=tuple(steps), data=data, **rest)
 
 

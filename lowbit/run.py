@@ -50,7 +50,7 @@ from lowbit.recipe import METHODS, Recipe, Step, default_of, recipe_from_dict, s
 from lowbit.reconstruct import TRAINED, check_optimizer
 from lowbit.report import write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
-from lowbit.unit import LinearRecord, Quantizer, Stream, Unit, fast_products, quantized_inputs
+from lowbit.unit import LinearRecord, Quantizer, Stream, Unit, check_all_experts, fast_products, quantized_inputs
 from lowbit.views import histograms, outliers, watching
 
 _WRITTEN = "written-"  # name of the files with tokens that the model wrote
@@ -75,6 +75,7 @@ def quantize(
     format: str = "compressed-tensors",
     engine: str = "vllm",
     kv_cache: str | None = None,
+    all_experts: bool = False,
     revision: str | None = None,
     device: str = "cpu",
     parallel: int = 1,
@@ -88,7 +89,7 @@ def quantize(
         model: a folder or hub id.
         out: the folder to create.
         recipe: what to do; or, in its place, the short form: `scheme`, `method` with `options`, `ignore`, `data`, `format`,
-            `engine`, `kv_cache` (see `recipe.short_recipe`).
+            `engine`, `kv_cache`, `all_experts` (see `recipe.short_recipe`).
         revision: branch, tag or commit of a hub model.
         device: where blocks run and are solved, such as "cpu" or "cuda"; memory there is that of one block.
         parallel: processes that train modules of blocks side by side, for recipes with mrem; on GPUs, one each.
@@ -116,6 +117,7 @@ def quantize(
             format=format,
             engine=engine,
             kv_cache=kv_cache,
+            all_experts=all_experts,
         )
     elif scheme is not None:
         raise ValueError("give a recipe or a scheme, not both")
@@ -158,6 +160,8 @@ def quantize(
         _check_linears(linears, schemes)
         check_export(recipe.format, recipe.engine, linears, schemes, str(source.config.get("model_type", "")))
         _check_experts(arch, recipe, linears, schemes)
+        if recipe.all_experts:
+            check_all_experts(arch)
         _check_head(arch, recipe, schemes)
         _check_memory(arch, schemes)
         _check_training_memory(arch, recipe, schemes)
@@ -165,7 +169,7 @@ def quantize(
             _in_parallel(arch, recipe, schemes, solver_tokens, folder, parallel, team, deterministic, say)
             clock.lap("parallel training")
 
-        stream = Stream(arch, solver_tokens, folder / ".work", teacher=recipe.teacher)
+        stream = Stream(arch, solver_tokens, folder / ".work", teacher=recipe.teacher, all_experts=recipe.all_experts)
         if parallel > 1 and recipe.needs_data() == ["mrem"]:
             stream.taken = judging(stream, parallel_step(recipe, schemes), GATE_ROWS)
         stream.start()
@@ -327,7 +331,7 @@ def _searched(
         if METHODS[step.method].kind != "search":
             steps.append(step)
             continue
-        trials = _Trials(arch, schemes, tokens, work, partial(say, step.method))
+        trials = _Trials(arch, schemes, tokens, work, partial(say, step.method), all_experts=recipe.all_experts)
         found, row = METHODS[step.method].apply(trials.loss, **step.options)
         steps += [Step(method=method, options=options) for method, options in found]
         rows.append(row)
@@ -339,8 +343,16 @@ class _Trials:
     """The whole model quantized in one way or another, without writing it. The journal keeps each loss: trial-*.json."""
 
     def __init__(
-        self, arch: Arch, schemes: dict[str, Scheme], tokens: Tensor, work: Path, say: Callable[[int, int], None]
+        self,
+        arch: Arch,
+        schemes: dict[str, Scheme],
+        tokens: Tensor,
+        work: Path,
+        say: Callable[[int, int], None],
+        *,
+        all_experts: bool = False,
     ) -> None:
+        self.all_experts = all_experts
         self.arch, self.schemes, self.tokens, self.work, self.say = arch, schemes, tokens, work, say
         self.done = 0
         self.floats: dict[int, Stream] = {}
@@ -373,7 +385,7 @@ class _Trials:
 
     def _through(self, folder: Path, rows: int, steps: list[Step]) -> Stream:
         """The hidden states that leave the last block; without steps, those of the float model."""
-        stream = Stream(self.arch, self.tokens[:rows], folder)
+        stream = Stream(self.arch, self.tokens[:rows], folder, all_experts=self.all_experts)
         stream.start()
         for block in self.arch.blocks:
             values = self.arch.load(block.tensors)

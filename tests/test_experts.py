@@ -13,12 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit import load, quantize
+from lowbit.arch import discover
 from lowbit.cli import main
 from lowbit.data import DataSpec
 from lowbit.experts import PerExpert, split_experts
 from lowbit.export import QuantizedSource
 from lowbit.files import sha256_of
+from lowbit.qtensor import parse_scheme
 from lowbit.source import Source, open_source
+from lowbit.unit import Stream, Unit
 from tests import tiny
 
 DATA = DataSpec(source="random", rows=4, length=32)
@@ -232,3 +235,70 @@ def test_dequantized_and_split(tmp_path: Path) -> None:
     assert isinstance(source, PerExpert) and source.quantization == "fp8, a scale for each tensor"
     found = source.read(["experts.1.up_proj.weight"])["experts.1.up_proj.weight"]
     assert torch.equal(found, (tensors["experts.gate_up_proj"][1, 32:].float() * 0.5).to(torch.bfloat16))
+
+
+# ------------------------------------------------------------------------------------------------------------ calibration
+def units(folder: Path, work: Path, *, all_experts: bool) -> list[Unit]:
+    """The blocks of a model, with a stream that is at the first."""
+    arch = discover(open_source(str(folder)))
+    stream = Stream(arch, tiny.tokens(2, 16), work, all_experts=all_experts)
+    stream.start()
+    block = arch.blocks[1]
+    for earlier in arch.blocks[:1]:
+        values = arch.load(earlier.tensors)
+        Unit(arch, earlier, {}, stream, torch.float32, values).finish()
+    values = arch.load(block.tensors)
+    scheme = parse_scheme("w4a16-g32")
+    return [Unit(arch, block, {linear.name: scheme for linear in block.linears}, stream, torch.float32, values)]
+
+
+def test_statistics_of_all_experts(tmp_path: Path) -> None:
+    """Every expert's Gram matrix is that of all tokens; those of other linears, and the block's output, are as before."""
+    tiny.save("qwen2_moe", tmp_path / "model")
+    found = {}
+    for which in (False, True):
+        (tmp_path / str(which)).mkdir()
+        (unit,) = units(tmp_path / "model", tmp_path / str(which), all_experts=which)
+        grams = {linear.name.removeprefix("model.layers.1."): unit.gram(linear).clone() for linear in unit.linears}
+        unit.finish()
+        found[which] = grams, unit.stream.file(2).read_bytes()
+    routed, every = found[False][0], found[True][0]
+    assert found[False][1] == found[True][1]
+    for name in routed:
+        assert torch.equal(routed[name], every[name]) != ("mlp.experts" in name), name
+    x = every["mlp.shared_expert.gate_proj"]
+    assert all(torch.allclose(every[f"mlp.experts.{i}.gate_proj"], x, rtol=1e-4, atol=1e-5) for i in range(4))
+    total = sum(float(every[f"mlp.experts.{i}.down_proj"].trace()) for i in range(4))
+    assert total > sum(float(routed[f"mlp.experts.{i}.down_proj"].trace()) for i in range(4))
+
+
+def test_all_experts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With few tokens some experts get none by default, which is a warning; with all_experts each has its statistics."""
+    tiny.save("qwen3_moe", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    described = json.loads(config.read_text())
+    config.write_text(json.dumps(described | {"num_experts_per_tok": 1}))
+    command = ["quantize", str(tmp_path / "model"), "--scheme", "w4a16-g32", "--method", "gptq"]
+    command += ["--data", "random", "--rows", "1", "--length", "2"]
+    assert main([*command, "--out", str(tmp_path / "routed")]) == 0
+    assert "warning: model.layers.1.mlp.experts." in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path / "all"), "--all-experts"]) == 0
+    assert "no calibration token" not in capsys.readouterr().err
+    report = json.loads((tmp_path / "all" / "report.json").read_text())
+    assert report["recipe"]["all_experts"] is True
+    assert {row["method"] for row in report["linears"]} == {"gptq"}
+
+
+def test_static_input_of_an_expert_without_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.save("qwen3_moe", tmp_path / "model")
+    command = ["quantize", str(tmp_path / "model"), "--scheme", "nvfp4", "--data", "random", "--rows", "1", "--length", "2"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "no calibration token reached this layer: its input has the scale of magnitude 1" in capsys.readouterr().err
+
+
+def test_all_experts_refused(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path / "model")
+    with pytest.raises(ValueError, match="all_experts: no step looks at calibration data"):
+        quantize(str(tmp_path / "model"), tmp_path / "out", scheme="w4a16-g32", all_experts=True)
+    with pytest.raises(ValueError, match="no linear of this model is one of several experts"):
+        quantize(str(tmp_path / "model"), tmp_path / "out", scheme="w4a16-g32", method="gptq", data=DATA, all_experts=True)
