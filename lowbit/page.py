@@ -59,7 +59,7 @@ def _notes(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _warnings(linears: list[dict[str, Any]], notes: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
-    found = [f"{row['name']}: {warning}" for row in linears for warning in row["warnings"]]
+    found = [*about.get("notes", []), *(f"{row['name']}: {warning}" for row in linears for warning in row["warnings"])]
     if about["adapter"]:
         found.append(f"its low-rank corrections are in {about['adapter']}/, to be loaded beside")
     undone = sum(note.get("kept") is False for note in notes)
