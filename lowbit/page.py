@@ -41,9 +41,8 @@ def comparison_page(comparison: dict[str, Any]) -> str:
 def report_page(report: dict[str, Any]) -> str:
     """The HTML of a run (see `run`)."""
     notes = _notes(report)
-    return _rendered(
-        "report.html.jinja", r=report, warnings=_warnings(report["linears"], notes, report), plots=_plots_of_run(report, notes)
-    )
+    warnings = [*report.get("notes", []), *_warnings(report["linears"], notes, report)]
+    return _rendered("report.html.jinja", r=report, warnings=warnings, plots=_plots_of_run(report, notes))
 
 
 def _rendered(template: str, **values: Any) -> str:
@@ -59,7 +58,7 @@ def _notes(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _warnings(linears: list[dict[str, Any]], notes: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
-    found = [*about.get("notes", []), *(f"{row['name']}: {warning}" for row in linears for warning in row["warnings"])]
+    found = [f"{row['name']}: {warning}" for row in linears for warning in row["warnings"]]
     if about["adapter"]:
         found.append(f"its low-rank corrections are in {about['adapter']}/, to be loaded beside")
     undone = sum(note.get("kept") is False for note in notes)

@@ -240,6 +240,12 @@ def test_what_to_mind_is_on_top(comparison: dict[str, Any]) -> None:
     assert 'class="alarm"' not in comparison_page(clean)
 
 
+def test_notes_of_a_run_are_on_top(report: dict[str, Any]) -> None:
+    top = report_page(report | {"notes": ["The source was quantized already <fp8>."]}).partition("<h2>Result")[0]
+    assert "The source was quantized already &lt;fp8&gt;." in top
+    assert "quantized already" not in report_page(report)
+
+
 def test_by_layer() -> None:
     """Linears by kind and block; experts are averaged."""
     found = by_layer({"m.layers.3.mlp.up": 1.0, "m.layers.0.e.0.w1": 1.0, "m.layers.0.e.1.w1": 3.0, "lm_head": 9.0})
