@@ -4,6 +4,7 @@
 #   make test        checks, then all tests that need no GPU, engines included
 #   make test-avx2   the same on the paths for processors with AVX2 alone
 #   make test-fast   the fast tests alone, about a minute
+#   make test-long   2,000 damaged inputs and 100 kills, about an hour
 #   make check       ruff, formatting, types
 #   make format      let ruff fix what it can
 #   make bench       measure the README's table again
@@ -31,7 +32,7 @@ AO_STAMP := $(AO)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-avx2 test-fast check format bench clean
+.PHONY: help demo test test-avx2 test-fast test-long check format bench clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -67,7 +68,7 @@ demo: $(STAMP)
 	$(BIN)/python demo/demo.py $(ARGS)
 
 test: check $(VLLM_STAMP) $(AO_STAMP)
-	LOWBIT_VLLM_PYTHON='$(CURDIR)/$(VLLM_VENV)/bin/python' LOWBIT_TORCHAO='$(CURDIR)/$(AO)' $(PYTEST) -m "not gpu" $(ARGS)
+	LOWBIT_VLLM_PYTHON='$(CURDIR)/$(VLLM_VENV)/bin/python' LOWBIT_TORCHAO='$(CURDIR)/$(AO)' $(PYTEST) -m "not gpu and not long" $(ARGS)
 
 # The same on the paths for processors with AVX2 alone: of torch, of oneDNN, and vLLM's library for them.
 test-avx2:
@@ -75,6 +76,9 @@ test-avx2:
 
 test-fast: $(STAMP)
 	$(PYTEST) $(ARGS)
+
+test-long: $(STAMP)
+	$(PYTEST) -m long $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -41,6 +41,8 @@ SECTIONS = {
     "scans": ("Scans on a GPU", "scans.py --part check|decode"),
     "end-to-end": ("Models on the kernels, end to end", "end_to_end.py --part decode   # then prefill, encoder"),
     "streaming": ("Memory on a model larger than its blocks", "streaming_memory.py"),
+    "fuzz": ("Damaged input", "fuzz.py"),
+    "kills": ("Killed at any step", "kills.py"),
 }
 PACKAGES = ("torch", "transformers", "accelerate", "compressed-tensors", "safetensors", "numpy")
 

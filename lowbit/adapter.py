@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowbit.files import replacing, write_json
 
 FOLDER = "adapter"
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _NAMES = "lowbit"  # the only key of the metadata, whose order would not be fixed: the checkpoint's name of every module
 
@@ -54,7 +54,7 @@ def write_adapter(folder: Path, corrections: dict[str, LowRank], modules: dict[s
         for part, value in (("lora_A", low.a), ("lora_B", low.b)):
             tensors[f"{_PREFIX}{modules[name]}.{part}.weight"] = value.contiguous()
     names = json.dumps({modules[name]: name for name in corrections})
-    with replacing(target / _WEIGHTS) as temporary:
+    with replacing(target / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={_NAMES: names})
     write_json(
         target / "adapter_config.json",
@@ -73,13 +73,31 @@ def write_adapter(folder: Path, corrections: dict[str, LowRank], modules: dict[s
 
 
 def read_adapter(folder: Path) -> dict[str, LowRank]:
-    """The corrections of a checkpoint by the checkpoint's names; empty if it has none."""
-    path = folder / FOLDER / _WEIGHTS
+    """The corrections of a checkpoint by the checkpoint's names; empty if it has none.
+
+    Raises:
+        ValueError: the file is damaged, or does not say which linear each correction belongs to.
+    """
+    path = folder / FOLDER / WEIGHTS
     if not path.exists():
         return {}
-    with safe_open(path, "pt") as file:
-        names = json.loads(file.metadata()[_NAMES])
-    tensors = load_file(path)
+    remedy = "fetch this file again, or quantize the model again"
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file; {remedy}")
+    try:
+        with safe_open(path, "pt") as file:
+            names = json.loads((file.metadata() or {}).get(_NAMES, "null"))
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); {remedy}") from error
+    except (json.JSONDecodeError, RecursionError):
+        names = None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path}: its metadata {_NAMES!r} is no object of modules and names of linears; {remedy}")
+    expected = [f"{_PREFIX}{module}.{part}.weight" for module in names for part in ("lora_A", "lora_B")]
+    if sorted(expected) != sorted(tensors) or len(set(names.values())) != len(names):
+        odd = sorted({*expected} ^ {*tensors})[:3]
+        raise ValueError(f"{path}: its tensors are not those of its metadata {_NAMES!r} ({', '.join(odd)} ...); {remedy}")
     return {
         name: LowRank(*(tensors[f"{_PREFIX}{module}.{part}.weight"] for part in ("lora_A", "lora_B")))
         for module, name in names.items()

@@ -14,30 +14,36 @@ checkpoint names.
 import contextlib
 import ctypes
 import gc
-import inspect
 import json
+import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowbit.experts import converters as converters_of_experts
 from lowbit.experts import open_experts
-from lowbit.source import FLOAT_DTYPES, Source
+from lowbit.outputs import distance, gives_choices, input_ids, output_of
+from lowbit.source import FLOAT_DTYPES, Source, in_short, read_json, refused_code
 from lowbit.ssm import Mixer, is_mixer, point
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 PROBE_TOKENS = 16
+_SLACK = 2**24  # weights, or bytes of computed tables, that a model may have beyond what its files explain
 _SAME = 1e-2  # relative, of a mixer's output: another formula differs by more, bfloat16 products by less
+_REPEATED = 1e-4  # relative, of a block's output on a second call: a key more in a cache changes it by more
 REARRANGED = "transformers stores it rearranged"  # a reason in `Block.skipped`
 
 
@@ -53,7 +59,9 @@ class Linear:
         rows: the output rows it occupies there.
         transposed: the parameter is stored as [in, out] (GPT-2's Conv1D).
         stacked: the checkpoint's tensor is 3-D itself, and `index` selects from it too.
+        swapped: the checkpoint's tensor has the last two dimensions the other way round than the parameter.
         shares: name of the first linear of the block that has the same input, possibly its own.
+        router: it chooses experts.
     """
 
     name: str
@@ -66,6 +74,13 @@ class Linear:
     out_features: int
     in_features: int
     shares: str = ""
+    router: bool = False
+    swapped: bool = False
+
+    @property
+    def stored_transposed(self) -> bool:
+        """The checkpoint's tensor is stored as [in, out]."""
+        return self.transposed != self.swapped
 
     @property
     def site(self) -> "Site":
@@ -108,6 +123,8 @@ class Point:
 Site = tuple[str, int | None]
 Observe = Callable[[Tensor | str, Tensor, bool], Tensor]
 MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+BATCHED = (*MATMUL, torch.bmm, Tensor.bmm)
+TOPK = (torch.topk, Tensor.topk)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +132,12 @@ class Block:
     """One transformer (or state space) block: its path in the model, its checkpoint tensors, its linears as they run.
 
     `skipped` names the matrices of the block that no scheme can choose, with the reason. `points` are those of a state space
-    mixer, if there is one and lowbit's own forward computes what the model's does.
+    mixer, if there is one and lowbit's own forward computes what the model's does. `aside` are linears that stay float, for the
+    reason beside them, unless a rule is for such linears alone.
+
+    The block's other arguments, as `leaves` lists them: `varying` are those that depend on the tokens (per-layer embeddings,
+    tokens that choose experts). `carried` are mappings that blocks fill and later blocks read (keys and values of another
+    layer).
     """
 
     index: int
@@ -125,11 +147,15 @@ class Block:
     skipped: tuple[tuple[str, str], ...] = ()
     returns: int = 0  # 0: a tensor, n: a tuple of n with the hidden states first
     points: tuple[Point, ...] = ()
+    varying: tuple[int, ...] = ()
+    carried: tuple[int, ...] = ()
+    aside: tuple[tuple[Linear, str], ...] = ()
 
 
 class Tap(TorchFunctionMode):
     """While active, calls `observe(weight, x, transposed)` for every product x W^T (or x W: transposed) and uses what it
-    returns in place of x. Sees F.linear, addmm and x @ w, hence nn.Linear, Conv1D and experts that slice a 3-D parameter.
+    returns in place of x. Sees F.linear, addmm and x @ w, hence nn.Linear, Conv1D and experts that slice a 3-D parameter, or
+    multiply all of its slices at once.
     A `ssm.point` x is seen as well, with its name in the place of the weight.
 
     A weight in another dtype than x is multiplied in its own dtype, and the product returned in that of x."""
@@ -149,7 +175,30 @@ class Tap(TorchFunctionMode):
             return _product(torch.matmul, self.observe(args[2], args[1], True), args[2], args[0])
         if func in MATMUL and len(args) == 2 and args[1].dim() == 2:
             return _product(torch.matmul, self.observe(args[1], args[0], args[1].is_contiguous()), args[1], None)
+        if func in BATCHED and len(args) == 2 and isinstance(args[1], nn.Parameter) and args[0].dim() == args[1].dim() == 3:
+            each = zip(args[0].unbind(), args[1].unbind(), strict=True)
+            return torch.stack([_product(torch.matmul, self.observe(w, x, True), w, None) for x, w in each])
         return func(*args, **kwargs)
+
+
+class _Discovery(Tap):
+    """A `Tap` that also tells which linears choose experts: `routers` gets the weight whose product a top-k looks at next."""
+
+    def __init__(self, observe: Observe) -> None:
+        super().__init__(self._seen)
+        self._observe, self._last, self.routers = observe, (torch.empty(0), 0, 0), list[Tensor]()
+
+    def _seen(self, weight: Tensor | str, x: Tensor, transposed: bool) -> Tensor:
+        if not isinstance(weight, str):
+            width = weight.shape[1] if transposed else weight.shape[0]
+            self._last = (weight, width, width * (x.numel() // x.shape[-1]))
+        return self._observe(weight, x, transposed)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        weight, width, size = self._last
+        if func in TOPK and args and args[0].shape[-1] == width and args[0].numel() == size:
+            self.routers.append(weight)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _product(multiply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -181,6 +230,8 @@ class Arch:
         """model: the transformers model on the meta device; built from the checkpoint's config by default."""
         self.source = source
         self.dtype = dtype
+        if model is not None:
+            _check_sizes(model, source)
         self.model = _empty_model(source) if model is None else model
         open_experts(self.model, source.tensors)
         self.device = torch.device(device)
@@ -200,9 +251,8 @@ class Arch:
         self.outside = tuple(name for name in source.tensors if name not in taken and name not in self.unused)
         self.head, self.tied_head = self._find_head()
         self.table = self._find_table()
-        # Caches would carry state from call to call; encoders know no such argument.
-        forward = inspect.signature(self.model.forward).parameters
-        self._no_cache = {"use_cache": False} if "use_cache" in forward else {}
+        self._configs = _configs_with_cache(self.model)
+        self._rows_axis = 0  # of hidden states in the model; everywhere else rows come first
         self._check_complete()
 
     # ------------------------------------------------------------------------------------------------------ filling
@@ -306,6 +356,20 @@ class Arch:
         """The dtype of a float tensor in the checkpoint."""
         return FLOAT_DTYPES[self.source.tensors[tensor].dtype]
 
+    def set_aside(self, reasons: dict[str, str]) -> None:
+        """Leave the named linears float, for the reason given, unless they are taken back."""
+        self.adopt(tuple(_divided(block, reasons) for block in self.blocks))
+
+    def take_back(self, names: Iterable[str]) -> None:
+        """Have linears that were set aside be linears as all others."""
+        wanted = set(names)
+        for_good = []
+        for block in self.blocks:
+            back = tuple(replace(linear, shares=linear.name) for linear, _ in block.aside if linear.name in wanted)
+            aside = tuple(pair for pair in block.aside if pair[0].name not in wanted)
+            for_good.append(replace(block, linears=(*block.linears, *back), aside=aside))
+        self.adopt(tuple(for_good))
+
     # ------------------------------------------------------------------------------------------------------ running
 
     def adopt(self, blocks: tuple[Block, ...]) -> None:
@@ -323,7 +387,8 @@ class Arch:
 
         Returns:
             hidden states [rows, length, width] float32 that enter the first block, and for every block the other
-            positional and keyword arguments the model calls it with (masks, positions).
+            positional and keyword arguments the model calls it with (masks, positions), without caches. A model that keeps
+            several streams has further dimensions behind the rows.
         """
         first: list[Tensor] = []
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -339,7 +404,8 @@ class Arch:
 
         with contextlib.suppress(_Reached):
             self._run(tokens, stub, parameters)
-        return first[0], calls
+        self._rows_axis = _axis_of_rows(first[0], tokens)
+        return first[0].movedim(self._rows_axis, 0), calls
 
     @torch.no_grad()
     def call(self, block: Block, hidden: Tensor, call: Any, observe: Observe | None = None) -> Tensor:
@@ -360,39 +426,32 @@ class Arch:
                 return self.finish(call, hidden, parameters)
         args, kwargs = call
         module = self.model.get_submodule(block.name)
-        given = (hidden.to(self.device, self.dtype), *args)
+        given = (self._inside(hidden).to(self.dtype), *args)
         with Tap(observe or (lambda weight, x, transposed: x)):
             out = torch.func.functional_call(module, parameters, given, kwargs) if parameters else module(*given, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return (out[0] if isinstance(out, (tuple, list)) else out).movedim(self._rows_axis, 0)
+
+    def _inside(self, hidden: Tensor) -> Tensor:
+        """Hidden states with rows first as the model's blocks take them, on `device`."""
+        return hidden.to(self.device).movedim(0, self._rows_axis).contiguous()  # sums depend on the layout in memory
 
     def finish(self, tokens: Tensor, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
-        """Run what comes after the blocks: logits [rows, length, vocabulary] of `hidden`, the last block's output, or the
-        final hidden states of a model without a head. tokens [rows, length] as given to `embed`; `parameters` replace some of
-        the model, by name. Gradients pass."""
+        """Run what comes after the blocks: what the model gives out (see `outputs`) for `hidden`, the last block's output.
+        tokens [rows, length] as given to `embed`; `parameters` replace some of the model, by name. Gradients pass."""
 
         def stub(block: Block, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = _split_call(args, kwargs)[0]
-            return self._returned(block, hidden.to(self.device) if block.index == len(self.blocks) - 1 else given)
+            return self._returned(block, self._inside(hidden) if block.index == len(self.blocks) - 1 else given)
 
-        out = self._run(tokens, stub, parameters)
-        return out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
+        return output_of(self._run(tokens, stub, parameters))
 
     def divergence(self, tokens: Tensor, found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """How far the output after `found` is from that after `wanted`, hidden states that left the last block: `distance`."""
         return self.distance(self.finish(tokens, found), self.finish(tokens, wanted))
 
     def distance(self, found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """How far an output of `finish` is from another; gradients pass.
-
-        Returns:
-            the sum over positions of KL(wanted || found) of the next token, in nats, and their number; of a model without a
-            head, the squared distance, and the squared length of what is wanted. Scalars, float64.
-        """
-        a, b = found.float(), wanted.float()
-        if self.model.get_output_embeddings() is None:
-            return (a - b).square().sum(dtype=torch.float64), b.square().sum(dtype=torch.float64)
-        a, b = a.log_softmax(-1), b.log_softmax(-1)
-        return (b.exp() * (b - a)).sum(dtype=torch.float64), torch.tensor(a[..., 0].numel(), dtype=torch.float64)
+        """How far an output of `finish` is from another, see `outputs.distance`."""
+        return distance(found, wanted, choices=gives_choices(self.model))
 
     def _returned(self, block: Block, hidden: Tensor) -> Any:
         return (hidden, *[None] * (block.returns - 1)) if block.returns else hidden
@@ -408,8 +467,19 @@ class Arch:
 
     def run(self, tokens: Tensor, parameters: dict[str, Tensor] | None = None) -> Any:
         """The whole model, filled, on tokens [rows, length] on its device, without a cache; `parameters` replace some."""
-        given = {"input_ids": tokens, **self._no_cache}
-        return torch.func.functional_call(self.model, parameters, kwargs=given) if parameters else self.model(**given)
+        given = {"input_ids": input_ids(self.model, tokens)}
+        with _without_caches(self._configs):
+            return torch.func.functional_call(self.model, parameters, kwargs=given) if parameters else self.model(**given)
+
+    @property
+    def merged(self) -> list[str]:
+        """Tensors of other than two dimensions, such as convolutions, of which transformers makes one parameter."""
+        return self._places.merged
+
+    @property
+    def calls_differ(self) -> bool:
+        """Whether batches of one shape call blocks with other arguments beside the hidden states; see `Block`."""
+        return any(block.varying or block.carried for block in self.blocks)
 
     # --------------------------------------------------------------------------------------------------- discovery
 
@@ -445,6 +515,8 @@ class Arch:
         special = json.dumps([self.source.config.get(key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")])
         named = set(map(int, re.findall(r"\d+", special)))  # each an id, a list of ids, or null
         usable = [i for i in range(min(embedding.num_embeddings, 4 * PROBE_TOKENS)) if i not in named]
+        if not usable:
+            raise ValueError(f"{self.source.folder / 'config.json'}: no token of its {embedding.num_embeddings} is not special")
         return torch.tensor([usable[:PROBE_TOKENS], usable[-PROBE_TOKENS:]])
 
     @torch.no_grad()
@@ -452,8 +524,8 @@ class Arch:
         """Discover the linears by running one short row through the model, block by block from the checkpoint.
 
         Raises:
-            ValueError: the blocks do not form a chain, share parameters, depend on the tokens beside the hidden states, contain
-                no linear, or a tensor is damaged.
+            ValueError: the blocks do not form a chain, share parameters, keep state from call to call, contain no linear, or a
+                tensor is damaged.
         """
         for name, original in self.tied.items():
             if any(name.startswith(f"{block.name}.") for block in self.blocks):
@@ -463,6 +535,7 @@ class Arch:
                 )
         tokens = self.sample_tokens()
         found: list[Block] = []
+        empty: list[tuple[int, int, Any]] = []  # mappings, with the block and the argument
         previous: list[Tensor] = []
 
         def observed(block: Block, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -473,40 +546,56 @@ class Arch:
                 raise ValueError(
                     f"{block.name} does not start from the output of the block before it; lowbit needs a plain chain"
                 )
+            given = leaves(_split_call(args, kwargs)[1:])[0]
+            empty.extend((block.index, i, x) for i, x in enumerate(given) if isinstance(x, MutableMapping) and not x)
             values = self.load(block.tensors)
-            linears, skipped, out = self._observe(block, values, original, args, kwargs)
+            linears, skipped, routers, out = self._observe(block, values, original, args, kwargs)
+            _check_repeats(block, out, original, args, kwargs)
             points, reasons = self._checked_points(block, out, original, args, kwargs)
             self.free(block.name)
-            found.append(
-                replace(
-                    block,
-                    points=points,
-                    linears=linears,
-                    skipped=(*skipped, *reasons),
-                    returns=len(out) if isinstance(out, tuple) else 0,
-                )
+            seen = replace(
+                block,
+                points=points,
+                linears=linears,
+                skipped=(*skipped, *reasons),
+                returns=len(out) if isinstance(out, (tuple, list)) else 0,
             )
-            previous[:] = [out[0] if isinstance(out, tuple) else out]
+            found.append(_divided(seen, dict.fromkeys(routers, "router")))
+            previous[:] = [out[0] if isinstance(out, (tuple, list)) else out]
             if progress is not None:
                 progress(len(found), len(self.blocks))
             return out
 
         self.load_outside()
-        self._run(tokens[:1], observed)
+        try:
+            self._run(tokens[:1], observed)
+        except (RuntimeError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+            raise ValueError(
+                f"{self.source.folder / 'config.json'}: a {type(self.model).__name__} of this config does not run on a row of "
+                f"{PROBE_TOKENS} tokens ({type(error).__name__}: {in_short(error)}); compare it with that of the original model"
+            ) from error
         if len(found) != len(self.blocks):
             raise ValueError(f"only {len(found)} of {len(self.blocks)} blocks run; lowbit needs a plain chain of blocks")
         self.adopt(tuple(found))
         if not any(block.linears for block in self.blocks):
             raise ValueError("no linear layer was found in any block of this model")
         first, second = self.embed(tokens[:1])[1], self.embed(tokens[1:])[1]
-        if not all(_equal(a, b) for a, b in zip(first, second, strict=True)):
-            raise ValueError("the blocks of this model take token-dependent inputs beside the hidden states: not supported")
+        filled = {id(leaves(first[block])[0][i]) for block, i, mapping in empty if mapping}
+        self.blocks = tuple(
+            replace(
+                block,
+                varying=_varying(block, first[block.index], second[block.index]),
+                carried=tuple(i for i, x in enumerate(leaves(first[block.index])[0]) if id(x) in filled),
+            )
+            for block in self.blocks
+        )
         self.free_outside()
 
     def _observe(
         self, block: Block, values: dict[str, Tensor], original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Linear, ...], tuple[tuple[str, str], ...], Any]:
-        """Run a loaded block and tell which of its matrices multiply inputs, and which inputs are the same tensor."""
+    ) -> tuple[tuple[Linear, ...], tuple[tuple[str, str], ...], list[str], Any]:
+        """Run a loaded block and tell which matrices multiply inputs, which inputs are the same tensor, and which linears
+        choose experts."""
         sites = self.sites(block)
         inputs: dict[Site, Tensor] = {}
         transposed: dict[str, bool] = {}
@@ -518,15 +607,16 @@ class Arch:
                 transposed[site[0]] = transpose
             return x
 
-        with Tap(observe):
+        with _Discovery(observe) as tap:
             out = original(*args, **kwargs)
+        choosing = {site_of(weight, sites) for weight in tap.routers}
         linears: list[Linear] = []
         skipped: list[tuple[str, str]] = []
         for tensor in block.tensors:
             if values[tensor].dim() < 2:
                 continue
             for linear in self._places.linears(tensor, values[tensor].shape, transposed):
-                reason = self._reason_to_skip(linear, transposed)
+                reason = self._reason_to_skip(linear, transposed, inputs.get(linear.site))
                 if reason is None and not torch.equal(
                     linear.view(self.param(linear)).cpu(), matrix_of(linear, values).to(self.dtype)
                 ):
@@ -534,7 +624,7 @@ class Arch:
                 if reason is not None:
                     skipped.append((linear.name, reason))
                 else:
-                    linears.append(linear)
+                    linears.append(replace(linear, router=linear.site in choosing or self._named_router(block, linear)))
         # In the order in which they run. Experts that no token of the probe reached have no observed input: they come last,
         # in the order of the others, and theirs is shared by site alone.
         position = {site: i for i, site in enumerate(inputs)}
@@ -545,7 +635,7 @@ class Arch:
             x = inputs.get(linear.site)
             key = linear.site if x is None or linear.index is not None else (x.data_ptr(), x.shape, x._version)
             linears[i] = replace(linear, shares=leaders.setdefault(key, linear.name))
-        return tuple(linears), tuple(skipped), out
+        return tuple(linears), tuple(skipped), [linear.name for linear in linears if linear.router], out
 
     def _mixers(self, block: Block) -> list[str]:
         """The paths of the state space mixers of a block."""
@@ -587,7 +677,7 @@ class Arch:
         self._use_mixers(block)
         with Tap(lambda weight, x, transposed: x):
             own = original(*args, **kwargs)
-        a, b = (value[0] if isinstance(value, tuple) else value for value in (own, out))
+        a, b = (value[0] if isinstance(value, (tuple, list)) else value for value in (own, out))
         if float((a - b).norm()) <= _SAME * float(b.norm()):
             return block.points, ()
         paths = {each.mixer for each in block.points}
@@ -595,12 +685,25 @@ class Arch:
             del self.model.get_submodule(path).forward
         return (), tuple((path, "a scan that lowbit does not know; its projections can be quantized") for path in sorted(paths))
 
-    def _reason_to_skip(self, linear: Linear, transposed: dict[str, bool]) -> str | None:
+    def _named_router(self, block: Block, linear: Linear) -> bool:
+        """Whether a linear is called a router, or belongs to a module of the block that is."""
+        path = linear.param.removeprefix(f"{block.name}.").rpartition(".")[0]
+        if linear.index is not None or not path:
+            return False
+        parts = path.split(".")
+        inside = [self.model.get_submodule(".".join((block.name, *parts[:i]))) for i in range(1, len(parts))]
+        kinds = [type(module).__name__ for module in inside]
+        return "router" in path.lower() or any(re.search("Router|Gating|Gate$", kind) for kind in kinds)
+
+    def _reason_to_skip(self, linear: Linear, transposed: dict[str, bool], x: Tensor | None) -> str | None:
+        """x: what the linear was seen to multiply."""
         module = self.model.get_submodule(linear.param.rpartition(".")[0])
         kind = type(module).__name__
         if linear.param not in transposed:
             return f"not used as a linear layer ({kind})"
         if not (isinstance(module, nn.Linear) or kind == "Conv1D" or linear.index is not None):
+            return f"not a linear layer but a {kind}"
+        if isinstance(module, nn.Linear) and x is not None and not _multiplies(module, x):
             return f"not a linear layer but a {kind}"
         if linear.out_features == 1:
             return "a gate of one output"
@@ -613,6 +716,26 @@ class Arch:
                 f"{self.source.folder}: the checkpoint lacks {len(missing)} tensors the model needs: "
                 f"{', '.join(sorted(missing)[:5])}{' ...' if len(missing) > 5 else ''}"
             )
+
+
+def _multiplies(module: nn.Linear, x: Tensor) -> bool:
+    """Whether a module of a class derived from nn.Linear does nothing but what nn.Linear does."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    try:
+        out = module(x)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(out, Tensor) and torch.allclose(out, F.linear(x, module.weight, module.bias), rtol=1e-3, atol=1e-5)
+
+
+def _divided(block: Block, reasons: dict[str, str]) -> Block:
+    """A block with the named linears set aside, for the reason given."""
+    kept = [linear for linear in block.linears if linear.name not in reasons]
+    leaders: dict[str, str] = {}  # the first linear with an input may be among those set aside
+    kept = [replace(linear, shares=leaders.setdefault(linear.shares, linear.name)) for linear in kept]
+    aside = tuple((linear, reasons[linear.name]) for linear in block.linears if linear.name in reasons)
+    return replace(block, linears=tuple(kept), aside=(*block.aside, *aside))
 
 
 class _Reached(Exception):
@@ -652,7 +775,7 @@ class _Replaced:
     original: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(self.block, self.original, args, kwargs)
+        return self.call(self.block, self.original, _without_cache(args), _without_cache(kwargs))
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -663,14 +786,101 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
     return rest.pop("hidden_states"), (), rest
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    return True
+def leaves(call: Any) -> tuple[list[Any], Any]:
+    """The arguments of a block's call one by one, containers taken apart, and what `unflattened` needs to put them together.
+    A mapping that is still empty is one argument, for blocks to fill."""
+    return tree_flatten(call, is_leaf=lambda x: isinstance(x, MutableMapping) and not x)
+
+
+def unflattened(found: list[Any], shape: Any) -> Any:
+    """The inverse of `leaves`."""
+    return tree_unflatten(found, shape)
+
+
+def _varying(block: Block, first: Any, second: Any) -> tuple[int, ...]:
+    """The arguments that differ between the calls for two rows of tokens.
+
+    Raises:
+        ValueError: something differs that is no tensor.
+    """
+    a, b = leaves(first)[0], leaves(second)[0]
+    if len(a) != len(b):
+        raise ValueError(
+            f"{block.name} is called with other arguments for every row of tokens; lowbit cannot quantize this model"
+        )
+    return tuple(
+        i
+        for i, (x, y) in enumerate(zip(a, b, strict=True))
+        if isinstance(x, Tensor) and not (isinstance(y, Tensor) and x.shape == y.shape and torch.equal(x, y))
+    )
+
+
+def _axis_of_rows(hidden: Tensor, tokens: Tensor) -> int:
+    """Where hidden states have the rows of tokens [rows, length].
+
+    Raises:
+        ValueError: nowhere.
+    """
+    for axis in range(hidden.dim() - 1):
+        if hidden.shape[axis : axis + 2] == tokens.shape:
+            return axis
+    raise ValueError(
+        f"hidden states of shape {list(hidden.shape)} enter the blocks for tokens of shape {list(tokens.shape)}; lowbit needs "
+        "one hidden state for every token"
+    )
+
+
+def _configs_with_cache(model: nn.Module) -> list[Any]:
+    """All configs in a model that say whether it caches."""
+    found: dict[int, Any] = {}
+    pending = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    while pending:
+        config = pending.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            pending += [
+                part for name in getattr(config, "sub_configs", {}) if (part := getattr(config, name, None)) is not None
+            ]
+    return [config for config in found.values() if getattr(config, "use_cache", None) is not None]
+
+
+@contextlib.contextmanager
+def _without_caches(configs: list[Any]) -> Iterator[None]:
+    """Have a model make no cache, however its classes pass on the argument `use_cache`."""
+    before = [config.use_cache for config in configs]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            config.use_cache = value
+
+
+def _without_cache(args: Any) -> Any:
+    """A block's arguments with None in the place of a cache that the model made all the same."""
+    from transformers import Cache
+
+    if isinstance(args, dict):
+        return {name: None if isinstance(x, Cache) else x for name, x in args.items()}
+    return tuple(None if isinstance(x, Cache) else x for x in args)
+
+
+def _check_repeats(block: Block, out: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call a block with other hidden states, and then again as it was called when it gave `out`.
+
+    Raises:
+        ValueError: the output is another one, so the block keeps state somewhere.
+    """
+    hidden, others, named = _split_call(args, kwargs)
+    original(hidden.flip(-2), *others, **named)
+    again = original(*args, **kwargs)
+    a, b = ((value[0] if isinstance(value, (tuple, list)) else value).nan_to_num() for value in (out, again))
+    if a.shape != b.shape or float((a - b).norm()) > _REPEATED * float(a.norm()):
+        raise ValueError(
+            f"{block.name} gives another output when it is called again with the same arguments, so it keeps state, such "
+            "as a cache, from call to call; lowbit calls blocks many times and cannot quantize this model"
+        )
 
 
 def matrix_of(linear: Linear, values: dict[str, Tensor]) -> Tensor:
@@ -679,29 +889,162 @@ def matrix_of(linear: Linear, values: dict[str, Tensor]) -> Tensor:
     if linear.stacked:
         assert linear.index is not None
         tensor = tensor[linear.index]
-    return tensor.T if linear.transposed else tensor
+    return tensor.T if linear.stored_transposed else tensor
 
 
 def _empty_model(source: Source) -> "PreTrainedModel":
-    """The transformers model of the checkpoint, parameters on the meta device, buffers real, in evaluation mode."""
-    import transformers
+    """The transformers model of the checkpoint, parameters on the meta device, buffers real, in evaluation mode.
+
+    Raises:
+        ValueError: transformers cannot make it of the configuration, or the weights are not those of such a model.
+    """
     from accelerate import init_empty_weights
 
+    _check_counts(source)
+    generation_of(source.folder)
+    model: Any = None
+    for place in (torch.device("meta"), init_empty_weights(include_buffers=False)):
+        config = _config(source)
+        build = _builder(config, source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                with place:
+                    model = build(config)
+            except MemoryError:
+                raise
+            except Exception as error:
+                path = source.folder / "config.json"
+                raise ValueError(f"{path}: transformers cannot make a model of this config: {in_short(error)}") from error
+        if place == torch.device("meta"):  # first without memory, as sizes may be wrong
+            _check_sizes(model, source)
+    return model.eval().requires_grad_(False)
+
+
+def _config(source: Source) -> Any:
+    """The transformers configuration of the checkpoint."""
+    import transformers
+
+    path, trusted = source.folder / "config.json", source.trust_remote_code
     try:
-        config = transformers.AutoConfig.from_pretrained(source.folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{source.folder}: transformers cannot read this config: {str(error).splitlines()[0]}") from error
+        config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trusted)
+    except MemoryError:
+        raise
+    except Exception as error:  # checks of a hundred classes, which raise all kinds
+        if not trusted and "trust_remote_code" in str(error):
+            raise refused_code(path) from error
+        raise ValueError(f"{path}: transformers cannot read this config: {in_short(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder-decoder; lowbit quantizes decoders and encoders, not both in one")
     for key, value in source.overrides.items():
         setattr(config, key, value)
     config._experts_implementation = "eager"
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
-    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: Any = kind(config) if kind is not None else transformers.AutoModelForCausalLM.from_config(config)
-    return model.eval().requires_grad_(False)
+    return config
+
+
+def generation_of(folder: Path) -> "GenerationConfig | None":
+    """The generation settings of a checkpoint, None if it has none.
+
+    Raises:
+        ValueError: generation_config.json is damaged, or has values that transformers does not take.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return None
+    read_json(path, "settings of generation")
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: transformers cannot read these settings: {in_short(error)}; mend or remove it") from error
+
+
+_BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # keys of a config for the number of blocks
+_FEW = 128  # blocks that cost no time; what is missing of them is told later, and some models use one block again and again
+_MOST = 2**16  # of what a config counts under other names, where the weights are small
+
+
+def _check_counts(source: Source) -> None:
+    """Refuse numbers of blocks, heads, experts, labels ... that the weights contradict, for transformers makes lists of them.
+
+    What has shapes, `_check_sizes` compares.
+    """
+    numbers = [int(part) for name in source.tensors for part in name.split(".") if part.isdecimal() and len(part) < 6]
+    blocks = max(numbers, default=0) + 1
+    most = max(_MOST, blocks, *(size for info in source.tensors.values() for size in info.shape))
+    path = source.folder / "config.json"
+    for key, value in _numbers(source.config):
+        leaf = key.rpartition(".")[2]
+        if key.removeprefix("text_config.") in _BLOCKS and value > max(blocks, _FEW):
+            raise ValueError(f"{path}: {key} = {value}, but the weights are of {blocks} blocks; fetch both again")
+        counts = leaf in _BLOCKS or (leaf.startswith(("num_", "n_")) and leaf not in ("n_positions", "n_ctx"))
+        if counts and value > most:
+            raise ValueError(f"{path}: {key} = {value}, but nothing in the weights is larger than {most}; fetch both again")
+
+
+def _numbers(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """All whole numbers of a configuration with their keys, those of configurations within it as "outer.inner"."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int):
+            yield prefix + key, value
+
+
+def _check_sizes(model: "PreTrainedModel", source: Source) -> None:
+    """Refuse a model on the meta device whose parameters have other shapes than the checkpoint's tensors."""
+    path = source.folder / "config.json"
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, (param, pattern) in _renamed(model, source).items():
+        info = source.tensors[name]
+        if pattern is not None or param not in parameters:
+            continue
+        shape = tuple(parameters[param].shape)
+        if shape != info.shape:
+            keys = [key for key, value in _numbers(source.config) if value in set(shape) - set(info.shape)]
+            given = "".join(f", {key} = {dict(_numbers(source.config))[key]}" for key in keys)
+            raise ValueError(
+                f"{path}: its model has {param} of shape {list(shape)}{given}, but in {info.shard} {name} has shape "
+                f"{list(info.shape)}; fetch both again"
+            )
+        if info.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{source.folder / info.shard}: {name} is stored as {info.dtype}; lowbit quantizes BF16, F16 and F32 weights"
+            )
+    held = sum(math.prod(info.shape) for info in source.tensors.values())
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    computed = sum(buffer.nbytes for buffer in model.buffers())
+    if needed > 4 * held + _SLACK or computed > 16 * held + _SLACK:
+        raise ValueError(
+            f"{path}: its model has {needed:.3g} weights and {computed:.3g} bytes of tables, but the files hold {held:.3g} "
+            "weights; fetch both again"
+        )
+
+
+def _builder(config: Any, source: Source) -> Callable[[Any], Any]:
+    """What makes a model of a config: the class that `architectures` names, or what the auto class for causal models takes.
+
+    Where code of the folder may run, the classes in it that `auto_map` names are taken before those of transformers.
+    """
+    import transformers
+
+    names, trusted = config.architectures or [""], source.trust_remote_code
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ValueError(f"{source.folder / 'config.json'}: architectures = {names!r}; allowed is a list of names of classes")
+    name = names[0]
+    own = getattr(config, "auto_map", None) or {} if trusted else {}
+    auto = next((key for key, reference in own.items() if key.startswith("AutoModel") and reference.endswith(f".{name}")), None)
+    found = getattr(transformers, name, None) if auto is None else None
+    if found is not None:
+        if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+            raise ValueError(f"{source.folder / 'config.json'}: architectures = {names!r}, which is no model of transformers")
+        return found
+    made = getattr(transformers, auto or "AutoModelForCausalLM").from_config
+    # In the dtype of the config, as is the default, buffers such as rotary frequencies would be rounded to it.
+    return partial(made, trust_remote_code=trusted, dtype=torch.float32)
 
 
 def _matrix_dtype(source: Source, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -710,12 +1053,21 @@ def _matrix_dtype(source: Source, dtype: torch.dtype, device: torch.device) -> t
     return stored if fast and dtype == torch.float32 else dtype
 
 
-def _block_list(model: nn.Module) -> str:
-    """The path of the model's chain of blocks: of the module lists in no other list, the one with the most parameters."""
+def _block_list(model: "PreTrainedModel") -> str:
+    """The path of the model's chain of blocks: of the module lists in no other list, the one with the most parameters among
+    those nearest to the token embeddings, since the tower for images may be larger."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [(n, m) for n, m in lists if not any(n.startswith(other + ".") for other, _ in lists)]
     if not outer:
         raise ValueError(f"{type(model).__name__} has no list of blocks; lowbit quantizes models that are a chain of blocks")
+    embedding = model.get_input_embeddings()
+    path = next((name for name, module in model.named_modules() if module is embedding), "")
+    while path:
+        path = path.rpartition(".")[0]
+        near = [(n, m) for n, m in outer if n.startswith(f"{path}.")]
+        if near and path:
+            outer = near
+            break
     return max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))[0]
 
 
@@ -736,18 +1088,36 @@ def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[leaf] = value
 
 
+def _conversions(model: "PreTrainedModel", source: Source) -> tuple[list[Any], list[Any]]:
+    """Renamings and converters from checkpoint tensors to the model's parameters: transformers', and those of `experts`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    return renamings, converters + converters_of_experts(source.tensors, model.state_dict(), converters)
+
+
+def _renamed(model: "PreTrainedModel", source: Source) -> dict[str, tuple[str, str | None]]:
+    """By checkpoint tensor, in natural order: the parameter that it fills, and the pattern of the converter that it goes
+    through, None where it is the parameter as it is."""
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+    renamings, converters = _conversions(model, source)
+    state = model.state_dict()
+    found = {}
+    for name in sorted(source.tensors, key=dot_natural_key):
+        param, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        found[name] = (name, None) if param not in state and name in state else (param, pattern)
+    return found
+
+
 class _Places:
     """Relates checkpoint tensors to model parameters through transformers' conversion mapping."""
 
     def __init__(self, model: "PreTrainedModel", source: Source) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        converters += converters_of_experts(source.tensors, model.state_dict(), converters)
-        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        by_pattern = {pattern: entry for entry in _conversions(model, source)[1] for pattern in entry.source_patterns}
         state = model.state_dict()
         buffers = {name for name, _ in model.named_buffers()}
         self.model = model
@@ -758,11 +1128,7 @@ class _Places:
         self._members: dict[str, list[str]] = {}  # first parameter -> checkpoint tensors
         self._shapes = {name: info.shape for name, info in source.tensors.items()}
         filled: set[str] = set()
-        prefix = model.base_model_prefix
-        for name in sorted(source.tensors, key=dot_natural_key):
-            param, pattern = rename_source_key(name, renamings, converters, prefix, state)
-            if param not in state and name in state:
-                param, pattern = name, None
+        for name, (param, pattern) in _renamed(model, source).items():
             if param not in state:
                 self.unused.add(name)
             elif pattern is None:
@@ -774,7 +1140,12 @@ class _Places:
                 self._members.setdefault(param, []).append(name)
         # Where each converted tensor ends up, found by converting labelled stand-ins of shape [2, 3].
         self._located: dict[str, tuple[str, int | None, tuple[int, int], bool]] = {}
-        for first, names in self._members.items():
+        self.merged: list[str] = []  # tensors of other than two dimensions that make a parameter together
+        self._stacks: dict[str, bool] = {}  # 3-D tensors that are a parameter; whether the last two dimensions are exchanged
+        for first, names in list(self._members.items()):
+            if any(len(self._shapes[name]) != 2 for name in names):
+                filled |= self._take_whole(first, names)
+                continue
             labels = {name: torch.arange(6).view(2, 3) + 6 * i for i, name in enumerate(names)}
             for param, value in self._convert(first, labels).items():
                 filled.add(param)
@@ -788,6 +1159,26 @@ class _Places:
         self.tied = {a: b for a, b in tied.items() if a not in filled and b in filled}
         self.tied |= {b: a for a, b in tied.items() if b not in filled and a in filled}
         self.missing = set(state) - filled - set(self.tied) - buffers
+
+    def _take_whole(self, first: str, names: list[str]) -> set[str]:
+        """Take tensors of other than two dimensions, whose conversion depends on their shapes; returns the parameters filled.
+
+        A stack of matrices that becomes one parameter, as it is or turned, is found here. Matrices of others are not located.
+        """
+        if len(names) > 1:
+            self.merged += names
+        made = self._convert(first, {name: torch.empty(self._shapes[name], device="meta") for name in names})
+        shape = self._shapes[names[0]]
+        if len(names) == 1 and list(made) == [first] and len(shape) == 3:
+            found, turned = tuple(made[first].shape), (shape[0], shape[2], shape[1])
+            exchanged = found == turned
+            if exchanged and shape == turned:  # the shape does not tell: see where one entry goes
+                label = torch.zeros(shape, dtype=torch.uint8)
+                label[0, 0, 1] = 1
+                exchanged = bool(self._convert(first, {names[0]: label})[first][0, 1, 0])
+            if exchanged or found == tuple(shape):
+                self._stacks[names[0]] = exchanged
+        return set(made)
 
     def sources_under(self, prefix: str) -> tuple[str, ...]:
         """The checkpoint tensors that fill parameters whose names start with `prefix`."""
@@ -827,15 +1218,15 @@ class _Places:
                 name=name, tensor=tensor, param=param, index=index, rows=rows, transposed=flipped, stacked=False,
                 out_features=shape[0], in_features=shape[1],
             )  # fmt: skip
-        elif tensor in self._plain and len(shape) in (2, 3):
-            param = self._plain[tensor]
+        elif (tensor in self._plain or tensor in self._stacks) and len(shape) in (2, 3):
+            param, swapped = self.param_of(tensor), self._stacks.get(tensor, False)
             flipped = transposed.get(param, False)
-            out, inner = (shape[-1], shape[-2]) if flipped else (shape[-2], shape[-1])
+            out, inner = (shape[-1], shape[-2]) if flipped != swapped else (shape[-2], shape[-1])
             stacked = len(shape) == 3 and param in transposed
             for index in range(shape[0]) if stacked else (None,):
                 yield Linear(
                     name=name if index is None else f"{name}.{index}", tensor=tensor, param=param, index=index,
-                    rows=(0, out), transposed=flipped, stacked=stacked, out_features=out, in_features=inner,
+                    rows=(0, out), transposed=flipped, stacked=stacked, out_features=out, in_features=inner, swapped=swapped,
                 )  # fmt: skip
 
     def _convert(self, first: str, values: dict[str, Tensor]) -> dict[str, Tensor]:

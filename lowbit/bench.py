@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lowbit import export, runtime
 from lowbit.decoding import Decoder, reason_against, reason_against_graph
 from lowbit.kernels.entry import Prepared
+from lowbit.page import save_figure
 from lowbit.runtime import PackedLinear
 
 RUNS = 7
@@ -133,13 +134,14 @@ def bench_model(model: Any, *, rows: int, prompt: int, tokens: int, compiled: bo
 def bench(
     models: Sequence[str], *, batches: Sequence[int] = (1, 16), prompt: int = 512, tokens: int = 64, device: str = "cpu",
     dtype: torch.dtype | None = None, compiled: bool = False, peers: Sequence[str] = (),
-    progress: Callable[[str, int, int], None] | None = None,
+    trust_remote_code: bool = False, progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Time models one after the other, the first being what others are compared with.
 
     Args:
         models: folders or hub ids; quantized ones run on the kernels.
         peers: of PEERS, which quantize the first model, too.
+        trust_remote_code: run the Python code in the models' folders, see `runtime.load`.
 
     Returns:
         "bandwidth", bytes a second, and "rows": for each model and batch what `bench_model` gives, "model" (or the peer), the
@@ -150,16 +152,17 @@ def bench(
         raise ValueError(f"no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
     if "torchao-int4" in peers and torch.device(device).type != "cuda":
         raise ValueError("the kernel of torchao-int4 is one for GPUs; leave it out, or give --device cuda")
-    if peers and isinstance(export.open_checkpoint(models[0]), export.QuantizedSource):
+    opened = {name: export.open_checkpoint(name, trust_remote_code=trust_remote_code) for name in models}
+    if peers and isinstance(opened[models[0]], export.QuantizedSource):
         raise ValueError(f"{models[0]} is quantized already, so that {peers[0]} cannot do it; name the original first")
     where = torch.device(device)
     speed = bandwidth(where)
     rows: list[dict[str, Any]] = []
     jobs = [(name, None) for name in models] + [(models[0], peer) for peer in peers]
     for i, (name, peer) in enumerate(jobs):
-        quantized = isinstance(export.open_checkpoint(name), export.QuantizedSource)
+        quantized = isinstance(opened[name], export.QuantizedSource)
         given = (torch.bfloat16 if where.type == "cuda" else None) if dtype is None else dtype
-        model: Any = runtime.load(name, device=device, dtype=given, kernels=quantized)
+        model: Any = runtime.load(name, device=device, dtype=given, kernels=quantized, trust_remote_code=trust_remote_code)
         if not model.can_generate():
             raise ValueError(f"{name} is a {type(model).__name__}, which does not generate text")
         if peer is not None:
@@ -180,6 +183,11 @@ def bench(
     return {"device": device, "bandwidth": speed, "rows": rows}
 
 
+def _no_formula(text: str) -> str:
+    """Text for a label, which matplotlib would read as a formula between two dollars."""
+    return text.replace("$", r"\$")
+
+
 def plot(result: dict[str, Any], path: str) -> None:
     """Write a roofline picture of steps: tokens a second against tokens a byte read, under the measured bandwidth."""
     from matplotlib.figure import Figure
@@ -192,8 +200,10 @@ def plot(result: dict[str, Any], path: str) -> None:
         line = [min(intensity) / 2, max(intensity) * 2]
         axes.loglog(line, [x * result["bandwidth"] for x in line], "k--", label="read bandwidth")
         for row, x in zip(points, intensity, strict=True):
-            axes.loglog([x], [row["rows"] / row["step_seconds"]], "o", label=f"{row['model']}, batch {row['rows']}")
+            axes.loglog(
+                [x], [row["rows"] / row["step_seconds"]], "o", label=f"{_no_formula(row['model'])}, batch {row['rows']}"
+            )
         axes.legend(fontsize="small")
     axes.set_xlabel("tokens for each byte of weights read")
     axes.set_ylabel("tokens a second")
-    figure.savefig(path, bbox_inches="tight")
+    save_figure(figure, path)

@@ -4,10 +4,13 @@ Every import that costs time happens inside the command that needs it, so that -
 """
 
 import argparse
+import errno
 import json
 import os
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,15 @@ _EXAMPLES = """examples:
   lowbit plan MODEL --bits 4.5 --data calibration.jsonl --out plan.toml
   lowbit eval OUT --data test.txt --reference MODEL
   lowbit generate OUT --prompt "Once upon a time"
+
+exit status: 0 done; 2 something given is wrong, or memory or disk are too small: the message says what to do; 1 a fault of
+lowbit: the message says where the traceback is and where to report it; 130 interrupted. --debug of every command prints the
+traceback of any error.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 for an error the user can mend (told in one line on stderr)."""
+    """Run one command; returns the exit status, as --help lists them. What went wrong is told in one line on stderr."""
     arguments = _parser().parse_args(argv)
     if arguments.command is None:
         _parser().print_help()
@@ -42,16 +49,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         commands[arguments.command](arguments)
         sys.stdout.flush()
-    except (ValueError, ImportError) as error:
-        print(f"lowbit: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # of `lowbit inspect OUT | head`: whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("lowbit: interrupted; the same command run again goes on from there", file=sys.stderr)
         return 130
+    except Exception as error:  # here all errors end
+        if arguments.debug:
+            traceback.print_exc()
+        told = _told(error)
+        if told is not None:
+            print(f"lowbit: {' '.join(told.splitlines())}", file=sys.stderr)
+            return 2
+        print(f"lowbit: {_report_of_fault(error, sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _told(error: Exception) -> str | None:
+    """What the user can do about an error; None if it is a fault of lowbit."""
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        words = " ".join(text.split())[:200] or "of the machine"
+        return f"out of memory ({words}); use a machine or device with more, or do less at once"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"{error.filename or 'a file'}: the disk is full ({error.strerror}); free some space and run the same command again"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)[:300]}: {error.strerror}"
+    return text if isinstance(error, (ValueError, ImportError)) else None
+
+
+def _report_of_fault(error: Exception, argv: Sequence[str]) -> str:
+    """Keep the traceback of an error that should not be in a new file; returns what to print."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    short = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({Path(last.filename).name}:{last.lineno})"
+    try:
+        handle, log = tempfile.mkstemp(prefix="lowbit-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"lowbit {__version__}, Python {sys.version}\n{[*argv]}\n")
+            traceback.print_exception(error, file=file)
+    except OSError:
+        log = "the output of the same command with --debug"
+    return f"a fault of lowbit, not of what you gave it: {short}. Please report it to its maintainers, with {log}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- parser
@@ -104,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--rows", type=int, metavar="N", help="sequences (default 128)")
     data.add_argument("--length", type=int, metavar="N", help="tokens of each (default 1024)")
     data.add_argument("--seed", type=int, metavar="N", help="which sequences (default 0)")
+    _add_common(sub)
 
     sub = commands.add_parser("plan", help="choose a scheme for every linear: a recipe for a size or an accuracy")
     sub.add_argument("model", metavar="MODEL", help="folder or hub id of a float checkpoint")
@@ -119,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--per", default="linear", help="what gets one scheme: linear (default) or block, as in Q-BERT")
     sub.add_argument("--data", required=True, metavar="SOURCE", help="calibration data of measurement and recipe")
     sub.add_argument("--rows", type=int, default=16, metavar="N", help="sequences to measure on (default 16)")
-    sub.add_argument("--length", type=int, default=256, metavar="N", help="tokens of each (default 256)")
+    sub.add_argument("--length", type=int, metavar="N", help="tokens of each (default 256)")
     sub.add_argument("--method", default="gptq", help="steps of the recipe (default gptq)")
     sub.add_argument("--ignore", action="append", metavar="REGEX", help="what to leave float, undecided; repeatable")
     sub.add_argument("--option", action="append", metavar="NAME=VALUE", help="of the steps, as for quantize; repeatable")
@@ -129,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
     sub.add_argument("--device", default="cpu", help="default cpu")
     sub.add_argument("--overwrite", action="store_true", help="replace the recipe, and measure anew")
+    _add_common(sub)
 
     sub = commands.add_parser("compare", help="run recipes on one model and show them side by side, as a table and a page")
     sub.add_argument("model", metavar="MODEL", help="folder or hub id of a float checkpoint")
@@ -148,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sensitivities", metavar="FILE.json", help="of a plan, to be shown on the page")
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
     sub.add_argument("--device", default="cpu", help="default cpu")
+    _add_common(sub)
 
     sub = commands.add_parser("eval", help="perplexity, divergence from the original, tasks")
     sub.add_argument("model", metavar="DIR_OR_MODEL", help="quantized or float checkpoint")
@@ -163,10 +208,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit of a hub model")
     sub.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval, when it is installed")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    _add_common(sub)
 
     sub = commands.add_parser("inspect", help="what a checkpoint contains: lowbit's, compressed-tensors, GPTQ, AWQ, GGUF")
     sub.add_argument("model", metavar="DIR_OR_GGUF", help="quantized or float checkpoint")
+    sub.add_argument("--check", action="store_true", help="read a quantized DIR whole, and print what is wrong with it")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    _add_common(sub, builds=False)
 
     sub = commands.add_parser("generate", help="continue a prompt")
     sub.add_argument("model", metavar="DIR", help="quantized or float checkpoint")
@@ -177,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="cpu", help="default cpu; on cuda low-bit kernels run, and steps are one CUDA graph")
     sub.add_argument("--kernels", action=argparse.BooleanOptionalAction, help="keep weights packed (default: on a GPU)")
     sub.add_argument("--compile", action="store_true", help="torch.compile the step, which takes a minute")
+    _add_common(sub)
 
     sub = commands.add_parser("bench", help="speed and memory of models, as ratios to the first, or of the kernels")
     sub.add_argument("models", nargs="+", metavar="MODEL", help="the original, then quantized checkpoints; or: kernels")
@@ -192,7 +241,21 @@ def _parser() -> argparse.ArgumentParser:
     kernels = sub.add_argument_group("kernels, on a GPU (lowbit bench kernels)")
     kernels.add_argument("--shapes", nargs="+", metavar="NAME", help="llama-7b, -13b, -70b, bert-base, -large (default: all)")
     kernels.add_argument("--schemes", nargs="+", metavar="SCHEME", help="default w4a16-g128 w8a8")
+    _add_common(sub)
     return parser
+
+
+def _add_common(sub: argparse.ArgumentParser, *, builds: bool = True) -> None:
+    """The flags of every command; builds: it builds a model."""
+    sub.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    if not builds:
+        return
+    sub.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that is in the model's folder or repository, or that it names in another one, with your "
+        "rights, where transformers does not know the model or tokenizer itself; only for sources you trust",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- commands
@@ -236,13 +299,12 @@ def _quantize(arguments: argparse.Namespace) -> None:
             parallel=arguments.parallel,
             deterministic=arguments.deterministic,
             overwrite=arguments.overwrite,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
     if not report:  # not the first of the processes of torchrun
         return
     sizes = report["sizes"]
-    for note in report["notes"]:
-        print(f"note: {note}", file=sys.stderr)
     for row in report["linears"]:
         for warning in row["warnings"]:
             print(f"warning: {row['name']}: {warning}", file=sys.stderr)
@@ -254,10 +316,11 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from lowbit.files import replacing
+    from lowbit.files import check_name, write_text
     from lowbit.planner import plan
 
     out = Path(arguments.out)
+    check_name(out)
     if out.exists() and not arguments.overwrite:
         raise ValueError(f"{out} exists; choose another --out, or replace it with --overwrite")
     sensitivities = Path(arguments.sensitivities) if arguments.sensitivities else out.with_suffix(".sensitivities.json")
@@ -283,16 +346,16 @@ def _plan(arguments: argparse.Namespace) -> None:
             revision=arguments.revision,
             device=arguments.device,
             overwrite=arguments.overwrite,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
-    with replacing(out) as temporary:
-        temporary.write_text(made.recipe.to_toml(), encoding="utf-8")
+    write_text(out, made.recipe.to_toml())
     wide = [max(map(len, column)) for column in (made.schemes, made.schemes.values())]
     for name, scheme in made.schemes.items():
         print(f"  {name:{wide[0]}}  {scheme:{wide[1]}}  {made.costs[name]:.3e}")
     ratio = "" if made.ppl_ratio is None else f"; {made.ppl_ratio:.4f} times the perplexity on calibration text"
     print(
-        f"{out}: {made.bits:.3f} bits a weight, {made.output_bytes / 1e6:.2f} MB of weight files{ratio}. "
+        f"{out}: {made.bits:.3f} bits a weight, {made.output_bytes / 1e6:.2f} MB of weight files{ratio}; {made.mix}. "
         f"Measured costs are in {sensitivities}."
     )
 
@@ -332,6 +395,7 @@ def _compare(arguments: argparse.Namespace) -> None:
             limit_seconds=arguments.search,
             revision=arguments.revision,
             device=arguments.device,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
     _print_comparison(result)
@@ -346,52 +410,99 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     import torch
 
-    from lowbit.data import evaluation_tokens
-    from lowbit.evaluate import evaluate_model, run_tasks
-    from lowbit.export import load
+    from lowbit.data import evaluation_tokens, tokenizer_of
+    from lowbit.evaluate import (
+        Evaluation,
+        OutputDivergence,
+        evaluate_model,
+        evaluate_outputs,
+        run_tasks,
+        sentence_pooling,
+    )
+    from lowbit.export import load, open_checkpoint
     from lowbit.kv import parse_cache, simulate_cache
-    from lowbit.report import add_evaluation
+    from lowbit.outputs import predicts_next_token
 
     cache = parse_cache(arguments.kv_cache) if arguments.kv_cache else None
     if not arguments.data and not arguments.tasks:
         raise ValueError("say what to evaluate on: --data FILE, or --tasks")
     _quiet_libraries()
     dtype = getattr(torch, arguments.dtype)
-    tokenizer = _tokenizer(arguments.model, arguments.revision)
-    model = load(arguments.model, revision=arguments.revision, dtype=dtype, device=arguments.device)
+    trusted = arguments.trust_remote_code
+    source = open_checkpoint(arguments.model, arguments.revision, trust_remote_code=trusted)
+    tokenizer = tokenizer_of(source)
+    model = load(str(source.folder), dtype=dtype, device=arguments.device, trust_remote_code=trusted)
     if cache is not None:
         simulate_cache(model, cache)
+    if arguments.data and not arguments.reference and not predicts_next_token(type(model)):
+        raise ValueError(
+            f"{arguments.model} is a {type(model).__name__}, which predicts no next token and so has no perplexity; give "
+            "--reference MODEL, the float model, to measure how far their outputs are apart"
+        )
     results: dict[str, Any] = {}
     if arguments.data:
         tokens = evaluation_tokens(arguments.data, tokenizer)
-        reference = load(arguments.reference, dtype=dtype, device=arguments.device) if arguments.reference else None
+        reference = None
+        if arguments.reference:
+            reference = load(arguments.reference, dtype=dtype, device=arguments.device, trust_remote_code=trusted)
+        given: dict[str, Any] = {
+            "reference": reference,
+            "window": arguments.window,
+            "max_windows": arguments.limit,
+            "source": Path(arguments.data).name,
+        }
         with _progress() as progress:
-            measured = evaluate_model(
-                model,
-                tokens,
-                window=arguments.window,
-                stride=arguments.stride,
-                bos=arguments.bos,
-                bos_id=tokenizer.bos_token_id if arguments.bos == "window" else None,
-                reference=reference,
-                max_windows=arguments.limit,
-                device=arguments.device,
-                source=Path(arguments.data).name,
-                progress=lambda done, total: progress("evaluating", done, total),
-            )
+            given["progress"] = lambda done, total: progress("evaluating", done, total)
+            measured: Evaluation | OutputDivergence
+            if predicts_next_token(type(model)):
+                bos_id = tokenizer.bos_token_id if arguments.bos == "window" else None
+                ways = {"stride": arguments.stride, "bos": arguments.bos, "bos_id": bos_id, "device": arguments.device}
+                measured = evaluate_model(model, tokens, **given, **ways)
+            else:
+                measured = evaluate_outputs(model, tokens, **given, pooling=sentence_pooling(source.folder))
         results = measured.to_dict() | ({"kv_cache": cache.name} if cache is not None else {})
-        add_evaluation(Path(arguments.model), results)
-    if arguments.tasks:
-        results["tasks"] = run_tasks(model, arguments.tasks.split(","), tokenizer=tokenizer)
-    if arguments.json:
-        print(json.dumps(results, indent=1))
-    else:
-        _print_results(results)
+        if not arguments.json:
+            _print_results(results)
+    try:
+        if arguments.tasks:
+            results["tasks"] = run_tasks(model, arguments.tasks.split(","), tokenizer=tokenizer)
+            if not arguments.json:
+                _print_results({"tasks": results["tasks"]})
+    finally:  # what was measured before is not lost with the tasks
+        if arguments.json and results:
+            print(json.dumps(results, indent=1))
+        sys.stdout.flush()
+        if arguments.data:
+            _add_to_report(Path(arguments.model), {key: value for key, value in results.items() if key != "tasks"})
+
+
+def _add_to_report(folder: Path, evaluation: dict[str, Any]) -> None:
+    """Add an evaluation, which was printed, to the report of a quantized checkpoint; a warning says where that fails."""
+    from lowbit.report import JSON_NAME, add_evaluation
+
+    try:
+        add_evaluation(folder, evaluation)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        print(f"warning: {folder / JSON_NAME} does not get this evaluation: {reason}", file=sys.stderr)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from lowbit.inspection import summary_of
+    from lowbit.inspection import problems_of, summary_of
 
+    if arguments.check:
+        _quiet_libraries()
+        with _progress() as progress:
+            problems, hashes = problems_of(arguments.model, progress)
+        if arguments.json:
+            print(json.dumps({"folder": arguments.model, "hashes": hashes, "problems": problems}, indent=1))
+        else:
+            print("\n".join(problems) or f"{arguments.model}: nothing is wrong")
+            if not hashes:
+                print("There is no report.json of lowbit's with hashes, so that changed codes or settings cannot be told.")
+        if problems:
+            raise ValueError(f"{arguments.model}: {len(problems)} problems")
+        return
     summary = summary_of(arguments.model)
     if arguments.json:
         print(json.dumps(summary, indent=1))
@@ -406,18 +517,29 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
+    from lowbit.data import tokenizer_of
     from lowbit.decoding import generate
+    from lowbit.export import open_checkpoint
     from lowbit.runtime import load
 
     _quiet_libraries()
-    tokenizer = _tokenizer(arguments.model, None)
-    model = load(arguments.model, device=arguments.device, kernels=arguments.kernels)
+    trusted = arguments.trust_remote_code
+    source = open_checkpoint(arguments.model, trust_remote_code=trusted)
+    tokenizer = tokenizer_of(source)
+    model = load(str(source.folder), device=arguments.device, kernels=arguments.kernels, trust_remote_code=trusted)
     if not model.can_generate():
         raise ValueError(f"{arguments.model} is a {type(model).__name__}, which does not generate text")
     torch.manual_seed(arguments.seed)
     prompt = torch.tensor([tokenizer(arguments.prompt, add_special_tokens=False)["input_ids"]], dtype=torch.int64)
     if tokenizer.bos_token_id is not None:
         prompt = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), prompt], 1)
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.num_embeddings
+    if prompt.numel() and int(prompt.max()) >= size:
+        raise ValueError(
+            f"{arguments.model}: its tokenizer gives id {int(prompt.max())}, but the model has {size} tokens; "
+            "use the tokenizer of this model"
+        )
     prompt = prompt.to(arguments.device)
     output = generate(model, prompt, tokens=arguments.tokens, temperature=arguments.temperature, compiled=arguments.compile)
     print(tokenizer.decode(output[0], skip_special_tokens=True))
@@ -425,7 +547,10 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _bench(arguments: argparse.Namespace) -> None:
     from lowbit.bench import bench, plot
+    from lowbit.page import check_figure
 
+    if arguments.plot:
+        check_figure(arguments.plot)
     if arguments.models == ["kernels"]:
         _bench_kernels(arguments)
         return
@@ -439,6 +564,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             device=arguments.device,
             compiled=arguments.compile,
             peers=arguments.peers,
+            trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
     if arguments.plot:
@@ -509,25 +635,27 @@ def _with_data(recipe: Any, source: str | None, given: dict[str, Any]) -> Any:
 
 
 def _print_comparison(result: dict[str, Any]) -> None:
-    def speed(row: dict[str, Any]) -> tuple[str, str]:
-        return f"{row['load_seconds']:.1f}", f"{row['decode_tokens_per_second']:.1f}"
+    from lowbit.page import judged
 
-    judged = [column for text in result["texts"] for column in (f"ppl, {text['source']}", "KL", "same top")]
-    floats = [f"{each['perplexity']:.4g}" for each in result["float"]["evaluations"]]
-    first = [cell for value in floats for cell in (value, "", "")]
+    def speed(row: dict[str, Any]) -> tuple[str, str]:
+        decoding = row["decode_tokens_per_second"]
+        return f"{row['load_seconds']:.1f}", "-" if decoding is None else f"{decoding:.1f}"
+
+    columns = [
+        f"{title}, {each['source']}" if k == 0 else title
+        for each in result["float"]["evaluations"]
+        for k, title in enumerate(judged(each))
+    ]
+    first = [text if title == "ppl" else "" for each in result["float"]["evaluations"] for title, text in judged(each).items()]
     rows = [["original", f"{result['float']['bytes'] / 1e6:.1f}", "", *first, "", "", *speed(result["float"])]]
     for row in result["rows"]:
         if "failed" in row:
             continue
-        cells = [
-            cell
-            for each in row["evaluations"]
-            for cell in (f"{each['perplexity']:.4g}", f"{each['kl']:#.3g}", f"{each['top1_agreement']:.1%}")
-        ]
+        cells = [text for each in row["evaluations"] for text in judged(each).values()]
         name = row["name"] + (" *" if row["name"] in result["front"] else "")
         ends = (f"{row['seconds']:.0f}", f"{row['peak_rss'] / 1e6:.0f}", *speed(row))
         rows.append([name, f"{row['bytes'] / 1e6:.1f}", f"{row['bits']:.2f}", *cells, *ends])
-    _print_table(("recipe", "MB", "bits", *judged, "seconds", "peak MB", "load s", "tokens/s"), rows)
+    _print_table(("recipe", "MB", "bits", *columns, "seconds", "peak MB", "load s", "tokens/s"), rows)
     print("* no other is both smaller and closer to the original; tokens/s: decoding of the dequantized model, in transformers")
 
 
@@ -570,13 +698,13 @@ def _options(given: list[str]) -> dict[str, Any]:
     return options
 
 
-def _tokenizer(model: str, revision: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{model} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
+def _outputs_line(results: dict[str, Any]) -> str:
+    """How far the outputs of a model that predicts no next token are from the original's."""
+    if results["kl"] is not None:
+        return f"mean KL {results['kl']:.3e} nats an output, same first choice {results['top1_agreement']:.2%}"
+    line = f"relative error {results['relative_error']:.3e}, mean cosine {results['cosine']:.6f}"
+    embedding = results["sentence_cosine"]
+    return line if embedding is None else f"{line}, of sentence embeddings {embedding:.6f}"
 
 
 def _print_results(results: dict[str, Any]) -> None:
@@ -589,14 +717,22 @@ def _print_results(results: dict[str, Any]) -> None:
             f"{line}; {results['source']}, {results['windows']} windows of {results['window']}, stride {results['stride']}, "
             f"bos {results['bos']}, {results['tokens']:,} tokens scored, {results['dtype']}, {results['device']}"
         )
+    elif "kl" in results:
+        print(
+            f"{_outputs_line(results)}; {results['source']}, {results['windows']} windows of {results['window']} tokens, "
+            f"{results['dtype']}, {results['device']}"
+        )
     for task, scores in results.get("tasks", {}).get("results", {}).items():
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in scores.items() if isinstance(value, float))
         print(f"{task}: {numbers}")
 
 
 def _quiet_libraries() -> None:
+    import warnings
+
     from transformers.utils import logging
 
+    warnings.formatwarning = lambda message, *where, **more: f"warning: {message}\n"
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

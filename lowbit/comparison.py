@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,15 +27,18 @@ from torch import Tensor, nn
 
 from lowbit import __version__
 from lowbit.allocate import useful
-from lowbit.data import DataSpec, evaluation_tokens
-from lowbit.evaluate import evaluate_model
+from lowbit.data import DataSpec, evaluation_tokens, tokenizer_of
+from lowbit.evaluate import Evaluation, OutputDivergence, evaluate_model, evaluate_outputs, sentence_pooling
 from lowbit.export import load
-from lowbit.files import replacing, write_json
+from lowbit.files import check_name, write_json, write_text
+from lowbit.journal import WORK
+from lowbit.outputs import input_ids, predicts_next_token
 from lowbit.page import comparison_page
 from lowbit.planner import candidates
+from lowbit.processes import tied
 from lowbit.recipe import Recipe, short_recipe
 from lowbit.report import read_report
-from lowbit.run import Progress, tokenizer_of
+from lowbit.run import Progress
 from lowbit.source import Source, open_source
 
 # What `search` walks: every chain with every candidate that the engine loads, from the quickest chain on.
@@ -58,6 +60,7 @@ def compare(
     limit_seconds: float | None = None,
     revision: str | None = None,
     device: str = "cpu",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run or reuse every recipe, judge all, and write comparison.json and comparison.html into `out`.
@@ -65,13 +68,14 @@ def compare(
     While another comparison, or a recipe that one left running, is at work in `out`, this one waits.
 
     Args:
-        model: a folder or hub id of a causal language model.
+        model: a folder or hub id; causal language models are judged on the text, others by what they give out for it.
         recipes: by the name they have in the table.
         texts: files to judge on, not those of calibration.
         window, windows: see `evaluate.evaluate_model`; windows without overlap, without bos.
         sensitivities: what `planner.plan` measured, for the page.
         searched: more recipes, such as those of `search_space`, that are run in their order for `limit_seconds` after the
             others; what is not done by then is named in the result, and gone on with by the next call.
+        trust_remote_code: run the Python code in the model's folder or repository, see `run.quantize`.
 
     Returns:
         what comparison.json holds: "float" and "rows", one for each recipe; a row whose recipe failed has "failed".
@@ -85,14 +89,14 @@ def compare(
     if not texts:
         raise ValueError("nothing to judge by: give texts")
     out = Path(out)
+    check_name(out)
     out.mkdir(parents=True, exist_ok=True)
     say = progress or (lambda stage, done, total: None)
-    source = open_source(model, revision)
-    tokenizer = tokenizer_of(source.folder)
+    source = open_source(model, revision, trust_remote_code=trust_remote_code)
+    source.track()
+    tokenizer = tokenizer_of(source)
     tokens = {text: evaluation_tokens(text, tokenizer) for text in texts}
     judge = _Judge(source, tokens, tokenizer, window, windows, device)
-    if not judge.causal:
-        raise ValueError(f"{model} predicts no next token; compare judges causal language models")
     rows: list[dict[str, Any]] = []
     left: list[str] = []
     with _alone(out, say) as lock:
@@ -144,13 +148,12 @@ def _written(
         "threads": torch.get_num_threads(),
         "float": json.loads(reference.read_text(encoding="utf-8")) | {"bytes": source.stored_bytes()},
         "rows": rows,
-        "front": front({row["name"]: (row["bytes"], row["evaluations"][0]["kl"]) for row in good}),
+        "front": front({row["name"]: (row["bytes"], row["loss"]) for row in good}),
         "left_out": left,
         "sensitivities": sensitivities,
     }
     write_json(out / "comparison.json", result)
-    with replacing(out / "comparison.html") as temporary:
-        temporary.write_text(comparison_page(result), encoding="utf-8")
+    write_text(out / "comparison.html", comparison_page(result))
     return result
 
 
@@ -196,7 +199,7 @@ def _row(
 ) -> dict[str, Any]:
     """What was measured on a recipe's checkpoint, which is made where it is missing, until `end`."""
     folder, judged = out / key, out / f"{key}-{judge.key}.json"
-    if not folder.is_dir():
+    if not folder.is_dir() or (folder / WORK).exists():  # killed just before its journal was removed
         failure = _quantized(out, key, source, recipe, device, end, lock)
         if failure is not None:
             return {"key": key, "recipe": recipe.to_dict(), "failed": failure}
@@ -204,9 +207,16 @@ def _row(
         write_json(judged, judge.measured(folder))
     report = read_report(folder)
     assert report is not None
+    if report["model"]["fingerprint"] != source.fingerprint():
+        raise ValueError(
+            f"{source.folder} has changed during the comparison, so {folder} is of another model; delete that folder, put the "
+            "model back, or compare again"
+        )
     measured = json.loads(judged.read_text(encoding="utf-8"))
+    first = measured["evaluations"][0]
     return measured | {
         "key": key,
+        "loss": first["relative_error"] if first["kl"] is None else first["kl"],
         "recipe": report["recipe"],
         "bytes": report["sizes"]["output_bytes"],
         "bits": report["sizes"]["bits_per_quantized_weight"],
@@ -230,10 +240,10 @@ def _quantized(out: Path, key: str, source: Source, recipe: Recipe, device: str,
     if recipe.data is not None and Path(recipe.data.source).is_file():
         written = replace(recipe, data=replace(recipe.data, source=str(Path(recipe.data.source).resolve())))
     path = out / f"{key}.toml"
-    with replacing(path) as temporary:
-        temporary.write_text(written.to_toml(), encoding="utf-8")
-    command = [sys.executable, "-m", "lowbit", "quantize", str(source.folder), "--recipe", str(path)]
-    command += ["--out", str(out / key), "--device", device]
+    write_text(path, written.to_toml())
+    arguments = ["quantize", str(source.folder), "--recipe", str(path), "--out", str(out / key), "--device", device]
+    arguments += ["--trust-remote-code"] if source.trust_remote_code else []
+    command = tied("import sys; from lowbit.cli import main; sys.exit(main())", *arguments)
     seconds = None if end is None else end - time.monotonic()
     if seconds is not None and seconds <= 0:
         raise subprocess.TimeoutExpired(command, seconds)
@@ -249,7 +259,6 @@ class _Judge:
 
     Attributes:
         key: names texts and windows.
-        causal: whether the model predicts a next token.
     """
 
     def __init__(
@@ -259,8 +268,6 @@ class _Judge:
         self.window, self.windows, self.device = window, windows, device
         digests = {text: hashlib.sha256(found.numpy().tobytes()).hexdigest() for text, found in tokens.items()}
         self.key = _digest([list(digests.values()), window, windows, device, __version__])
-        names = source.config.get("architectures") or [""]
-        self.causal = names[0].endswith(("ForCausalLM", "LMHeadModel"))
         self._reference: tuple[Any, float] | None = None
 
     def describe(self) -> list[dict[str, Any]]:
@@ -278,31 +285,32 @@ class _Judge:
 
     def _loaded(self, folder: Path) -> tuple[Any, float]:
         began = time.monotonic()
-        model = load(str(folder), dtype=torch.float32, device=self.device)
+        model = load(str(folder), dtype=torch.float32, device=self.device, trust_remote_code=self.source.trust_remote_code)
         return model, time.monotonic() - began
 
     def measured(self, folder: Path | None) -> dict[str, Any]:
         """Everything measured on the checkpoint in `folder`, or on the float model."""
         model, seconds = self._loaded(folder) if folder is not None else self.reference()
         first = next(iter(self.tokens.values()))
-        found: dict[str, Any] = {
-            "evaluations": [
-                evaluate_model(
-                    model,
-                    tokens,
-                    window=self.window,
-                    max_windows=self.windows,
-                    reference=self.reference()[0] if folder is not None else None,
-                    source=Path(text).name,
-                ).to_dict()
-                for text, tokens in self.tokens.items()
-            ],
+        causal = predicts_next_token(type(model))
+        given: dict[str, Any] = {"window": self.window, "max_windows": self.windows}
+        evaluations: list[Evaluation | OutputDivergence] = []
+        for text, tokens in self.tokens.items():
+            name = Path(text).name
+            if causal:
+                reference = self.reference()[0] if folder is not None else None
+                evaluations.append(evaluate_model(model, tokens, reference=reference, source=name, **given))
+            else:
+                pooling = sentence_pooling(self.source.folder)
+                reference = self.reference()[0]
+                evaluations.append(evaluate_outputs(model, tokens, reference=reference, source=name, pooling=pooling, **given))
+        return {
+            "evaluations": [evaluation.to_dict() for evaluation in evaluations],
             "load_seconds": seconds,
-            "decode_tokens_per_second": _decode_speed(model, first),
-            "samples": self._samples(model),
-            "outliers": _outliers(model, first[: self.window]),
+            "decode_tokens_per_second": _decode_speed(model, first) if causal else None,
+            "samples": self._samples(model) if causal else [],
+            "outliers": _outliers(model, first[: min(self.window, evaluations[0].window)]),
         }
-        return found
 
     def _samples(self, model: Any) -> list[dict[str, str]]:
         """A continuation of the beginning of every text."""
@@ -344,7 +352,7 @@ def _outliers(model: Any, tokens: Tensor) -> dict[str, float]:
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
             handles.append(module.register_forward_pre_hook(watch(name)))
     try:
-        model(input_ids=tokens[None].to(next(model.parameters()).device))
+        model(input_ids=input_ids(model, tokens[None].to(next(model.parameters()).device)))
     finally:
         for handle in handles:
             handle.remove()

@@ -19,12 +19,14 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+from lowbit.source import Source, in_short, read_json, refused_code, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
 Kind = Literal["random", "self", "hub", "txt", "jsonl"]
 
 PASSAGE_CHARACTERS = 4096  # the least size of the passages into which calibration cuts long documents
+ROWS, LENGTH = 128, 1024  # of calibration data, where nothing is said
 WRITTEN_AT_ONCE = 16  # rows that a model writes in one batch
 HUB_SHUFFLE_BUFFER = 4096  # documents held while a hub dataset is shuffled
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +46,16 @@ class DataSpec:
 
     Attributes:
         source: see the module docstring.
-        rows: sequences to draw, at least 1.
-        length: tokens of each sequence, at least 2.
+        rows: sequences to draw, at least 1; None stands for ROWS, or as many as the text has.
+        length: tokens of each sequence, at least 2; None stands for LENGTH, or as many as the model and the text have.
         seed: order of the documents, or the random ids; 0 .. 2^63 - 1.
         text_key: field that holds the text (.jsonl and hub sources).
         split: split of a hub dataset.
     """
 
     source: str
-    rows: int = 128
-    length: int = 1024
+    rows: int | None = None
+    length: int | None = None
     seed: int = 0
     text_key: str = "text"
     split: str = "train"
@@ -60,17 +64,36 @@ class DataSpec:
         _source_kind(self.source)
         for name, least in (("rows", 1), ("length", 2), ("seed", 0)):
             value = getattr(self, name)
+            if value is None and name != "seed":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-                raise ValueError(f"{name} = {value!r}: give a whole number of at least {least}")
+                raise ValueError(f"{name} = {shown(value)}: give a whole number of at least {least}")
         for name in ("text_key", "split"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
-                raise ValueError(f"{name} = {value!r}: give a name that is not empty")
+                raise ValueError(f"{name} = {shown(value)}: give a name that is not empty")
 
     @property
     def kind(self) -> Kind:
         """What the source is."""
         return _source_kind(self.source)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and length, where nothing is said the usual ones."""
+        return self.rows or ROWS, self.length or LENGTH
+
+    def fitted(self, positions: int | None) -> "DataSpec":
+        """The same with a length, which a model of so many positions can take.
+
+        Raises:
+            ValueError: the length was given and is larger.
+        """
+        if self.length is not None and positions is not None and self.length > positions:
+            raise ValueError(
+                f"length = {self.length}: the model has {positions} positions; use a length of at most {positions}"
+            )
+        return replace(self, length=self.length or min(LENGTH, positions or LENGTH))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,14 +125,42 @@ class Calibration:
             "source_sha256": self.source_sha256,
             "text_key": spec.text_key if spec.kind in ("jsonl", "hub") else None,
             "split": spec.split if spec.kind == "hub" else None,
-            "rows": spec.rows,
-            "length": spec.length,
+            "rows": len(self.tokens),
+            "length": self.tokens.shape[1],
             "seed": spec.seed,
             "documents": self.documents,
             "bos_id": self.bos_id,
             "eos_id": self.eos_id,
             "tokens_sha256": self.sha256,
         }
+
+
+def tokenizer_of(source: Source) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: it has none, transformers cannot load it, or it is code of the folder, which is not trusted.
+    """
+    from transformers import AutoTokenizer
+
+    folder, described = source.folder, source.folder / "tokenizer_config.json"
+    settings = read_json(described, "the tokenizer's configuration") if described.exists() else {}
+    if "auto_map" not in settings and not any((folder / name).exists() for name in _TOKENIZERS):
+        raise ValueError(
+            f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}), which text needs; add its files, or calibrate on random "
+            "tokens with --data random"
+        )
+    try:
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    except MemoryError:
+        raise
+    except Exception as error:  # the library tokenizers raises plain Exception
+        if not source.trust_remote_code and "trust_remote_code" in str(error):
+            raise refused_code(described) from error
+        raise ValueError(f"{folder} has no tokenizer that transformers can load: {in_short(error)}; fetch it again") from error
+    if not isinstance(found.model_max_length, (int, float)):
+        raise ValueError(f"{described}: model_max_length = {shown(found.model_max_length)}; allowed is a number of tokens")
+    return found
 
 
 def read_documents(spec: DataSpec) -> Iterator[str]:
@@ -157,7 +208,8 @@ def calibration_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase | Non
             "(transformers.AutoTokenizer), or use source 'random'"
         )
 
-    needed = spec.rows * spec.length
+    rows, length = spec.size
+    needed = rows * length
     stream: list[int] = []
     documents = 0
     for text in _shuffled_documents(spec):
@@ -166,12 +218,18 @@ def calibration_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase | Non
         ids = _encode_document(tokenizer, text)
         stream += ids
         documents += bool(ids)
+    if spec.length is None and len(stream) >= 2:
+        length = min(length, len(stream))
+    if spec.rows is None and len(stream) >= length:
+        rows = min(rows, len(stream) // length)
+    needed = rows * length
     if len(stream) < needed:
+        fewer = f"rows <= {len(stream) // length}, a shorter length" if len(stream) >= length else f"a length <= {len(stream)}"
         raise ValueError(
-            f"source {spec.source!r} has {len(stream)} tokens in {documents} documents, but {spec.rows} rows of "
-            f"{spec.length} need {needed}: use rows <= {len(stream) // spec.length}, a shorter length, or more text"
+            f"source {spec.source!r} has {len(stream)} tokens in {documents} documents, but {rows} rows of {length} need "
+            f"{needed}: use {fewer}, or more text"
         )
-    tokens = torch.tensor(stream[:needed], dtype=torch.int64).reshape(spec.rows, spec.length)
+    tokens = torch.tensor(stream[:needed], dtype=torch.int64).reshape(rows, length)
     _check_ids(tokens, tokenizer, vocab_size)
     bos_id, eos_id = _boundary_ids(tokenizer)
     is_file = spec.kind in ("txt", "jsonl")
@@ -209,22 +267,23 @@ def written_tokens(
     Returns:
         int64 [rows, length], the same for the same seed on the same machine.
     """
-    first = _random_tokens(DataSpec(source="random", rows=spec.rows, length=2, seed=spec.seed), tokenizer, vocab_size)[:, :1]
+    rows, length = spec.size
+    first = _random_tokens(DataSpec(source="random", rows=rows, length=2, seed=spec.seed), tokenizer, vocab_size)[:, :1]
     bos = _boundary_ids(tokenizer)[0] if tokenizer is not None else None
     start = first if bos is None else torch.cat([torch.full_like(first, bos), first], 1)
-    start = start[:, : spec.length]
+    start = start[:, :length]
     written = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(spec.seed)
         for part in start.split(WRITTEN_AT_ONCE):
             part = part.to(model.device)
-            more = spec.length - part.shape[1]
+            more = length - part.shape[1]
             options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": None}
             mask = torch.ones_like(part)
             write: Any = model.generate
-            rows = write(part, attention_mask=mask, max_new_tokens=more, pad_token_id=0, **options) if more else part
-            written.append(rows.cpu())
+            found = write(part, attention_mask=mask, max_new_tokens=more, pad_token_id=0, **options) if more else part
+            written.append(found.cpu())
     return torch.cat(written)
 
 
@@ -269,7 +328,7 @@ def evaluation_tokens(
             if limit is not None and len(stream) >= limit:
                 break
     if not stream:
-        raise ValueError(f"source {source!r} encodes to no tokens: give a source with text")
+        raise ValueError(f"source {shown(source)} encodes to no tokens: give a source with text")
     return torch.tensor(stream[:limit], dtype=torch.int64)
 
 
@@ -296,7 +355,7 @@ def passages(text: str, characters: int) -> list[str]:
 def _source_kind(source: str) -> Kind:
     allowed = "give a .txt file, a .jsonl file, hf:DATASET[:CONFIG], self or random"
     if not isinstance(source, str):
-        raise ValueError(f"source = {source!r} is not a string: {allowed}")
+        raise ValueError(f"source = {shown(source)} is not a string: {allowed}")
     if source == "random":
         return "random"
     if source == "self":
@@ -304,19 +363,21 @@ def _source_kind(source: str) -> Kind:
     if source.startswith("hf:"):
         parts = source.split(":")[1:]
         if len(parts) > 2 or not all(parts):
-            raise ValueError(f"source = {source!r} does not name a dataset: write hf:DATASET or hf:DATASET:CONFIG")
+            raise ValueError(f"source = {shown(source)} does not name a dataset: write hf:DATASET or hf:DATASET:CONFIG")
         return "hub"
     suffix = Path(source).suffix.lower()
     if suffix == ".txt":
         return "txt"
     if suffix == ".jsonl":
         return "jsonl"
-    raise ValueError(f"source = {source!r} is of no known kind: {allowed}")
+    raise ValueError(f"source = {shown(source)} is of no known kind: {allowed}")
 
 
 def _read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
     if not text.strip():
@@ -337,7 +398,7 @@ def _jsonl_documents(path: Path, text_key: str) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not valid JSON ({error}): write one JSON object a line") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{where} is a JSON {type(record).__name__}: write one JSON object a line")
@@ -385,7 +446,7 @@ def _shuffled_documents(spec: DataSpec) -> Iterator[str]:
     if spec.kind == "hub":
         return _hub_documents(spec, _open_hub(spec).shuffle(seed=spec.seed, buffer_size=HUB_SHUFFLE_BUFFER))
     # English text has about 4 characters a token, so a passage fills about a row, and no long document fills many.
-    size = max(PASSAGE_CHARACTERS, 4 * spec.length)
+    size = max(PASSAGE_CHARACTERS, 4 * spec.size[1])
     documents = [passage for document in read_documents(spec) for passage in passages(document, size)]
     random.Random(spec.seed).shuffle(documents)
     return iter(documents)
@@ -421,7 +482,7 @@ def _random_tokens(spec: DataSpec, tokenizer: "PreTrainedTokenizerBase | None", 
         allowed = torch.tensor([i for i in range(min(vocab_size, len(tokenizer))) if i not in special])
         if not len(allowed):
             raise ValueError(f"vocab_size = {vocab_size} leaves special ids only: pass the model's vocabulary size")
-    draw = torch.randint(len(allowed), (spec.rows, spec.length), generator=torch.Generator().manual_seed(spec.seed))
+    draw = torch.randint(len(allowed), spec.size, generator=torch.Generator().manual_seed(spec.seed))
     return allowed[draw]
 
 

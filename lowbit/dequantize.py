@@ -1,19 +1,23 @@
 """Float weights out of checkpoints that other programs quantized.
 
 Known are FP8 with scales of blocks, channels or tensors (DeepSeek-V3, Qwen3-FP8, MiniMax-M2, Kimi-K2, FBGEMM), MXFP4 as in
-openai/gpt-oss, and all that the compressed-tensors library decompresses. Every weight is one float32 product of code and
-scale, rounded once to the dtype of the model. What is said of quantized inputs and caches is left out, since it belongs to the
-format that is given up.
+openai/gpt-oss, and the compressed-tensors formats that `checks.library_modules` reads. Every weight is one float32 product of
+code and scale, rounded once to the dtype of the model. What is said of quantized inputs and caches is left out, since it
+belongs to the format that is given up.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lowbit.adapter import FOLDER as ADAPTER
+from lowbit.checks import LIBRARY_PARTS, REMEDY, Module, check_headers, library_modules, problems_of_values
+from lowbit.source import FLOAT_DTYPES, Source, TensorInfo
 
 _FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -25,22 +29,6 @@ _RUN_TIME = re.compile(
     r"(\.|_)(activation_scale|input_scale|input_zero_point|input_global_scale|output_scale|output_zero_point|qscale_act)$"
     r"|\.[qkv]_scale$"
 )
-_LIBRARY_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale", "weight")
-
-
-class Stored(Protocol):
-    """What is known of a stored tensor; see `source.TensorInfo`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its sizes."""
-
-    @property
-    def dtype(self) -> str:
-        """As safetensors spells it."""
-
-
-Read = Callable[[list[str]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +63,13 @@ class Packing:
     dropped: frozenset[str]
 
 
-def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization_config of a config.json, which models with several parts may keep in text_config; None: it has none."""
+def quantization_of(config: Mapping[str, Any]) -> Any:
+    """The quantization_config of a config.json, which models with several parts may keep in text_config, an object unless the
+    file is damaged; None: it has none."""
     for part in (config, config.get("text_config")):
         found = part.get("quantization_config") if isinstance(part, Mapping) else None
-        if found:
-            return found if isinstance(found, dict) else {"quant_method": str(found)}
+        if found is not None and found != {}:
+            return found
     return None
 
 
@@ -92,29 +81,68 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def packing_of(where: str, config: Mapping[str, Any], stored: Mapping[str, Stored], read: Read) -> Packing | None:
-    """How a checkpoint was quantized, None if it was not.
+class Dequantized(Source):
+    """A checkpoint that others quantized, shown as a float one: weights are dequantized as they are read."""
+
+    def __init__(self, plain: Source, packing: Packing) -> None:
+        self.__dict__.update(plain.__dict__)
+        self.quantization = packing.words
+        self._packing = packing
+        dtype = next(name for name, each in FLOAT_DTYPES.items() if each == packing.dtype)
+        parts = {part for packed in packing.weights.values() for part in packed.parts.values()}
+        self.tensors = {name: info for name, info in self.stored.items() if name not in parts | packing.dropped}
+        for name, packed in packing.weights.items():
+            shard = self.stored[next(iter(packed.parts.values()))].shard
+            self.tensors[name] = TensorInfo(shard, packed.shape, dtype)
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """The named tensors, dequantized where they are quantized."""
+        weights = self._packing.weights
+        out = self.read_stored([name for name in names if name not in weights])
+        for name in names:
+            if name in weights:
+                stored = self.read_stored(list(weights[name].parts.values()))
+                given = {part: stored[each] for part, each in weights[name].parts.items()}
+                out[name] = weights[name].decode(given).to(self._packing.dtype)
+        return out
+
+
+def dequantized(source: Source, where: str) -> Source:
+    """A checkpoint, shown as a float one if others quantized it, and as it is if no one did.
 
     Args:
-        where: the folder, for messages.
-        config: config.json.
-        stored: every stored tensor by name.
-        read: reads some of them.
+        where: what the user calls it, for messages.
 
     Raises:
         ValueError: it is quantized in a way that is not known, or its tensors do not fit what its config.json says.
     """
-    given = quantization_of(config)
+    packing = _packing_of(source, where)
+    if packing is None:
+        return source
+    if (source.folder / ADAPTER / "adapter_config.json").exists():
+        raise ValueError(
+            f"{where} is quantized with a low-rank adapter beside it ({ADAPTER}/); quantize the original checkpoint"
+        )
+    return Dequantized(source, packing)
+
+
+def _packing_of(source: Source, where: str) -> Packing | None:
+    given, stored = quantization_of(source.config), source.stored
     if given is None:
         _check_float(where, stored)
         return None
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"{where} is quantized already, but 'quantization_config' is {given!r:.80}, not an object; quantize the original "
+            "checkpoint instead"
+        )
     method = given.get("quant_method", "unknown")
     if method in _FP8_METHODS:
         words, weights = _fp8(where, given, stored)
     elif method == "mxfp4":
         words, weights = _mxfp4(where, stored)
     elif method == "compressed-tensors":
-        words, weights = _library(where, given, stored, read)
+        words, weights = _library(where, source, given)
     else:
         raise ValueError(
             f"{where} is quantized already ({method}), which lowbit cannot dequantize; quantize the original checkpoint "
@@ -125,7 +153,7 @@ def packing_of(where: str, config: Mapping[str, Any], stored: Mapping[str, Store
         raise ValueError(f"{where}: config.json says it is quantized ({method}), but no tensor is; fetch both again")
     used = {name for packed in weights.values() for name in packed.parts.values()}
     dropped = frozenset(name for name in stored if name not in used and _RUN_TIME.search(name))
-    return Packing(words=words, dtype=_model_dtype(config), weights=weights, dropped=dropped)
+    return Packing(words=words, dtype=_model_dtype(source.config), weights=weights, dropped=dropped)
 
 
 def decode_scaled(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
@@ -151,28 +179,6 @@ def decode_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     return out
 
 
-def library_scheme(name: str, config: Any) -> Any:
-    """The scheme in compressed-tensors' QuantizationConfig of a module, by the first target that names it; "Linear" names
-    all."""
-    from compressed_tensors.utils.match import match_name
-
-    for group in config.config_groups.values():
-        if any(target == "Linear" or match_name(name, target) for target in group.targets):
-            return group if group.format else group.model_copy(update={"format": config.format})
-    raise ValueError(f"quantization_config has no group for {name}")
-
-
-def library_shape(name: str, scheme: Any, stored: Mapping[str, Stored], read: Read) -> tuple[int, int]:
-    """The shape [out, in] of a compressed module's weight."""
-    plain, packed = stored.get(f"{name}.weight"), stored.get(f"{name}.weight_packed")
-    if plain is not None:
-        return plain.shape[0], plain.shape[1]
-    if packed is not None and packed.dtype == "U8":
-        return packed.shape[0], packed.shape[1] * 8 // scheme.weights.num_bits
-    out, inner = read([f"{name}.weight_shape"])[f"{name}.weight_shape"].tolist()
-    return out, inner
-
-
 def decompress(parts: dict[str, Tensor], scheme: Any) -> Tensor:
     """The weight of a compressed module from its tensors by local name, as the library computes it."""
     from compressed_tensors.compressors import BaseCompressor
@@ -181,7 +187,7 @@ def decompress(parts: dict[str, Tensor], scheme: Any) -> Tensor:
     return weight
 
 
-def _check_float(where: str, stored: Mapping[str, Stored]) -> None:
+def _check_float(where: str, stored: Mapping[str, TensorInfo]) -> None:
     for name, info in stored.items():
         if info.dtype.startswith(("F8_", "F6_", "F4")):
             raise ValueError(
@@ -196,9 +202,13 @@ def _model_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return next((_FLOATS[name] for name in named if name in _FLOATS), torch.bfloat16)
 
 
-def _fp8(where: str, given: dict[str, Any], stored: Mapping[str, Stored]) -> tuple[str, dict[str, Packed]]:
-    declared = given.get("weight_block_size")
-    block = (int(declared[0]), int(declared[1])) if declared else _FP8_BLOCK
+def _fp8(where: str, given: dict[str, Any], stored: Mapping[str, TensorInfo]) -> tuple[str, dict[str, Packed]]:
+    declared = given.get("weight_block_size") or list(_FP8_BLOCK)
+    if not isinstance(declared, list) or len(declared) != 2 or not all(type(size) is int and size > 0 for size in declared):
+        raise ValueError(
+            f"{where}: weight_block_size in config.json is {declared!r:.80}; allowed are two whole numbers above 0"
+        )
+    block = (declared[0], declared[1])
     weights, kinds = {}, set()
     for name, info in stored.items():
         stem = name.removesuffix(".weight")
@@ -224,7 +234,7 @@ def _scaled(
     where: str, name: str, shape: tuple[int, ...], scale: str, scales: tuple[int, ...], block: tuple[int, int]
 ) -> tuple[Packed, str]:
     """An FP8 weight [..., out, in] with scales in one of the shapes they come in, and in words which."""
-    *stack, rows, columns = shape if len(shape) >= 2 else (1, *shape)
+    *stack, rows, columns = (*(1,) * (2 - len(shape)), *shape)
     count = torch.Size(scales).numel()
     if count in (1, torch.Size(stack).numel()):
         grid, kind, block = (1, 1), "a scale for each tensor", (rows, columns)
@@ -249,7 +259,7 @@ def _scaled(
     return Packed(shape=shape, parts={"weight": name, "scale": scale}, decode=decode), kind
 
 
-def _mxfp4(where: str, stored: Mapping[str, Stored]) -> tuple[str, dict[str, Packed]]:
+def _mxfp4(where: str, stored: Mapping[str, TensorInfo]) -> tuple[str, dict[str, Packed]]:
     weights = {}
     for blocks, info in stored.items():
         if not blocks.endswith("_blocks"):
@@ -270,28 +280,34 @@ def _mxfp4(where: str, stored: Mapping[str, Stored]) -> tuple[str, dict[str, Pac
     return "mxfp4", weights
 
 
-def _library(where: str, given: dict[str, Any], stored: Mapping[str, Stored], read: Read) -> tuple[str, dict[str, Packed]]:
-    from compressed_tensors.quantization import QuantizationConfig
-
-    sparse = (given.get("sparsity_config") or {}).get("format", "dense")
-    if sparse != "dense" or any(name.endswith(".weight_g_idx") for name in stored):
-        what = f"sparse ({sparse})" if sparse != "dense" else "in another order of columns (weight_g_idx)"
-        raise ValueError(f"{where}: its compressed-tensors weights are stored {what}, which lowbit cannot dequantize")
-    try:
-        config = QuantizationConfig.model_validate(given)
-    except ValueError as error:
-        raise ValueError(f"{where}: the compressed-tensors library rejects quantization_config: {error}") from error
-    weights, formats = {}, set()
-    for scale in stored:
-        if not scale.endswith(".weight_scale"):
-            continue
-        name = scale.removesuffix(".weight_scale")
-        scheme = library_scheme(name, config)
-        formats.add(str(getattr(scheme.format, "value", scheme.format)))
-        parts = {part: f"{name}.{part}" for part in _LIBRARY_PARTS if f"{name}.{part}" in stored}
-        weights[f"{name}.weight"] = Packed(
-            shape=library_shape(name, scheme, stored, read),
-            parts=parts,
-            decode=partial(decompress, scheme=scheme),
+def _library(where: str, source: Source, given: dict[str, Any]) -> tuple[str, dict[str, Packed]]:
+    """Weights by the description that `checks` reads, as for `export.QuantizedSource`, but without inputs and outputs."""
+    stored = {name: info for name, info in source.stored.items() if not _RUN_TIME.search(name)}
+    if given.get("config_groups") == {} and not any(name.endswith(".weight_scale") for name in stored):
+        return "compressed-tensors, a cache alone", {}
+    groups = given.get("config_groups")
+    if isinstance(groups, dict):
+        floats = {"input_activations": None, "output_activations": None}
+        given = given | {"config_groups": {key: _updated(group, floats) for key, group in groups.items()}}
+    modules = library_modules(source.folder, given, stored, lambda name: source.read_stored([name])[name])
+    check_headers(source.folder, stored, modules, {}, "")
+    weights = {
+        module.tensor: Packed(
+            shape=module.shape,
+            parts={part: f"{name}.{part}" for part in LIBRARY_PARTS if f"{name}.{part}" in stored},
+            decode=partial(_decompressed, where=where, module=module),
         )
+        for name, module in modules.items()
+    }
+    formats = {str(getattr(module.library.format, "value", module.library.format)) for module in modules.values()}
     return f"compressed-tensors, {' and '.join(sorted(formats))}", weights
+
+
+def _updated(group: Any, values: dict[str, Any]) -> Any:
+    return group | values if isinstance(group, dict) else group
+
+
+def _decompressed(parts: dict[str, Tensor], where: str, module: Module) -> Tensor:
+    for problem in problems_of_values(module, parts):
+        raise ValueError(f"{where}: {problem}; {REMEDY}")
+    return decompress(parts, module.library)

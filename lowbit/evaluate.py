@@ -32,6 +32,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lowbit.outputs import distance, gives_choices, input_ids, output_of, positions
+from lowbit.source import read_json
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -69,6 +72,40 @@ class Evaluation:
     kl: float | None
     top1_agreement: float | None
     reference_perplexity: float | None
+    seconds: float
+    source: str | None
+    device: str
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, JSON types only."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputDivergence:
+    """How far a model that predicts no next token is from its reference: `evaluate_outputs`.
+
+    Attributes:
+        kl: mean KL(reference || model) of the alternatives, nats; None for values (see `outputs`).
+        top1_agreement: share of outputs whose first alternative is the same, 0 .. 1; None for values.
+        relative_error: square root of the squared error over the squared values; None for alternatives.
+        cosine: mean cosine between the vectors [width] of both; None for alternatives.
+        sentence_cosine: mean cosine between the sentence embeddings of a sentence-transformers folder; None for others.
+        windows, window: runs of tokens, and tokens in each.
+        seconds: wall time, the reference's part included.
+        source: what the text was, as the caller named it.
+        device: where the input ids were.
+        dtype: of the model's output.
+    """
+
+    kl: float | None
+    top1_agreement: float | None
+    relative_error: float | None
+    cosine: float | None
+    sentence_cosine: float | None
+    windows: int
+    window: int
     seconds: float
     source: str | None
     device: str
@@ -164,7 +201,7 @@ def evaluate_model(
         raise ValueError(f"tokens hold the id {int(tokens.min())}: give ids of the vocabulary, without padding marks")
     for name, candidate in (("model", model), ("reference", reference)):
         if candidate is not None:
-            _check_model(name, candidate, positions=windows[0].end, largest=largest)
+            _check_model(name, candidate, length=windows[0].end, largest=largest)
     device = _input_device("model", model, device)
     reference_device = None if reference is None else _input_device("reference", reference, None)
 
@@ -226,6 +263,97 @@ def evaluate_model(
     )
 
 
+@torch.no_grad()
+def evaluate_outputs(
+    model: "PreTrainedModel",
+    tokens: Tensor,
+    *,
+    reference: "PreTrainedModel",
+    window: int = 1024,
+    max_windows: int | None = None,
+    pooling: str | None = None,
+    source: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> OutputDivergence:
+    """Divergence of a model that predicts no next token (an encoder, a classifier, a tagger ...) from its float model.
+
+    Args:
+        model, reference: transformers models of one class, in eval mode.
+        tokens: [n] integers, the text; it is cut into windows of `window` tokens, at most as long as the model allows.
+        max_windows: run the first so many windows only; None for all.
+        pooling: "mean" or "cls": how hidden states become a sentence embedding (`sentence_pooling`); None for no embedding.
+        source: name of the text, copied into the result.
+        progress: called with (windows done, windows in all).
+
+    Raises:
+        ValueError: an argument out of range, too little text, ids outside the vocabulary, outputs of two shapes, or one that
+            is not finite (with its window).
+    """
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows = {max_windows}: give at least 1")
+    tokens = tokens.to("cpu", torch.int64)
+    window = min(window, len(tokens), positions(model) or window)
+    windows = plan_windows(len(tokens), window=window, stride=window, bos="none")[:max_windows]
+    for name, candidate in (("model", model), ("reference", reference)):
+        _check_model(name, candidate, length=window, largest=int(tokens.max()))
+    choices = gives_choices(model)
+    began = time.perf_counter()
+    sums = torch.zeros(2, dtype=torch.float64)
+    likeness: list[Tensor] = []
+    sentences: list[Tensor] = []
+    found = torch.empty(0)
+    for k, each in enumerate(windows):
+        row = tokens[None, each.start : each.end]
+        found, wanted = (
+            output_of(run(input_ids=input_ids(run, row).to(_input_device(name, run, None))))
+            for name, run in (("model", model), ("reference", reference))
+        )
+        wanted = wanted.to(found.device)
+        if found.shape != wanted.shape:
+            raise ValueError(f"the model gives out {list(found.shape)}, the reference {list(wanted.shape)}: give one's own")
+        if not (bool(torch.isfinite(found).all()) and bool(torch.isfinite(wanted).all())):
+            raise ValueError(f"the output of window {k} (tokens {each.start} .. {each.end - 1}) is not finite")
+        sums += torch.stack(distance(found, wanted, choices=choices)).cpu()
+        likeness.append(_likeness(found, wanted, choices).cpu())
+        if pooling is not None:
+            mine, theirs = (x[:, 0] if pooling == "cls" else x.mean(1) for x in (found.float(), wanted.float()))
+            sentences.append(torch.cosine_similarity(mine, theirs, dim=-1).cpu())
+        if progress is not None:
+            progress(k + 1, len(windows))
+    error, alike = float(sums[0] / sums[1]), float(torch.cat(likeness).mean())
+    return OutputDivergence(
+        kl=error if choices else None,
+        top1_agreement=alike if choices else None,
+        relative_error=None if choices else error**0.5,
+        cosine=None if choices else alike,
+        sentence_cosine=float(torch.cat(sentences).mean()) if sentences else None,
+        windows=len(windows),
+        window=window,
+        seconds=time.perf_counter() - began,
+        source=source,
+        device=str(found.device),
+        dtype=str(found.dtype).removeprefix("torch."),
+    )
+
+
+def _likeness(found: Tensor, wanted: Tensor, choices: bool) -> Tensor:
+    """Of every output, whether its first alternative is the same, or its cosine, float64 [n]."""
+    if choices:
+        return (found.argmax(-1) == wanted.argmax(-1)).double().flatten()
+    return torch.cosine_similarity(found.double(), wanted.double(), dim=-1).flatten()
+
+
+def sentence_pooling(folder: Path) -> str | None:
+    """How a sentence-transformers folder makes an embedding of hidden states: "mean" or "cls"; None for other folders."""
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return None
+    pooling = read_json(path, "how sentence embeddings are pooled")
+    ways = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    used = [ways.get(key) for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True]
+    return used[0] if len(used) == 1 else None
+
+
 def score_positions(logits: Tensor, targets: Tensor, reference: Tensor | None) -> list[float]:
     """Sums over positions, in SLICE_ELEMENTS of float32 at a time.
 
@@ -264,6 +392,7 @@ def run_tasks(
     limit: int | float | None = None,
     batch_size: int = 1,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Task scores of the LM Evaluation Harness (`lm-eval`), which downloads the tasks' data.
 
@@ -274,6 +403,7 @@ def run_tasks(
         limit: first so many examples a task (a share below 1); None for all.
         batch_size: requests in one forward pass.
         device: for a folder, where to load it (None: cuda where there is one, else cpu); None for a loaded model.
+        trust_remote_code: for a folder, run the Python code in it where transformers does not know the model itself.
 
     Returns:
         {"results": {task: {"acc,none": ..., "acc_stderr,none": ...}}, "versions": {task: ...}, "n-shot": {...},
@@ -298,7 +428,7 @@ def run_tasks(
         if tokenizer is not None:
             raise ValueError("a tokenizer with a checkpoint folder: leave it out, the folder's own is used")
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        wrapped = HFLM(pretrained=str(model), device=chosen, batch_size=batch_size)
+        wrapped = HFLM(pretrained=str(model), device=chosen, batch_size=batch_size, trust_remote_code=trust_remote_code)
     else:
         if tokenizer is None:
             raise ValueError("a loaded model without a tokenizer: pass tokenizer=")
@@ -312,7 +442,7 @@ def run_tasks(
     return {key: found[key] for key in keys} | {"limit": limit, "lm_eval_version": lm_eval.__version__}
 
 
-def _check_model(name: str, model: Any, *, positions: int, largest: int) -> None:
+def _check_model(name: str, model: Any, *, length: int, largest: int) -> None:
     """Raise what would otherwise be a wrong figure or an index error deep inside the model."""
     if getattr(model, "training", False):
         raise ValueError(f"the {name} is in training mode: call .eval() on it")
@@ -323,9 +453,9 @@ def _check_model(name: str, model: Any, *, positions: int, largest: int) -> None
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and largest >= vocabulary:
         raise ValueError(f"id {largest} in the text, but the {name} has vocab_size {vocabulary}: use its own tokenizer")
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and positions > longest:
-        raise ValueError(f"window of {positions} tokens, but the {name} has {longest} positions: use window <= {longest}")
+    longest = positions(model)
+    if longest is not None and length > longest:
+        raise ValueError(f"window of {length} tokens, but the {name} has {longest} positions: use window <= {longest}")
 
 
 def _input_device(name: str, model: Any, device: torch.device | str | None) -> torch.device:

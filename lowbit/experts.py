@@ -23,6 +23,7 @@ _FUSED = (
     (re.compile(r"(.*\bexperts)\.gate_up_proj(?:\.weight)?"), r"\1", r"\1.down_proj"),
     (re.compile(r"(.*\.block_sparse_moe)\.input_linear\.weight"), r"\1.experts", r"\1.output_linear.weight"),
 )
+_PARTS = ("gate_proj", "up_proj", "down_proj")
 _ONE = re.compile(r"(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 # Model types whose experts vLLM (0.32, by its source) reads one by one under these names though the hub has them fused.
 _IN_VLLM = (
@@ -74,27 +75,28 @@ class PerExpert(Source):
         return PerExpert(self.plain, kept) if kept else self.plain
 
 
-def split_experts(source: Source, quantized: Callable[[str], bool]) -> Source:
+def split_experts(source: Source, quantized: Callable[[list[str]], set[str]]) -> Source:
     """Show fused experts of which matrices are to be quantized one by one, where an engine reads them so; others stay as they
     are, and so does the source if there are none.
 
     Args:
-        quantized: whether a linear, by its name, gets a scheme.
+        quantized: gives those of the named linears that get a scheme.
 
     Raises:
         ValueError: only some of the matrices of a fused pair are to be quantized.
     """
     if not (_types(source.config) & set(_IN_VLLM) or _mapped(source)):
         return source
-    pairs = {}
-    for module, (gate_up, down, transposed) in _pairs(source.tensors).items():
-        experts = range(source.tensors[gate_up].shape[0])
-        names = [f"{module}.{expert}.{part}" for expert in experts for part in ("gate_proj", "up_proj", "down_proj")]
-        chosen = {quantized(name) for name in names}
-        if len(chosen) > 1:
+    found = _pairs(source.tensors)
+    names = {
+        module: [f"{module}.{expert}.{part}" for expert in range(source.tensors[gate_up].shape[0]) for part in _PARTS]
+        for module, (gate_up, _, _) in found.items()
+    }
+    chosen = quantized([name for each in names.values() for name in each])
+    for module, each in names.items():
+        if 0 < len(chosen.intersection(each)) < len(each):
             raise ValueError(f"{module}: engines keep all of its experts in one tensor; quantize all of their matrices or none")
-        if chosen == {True}:
-            pairs[module] = (gate_up, down, transposed)
+    pairs = {module: pair for module, pair in found.items() if chosen.issuperset(names[module])}
     return PerExpert(source, pairs) if pairs else source
 
 

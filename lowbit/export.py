@@ -14,7 +14,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,28 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.adapter import merged, read_adapter
-from lowbit.arch import Arch, Linear, Site, Tap, addresses
-from lowbit.dequantize import decompress, library_scheme, library_shape, quantization_of, without_quantization
+from lowbit.arch import Arch, Linear, Site, Tap, addresses, generation_of
+from lowbit.checks import (
+    LIBRARY_PARTS,
+    NATIVE,
+    NATIVE_FILE,
+    NATIVE_PARTS,
+    NATIVE_VERSION,
+    POINT_PARTS,
+    REMEDY,
+    Module,
+    StoredPoint,
+    check_corrections,
+    check_headers,
+    check_small_files,
+    library_modules,
+    positive,
+    problems_of_point,
+    problems_of_values,
+    read_description,
+)
+from lowbit.dequantize import decompress, quantization_of, without_quantization
+from lowbit.files import write_json, write_text
 from lowbit.formats import FP4_E2M1, FP6_E2M3, FP8_E4M3
 from lowbit.kv import CacheSpec, simulate_cache
 from lowbit.packing import pack, unpack
@@ -38,23 +58,17 @@ from lowbit.qtensor import (
     dequantize,
     largest_of,
     outer_scale,
-    spec_from_dict,
+    validate,
 )
-from lowbit.source import FLOAT_DTYPES, STEM, Source, TensorInfo, open_source, read_json
+from lowbit.source import FLOAT_DTYPES, STEM, Source, TensorInfo, index_name, open_source, read_json
 from lowbit.unit import Input, Quantizer, Static, quantized_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NATIVE = "lowbit"
-NATIVE_FILE = "lowbit.json"
-_NATIVE_VERSION = 3
-_PARTS = (
-    *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale"),
-    *("input_scale", "input_global_scale"),
-)
 _E4M3 = torch.float8_e4m3fn
-_NEED_WEIGHTS = ("falcon", "mamba", "mamba2")  # models whose code in transformers reads the weights of some linears itself
+_ROWS_IN_VLLM, _COLUMNS_IN_VLLM = 64, 32  # what its kernels want multiples of
+_SMALL = 0.02  # of the weights of a block's linears
 # vLLM stacks these linears into one matrix, which has one scheme.
 _STACKED_IN_VLLM = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
 
@@ -100,11 +114,60 @@ def _reason_for_no_layout(scheme: Scheme) -> str:
     return "compressed-tensors has no layout for it"
 
 
-def _reason_of_transformers(linear: Linear, scheme: Scheme, model_type: str) -> str | None:
+def check_loading(arch: Arch, format: str, engine: str, linears: Iterable[Linear], schemes: dict[str, Scheme]) -> None:
+    """Refuse, before any work, what transformers' `from_pretrained` would not load of a compressed-tensors checkpoint.
+
+    Raises:
+        ValueError: the model's code, run here without them, reads weights that packed checkpoints do not have; or parameters
+            are made of several tensors when the checkpoint is loaded.
+    """
+    if format == NATIVE or engine != "transformers":
+        return
+    remedy = "write lowbit's own format with --format lowbit"
+    if arch.merged:
+        raise ValueError(
+            f"transformers makes one parameter of {', '.join(arch.merged[:3])} when it loads a float checkpoint, but not a "
+            f"quantized one; use --engine vllm, or {remedy}"
+        )
+    packed = {
+        linear.param.removesuffix(".weight")
+        for linear in linears
+        if linear.index is None and linear.name in schemes and "pack" in (_library_format(schemes[linear.name]) or "")
+    }
+    reader = _reader_of_weights(arch, packed)
+    if reader is not None:
+        raise ValueError(
+            f"transformers cannot load packed weights of this model: its code for {reader} reads weights that packed "
+            f"checkpoints do not have; use w8a8 or fp8, --engine vllm, or {remedy}"
+        )
+
+
+def _reader_of_weights(arch: Arch, packed: set[str]) -> str | None:
+    """The class of a module whose own code reads a weight of the linears `packed`, which a packed checkpoint lacks: when it is
+    initialized, or in a forward that is not that of nn.Linear."""
+    model: Any = deepcopy(arch.model)
+    model = model.to("meta")
+    for name in packed:
+        if type(model.get_submodule(name)).forward is not nn.Linear.forward:
+            return type(model.get_submodule(name)).__name__
+        model.get_submodule(name)._parameters.pop("weight", None)
+    for name, module in model.named_modules():
+        if name in packed:
+            continue
+        try:
+            with torch.random.fork_rng(devices=[]):
+                model._init_weights(module)
+        except AttributeError as error:
+            if "'weight'" in str(error):
+                return type(module).__name__
+        except (RuntimeError, NotImplementedError, TypeError):  # what initializes from values has none here
+            continue
+    return None
+
+
+def _reason_of_transformers(linear: Linear, scheme: Scheme) -> str | None:
     """Why transformers (5.22) would not load this linear, or compute something else from it; measured over tests/tiny.py."""
     weight, layout = scheme.weight, _library_format(scheme)
-    if model_type in _NEED_WEIGHTS and layout is not None and "pack" in layout:
-        return f"its code for {model_type} reads weights that packed checkpoints do not have; use w8a8 or fp8"
     if linear.index is None or linear.stacked:
         return None
     if scheme.input is not None:
@@ -114,11 +177,23 @@ def _reason_of_transformers(linear: Linear, scheme: Scheme, model_type: str) -> 
     return None
 
 
+def too_small(arch: Arch, engine: str) -> dict[str, str]:
+    """Linears that an engine has no kernel for and that hardly count, with the reason to leave them float."""
+    found: dict[str, str] = {}
+    for block in arch.blocks if engine == "vllm" else ():
+        total = sum(linear.out_features * linear.in_features for linear in block.linears)
+        for linear in block.linears:
+            odd = linear.out_features % _ROWS_IN_VLLM or linear.in_features % _COLUMNS_IN_VLLM
+            # Of what vLLM stacks, the rows of all together count.
+            stacked = any(linear.name.rpartition(".")[2] in stack for stack in _STACKED_IN_VLLM)
+            if odd and not stacked and linear.out_features * linear.in_features <= _SMALL * total:
+                shape = f"{linear.out_features} x {linear.in_features}"
+                found[linear.name] = f"vLLM has no kernel for {shape}, no multiple of {_ROWS_IN_VLLM} x {_COLUMNS_IN_VLLM}"
+    return found
+
+
 def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: dict[str, Scheme], model_type: str = "") -> None:
     """Refuse, before any work, what the chosen engine would not load.
-
-    Args:
-        model_type: as the model's config names it.
 
     Raises:
         ValueError: with the reason and what to do.
@@ -142,7 +217,9 @@ def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: d
             )
         if linear.transposed:
             raise ValueError(f"{linear.name} is stored as [in, out] (Conv1D), which compressed-tensors does not know; {remedy}")
-        reason = _reason_of_transformers(linear, schemes[linear.name], model_type) if engine == "transformers" else None
+        if linear.router and engine == "vllm":
+            raise ValueError(f"{linear.name} chooses experts, and vLLM keeps such linears float; leave it float, or {remedy}")
+        reason = _reason_of_transformers(linear, schemes[linear.name]) if engine == "transformers" else None
         if reason is not None:
             raise ValueError(f"{linear.name} cannot be exported for transformers: {reason}; or {remedy}")
     if engine == "vllm":
@@ -328,7 +405,7 @@ def write_config(
             linear.name: {
                 "tensor": linear.tensor,
                 "index": linear.index if linear.stacked else None,
-                "transposed": linear.transposed,
+                "transposed": linear.stored_transposed,
                 "shape": [linear.out_features, linear.in_features],
                 "scheme": schemes[linear.name].name,
                 "weight": schemes[linear.name].weight.to_dict(),
@@ -339,7 +416,7 @@ def write_config(
             if linear.name in schemes
         }
         config = original | {"quantization_config": {"quant_method": NATIVE}}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         of_points = {
             point.name: {
                 "tensor": point.tensor,
@@ -351,15 +428,13 @@ def write_config(
             for point in block.points
             if (scheme := (points or {}).get(point.name)) is not None
         }
-        (folder / NATIVE_FILE).write_text(
-            json.dumps(
-                {"format": NATIVE, "version": _NATIVE_VERSION, "dtype": dtype, "linears": table, "points": of_points}, indent=1
-            )
-            + "\n"
+        write_json(
+            folder / NATIVE_FILE,
+            {"format": NATIVE, "version": NATIVE_VERSION, "dtype": dtype, "linears": table, "points": of_points},
         )
         return ["config.json", NATIVE_FILE]
     config = original | {"quantization_config": library_config(arch, schemes, kv_cache=kv_cache)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return ["config.json"]
 
 
@@ -436,25 +511,14 @@ def _float_linears(arch: Arch, schemes: dict[str, Scheme]) -> list[str]:
             names.append(name)
     for block in arch.blocks:
         names += [name for name, _ in block.skipped if f"{name}.weight" in arch.source.tensors]
+        names += [linear.name for linear, _ in block.aside]
         names += [linear.name for linear in block.linears if linear.name not in schemes and not linear.stacked]
+    # Further layers and heads for several tokens, which other programs may build.
+    names += [name.removesuffix(".weight") for name in sorted(arch.unused) if len(arch.source.tensors[name].shape) >= 2]
     return list(dict.fromkeys(names))
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Module:
-    """How one quantized linear of a checkpoint is read back."""
-
-    name: str
-    tensor: str
-    index: int | None
-    transposed: bool
-    shape: tuple[int, int]
-    scheme: Scheme
-    library: Any = None  # the library's scheme
-    turned: bool = False
 
 
 class QuantizedSource(Source):
@@ -463,58 +527,75 @@ class QuantizedSource(Source):
     `tensors` has the original names and shapes; `read` dequantizes, rounding once to the dtype of the scales.
 
     Attributes:
-        modules: the quantized linears by name.
+        modules: the quantized linears by name. by_tensor: the same by the source's tensors.
         corrections: their low-rank corrections, which `read` has added.
         parameters: names of quantized parameters among the points, by the source's tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         self.native = (folder / NATIVE_FILE).exists()
-        super().__init__(folder, NATIVE if self.native else STEM)
+        super().__init__(folder, NATIVE if self.native else STEM, trust_remote_code=trust_remote_code)
+        self._points: dict[str, StoredPoint] = {}
+        if self.native:
+            described = read_description(folder)
+            self.modules, self._points, rest = described.modules, described.points, described.dtype
+        else:
+            given = quantization_of(self.config)
+            self.modules = library_modules(folder, given, self.stored, lambda name: self.read_stored([name])[name])
+            rest = ""
+        check_headers(folder, self.stored, self.modules, self._points, rest)
         self.corrections = read_adapter(folder)
-        self.modules = self._native_modules() if self.native else self._library_modules()
-        self._by_tensor: dict[str, list[_Module]] = {}
+        check_corrections(folder, self.corrections, self.modules)
+        self.by_tensor: dict[str, list[Module]] = {}
         for module in self.modules.values():
-            self._by_tensor.setdefault(module.tensor, []).append(module)
+            self.by_tensor.setdefault(module.tensor, []).append(module)
         parts = {part for module in self.modules.values() for part in self._parts(module)}
-        self._points = self._described()["points"] if self.native else {}
-        parts |= {f"{name}.{part}" for name in self._points for part in ("codes", "scale", "largest", "labels")}
+        parts |= {f"{name}.{part}" for name in self._points for part in POINT_PARTS}
         self.tensors = {name: info for name, info in self.stored.items() if name not in parts}
         floats = [info.dtype for info in self.tensors.values() if info.dtype in FLOAT_DTYPES]
         # Scales of 8 bits do not tell the dtype of the source.
-        rest = self._native_dtype() if self.native else max(floats, key=floats.count, default="BF16")
-        for tensor, modules in self._by_tensor.items():
+        rest = rest or max(floats, key=floats.count, default="BF16")
+        for tensor, modules in self.by_tensor.items():
             scale = self.stored[modules[0].name + (".scale" if self.native else ".weight_scale")]
             dtype = scale.dtype if scale.dtype in FLOAT_DTYPES and not self.native else rest
             out, inner = modules[0].shape
             shape: tuple[int, ...] = (inner, out) if modules[0].transposed else (out, inner)
             shape = shape if modules[0].index is None else (len(modules), *shape)
             self.tensors[tensor] = TensorInfo(scale.shard, shape, dtype)
-        self.parameters = {entry["tensor"]: name for name, entry in self._points.items() if entry["tensor"]}
+        self.parameters = {point.tensor: name for name, point in self._points.items() if point.tensor is not None}
         for tensor, name in self.parameters.items():
-            shape = tuple(self._points[name]["shape"])
-            self.tensors[tensor] = TensorInfo(self.stored[f"{name}.codes"].shard, shape, "F32")
+            self.tensors[tensor] = TensorInfo(self.stored[f"{name}.codes"].shard, self._points[name].shape, "F32")
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named original tensors, dequantized where they are quantized."""
-        out = self.read_stored([name for name in names if name not in self._by_tensor and name not in self.parameters])
+        out = self.read_stored([name for name in names if name not in self.by_tensor and name not in self.parameters])
         for name in names:
             if name in self.parameters:
                 out[name] = self._parameter(self.parameters[name])
-            if name in self._by_tensor:
-                modules = sorted(self._by_tensor[name], key=lambda module: module.index or 0)
+            if name in self.by_tensor:
+                modules = sorted(self.by_tensor[name], key=lambda module: module.index or 0)
                 matrices = [self._dequantized(module) for module in modules]
                 matrices = [m.T if module.transposed else m for m, module in zip(matrices, modules, strict=True)]
                 out[name] = matrices[0] if modules[0].index is None else torch.stack(matrices)
         return out
 
     def quantized(self, name: str, device: str | torch.device = "cpu") -> QTensor:
-        """The codes and scales of a quantized linear, unpacked on `device`, without its low-rank correction."""
+        """The codes and scales of a quantized linear, unpacked on `device`, without its low-rank correction.
+
+        Raises:
+            ValueError: they are unreadable or not what they may be.
+        """
         module = self.modules[name]
-        tensors = {part: tensor.to(device) for part, tensor in self.read_stored(self._parts(module)).items()}
+        tensors = {part: tensor.to(device) for part, tensor in self._checked(module).items()}
         if self.native:
-            return _decode_native(name, tensors, module.scheme.weight, module.shape[1])
-        return _decode_library(name, tensors, module.scheme.weight, module.shape)
+            q = _decode_native(name, tensors, module.scheme.weight, module.shape[1])
+        else:
+            q = _decode_library(name, tensors, module.scheme.weight, module.shape)
+        try:
+            validate(q, name)
+        except ValueError as error:
+            raise ValueError(f"{self._shard_of(module)}: {error}; {REMEDY}") from error
+        return q
 
     def schemes(self) -> dict[str, Scheme]:
         """The scheme of every quantized linear."""
@@ -523,21 +604,27 @@ class QuantizedSource(Source):
     def points(self) -> dict[str, Static]:
         """How each quantized activation among the points of scans is quantized."""
         found = {}
-        for name, entry in self._points.items():
-            if entry["tensor"] is None:
-                parts = [f"{name}.{part}" for part in ("largest", "labels") if f"{name}.{part}" in self.stored]
-                read = self.read_stored(parts)
-                labels = read.get(f"{name}.labels", torch.zeros(entry["shape"][0])).long()
-                found[name] = Static(spec=spec_from_dict(entry["spec"]), largest=read[f"{name}.largest"], labels=labels)
+        for name, point in self._points.items():
+            if point.tensor is None:
+                read = self._checked_point(name)
+                labels = read.get("labels", torch.zeros(point.shape[0])).long()
+                found[name] = Static(spec=point.spec, largest=read["largest"], labels=labels)
         return found
 
     def _parameter(self, name: str) -> Tensor:
         """A quantized parameter among the points, dequantized, in the shape that the source has."""
-        entry = self._points[name]
-        shape = entry["shape"]
-        read = self.read_stored([f"{name}.codes", f"{name}.scale"])
-        columns = torch.Size(shape[1:] if len(shape) > 1 else shape).numel()
-        return dequantize(_decode_native(name, read, spec_from_dict(entry["spec"]), columns)).view(shape)
+        point = self._points[name]
+        read = {f"{name}.{part}": tensor for part, tensor in self._checked_point(name).items()}
+        columns = torch.Size(point.shape[1:] if len(point.shape) > 1 else point.shape).numel()
+        return dequantize(_decode_native(name, read, point.spec, columns)).view(point.shape)
+
+    def _checked_point(self, name: str) -> dict[str, Tensor]:
+        """What is stored of a point, by the last words of the names."""
+        read = self.read_stored([f"{name}.{part}" for part in POINT_PARTS if f"{name}.{part}" in self.stored])
+        tensors = {key.removeprefix(f"{name}."): tensor for key, tensor in read.items()}
+        for problem in problems_of_point(name, tensors):
+            raise ValueError(f"{self.folder}: {problem}; {REMEDY}")
+        return tensors
 
     def inputs(self) -> dict[str, Input]:
         """How the input of each quantized linear is quantized, or turned; absent where it stays as it is."""
@@ -549,14 +636,15 @@ class QuantizedSource(Source):
                     found[name] = Input(None, turned=True)
                 continue
             largest = None
-            if self.native and f"{name}.input_largest" in self.stored:
-                largest = float(self.read_stored([f"{name}.input_largest"])[f"{name}.input_largest"])
-            elif f"{name}.input_scale" in self.stored:
-                largest = float(self.read_stored([f"{name}.input_scale"])[f"{name}.input_scale"]) * spec.format.max
-            elif f"{name}.input_global_scale" in self.stored:
-                # the largest magnitude for which `outer_scale` gives this scale
-                given = float(self.read_stored([f"{name}.input_global_scale"])[f"{name}.input_global_scale"])
-                largest = largest_of(1 / given, spec)
+            if module.calibrated:
+                read = self._checked(module, ("input_largest", "input_scale", "input_global_scale"))
+                part, value = next((name.rpartition(".")[2], float(tensor)) for name, tensor in read.items())
+                if part == "input_largest":
+                    largest = value
+                elif part == "input_scale":
+                    largest = value * spec.format.max
+                else:  # the largest magnitude for which `outer_scale` gives this scale
+                    largest = largest_of(1 / value, spec)
             found[name] = Input(spec, largest, turned=module.turned)
         return found
 
@@ -564,6 +652,10 @@ class QuantizedSource(Source):
         """Scales of keys and values of an FP8 key-value cache, by attention module."""
         modules = [name.removesuffix(".k_scale") for name in self.stored if name.endswith(".k_scale")]
         read = self.read_stored([f"{module}.{part}" for module in modules for part in ("k_scale", "v_scale")])
+        for name, tensor in read.items():
+            if not positive(tensor):
+                where = self.folder / self.stored[name].shard
+                raise ValueError(f"{where}: {name} is {float(tensor)}, not a finite number above 0; {REMEDY}")
         return {module: (float(read[f"{module}.k_scale"]), float(read[f"{module}.v_scale"])) for module in modules}
 
     def bits_per_weight(self, name: str) -> float:
@@ -573,122 +665,51 @@ class QuantizedSource(Source):
         stored += sum(part.nbytes for part in self.corrections.get(name, ()))
         return stored * 8 / (module.shape[0] * module.shape[1])
 
-    def _parts(self, module: _Module) -> list[str]:
-        if self.native:
-            candidates = [f"{module.name}.{part}" for part in ("codes", "scale", "zero", "outer", "input_largest")]
-        else:
-            candidates = [f"{module.name}.{part}" for part in ("weight", *_PARTS)]
+    def _parts(self, module: Module) -> list[str]:
+        candidates = [f"{module.name}.{part}" for part in (NATIVE_PARTS if self.native else LIBRARY_PARTS)]
         return [name for name in candidates if name in self.stored]
 
-    def _dequantized(self, module: _Module) -> Tensor:
+    def _shard_of(self, module: Module) -> Path:
+        return self.folder / self.stored[self._parts(module)[0]].shard
+
+    def _checked(self, module: Module, parts: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        """The stored tensors of a linear (of them only `parts`), by name, their numbers looked at."""
+        names = [name for name in self._parts(module) if parts is None or name.rpartition(".")[2] in parts]
+        read = self.read_stored(names)
+        local = {name.removeprefix(f"{module.name}."): tensor for name, tensor in read.items()}
+        for problem in problems_of_values(module, local):
+            raise ValueError(f"{self._shard_of(module)}: {problem}; {REMEDY}")
+        return read
+
+    def _dequantized(self, module: Module) -> Tensor:
         w = self._uncorrected(module)
         return merged(w, self.corrections[module.name]) if module.name in self.corrections else w
 
-    def _uncorrected(self, module: _Module) -> Tensor:
+    def _uncorrected(self, module: Module) -> Tensor:
         dtype = FLOAT_DTYPES[self.tensors[module.tensor].dtype]
         if self.native:
             return dequantize(self.quantized(module.name), dtype)
-        tensors = self.read_stored(self._parts(module))
+        tensors = self._checked(module)
         local = {name.removeprefix(module.name + "."): tensor for name, tensor in tensors.items()}
         return decompress(local, module.library).to(dtype)
 
-    def _described(self) -> dict[str, Any]:
-        return read_json(self.folder / NATIVE_FILE, "the description of a checkpoint in lowbit's own format")
 
-    def _native_dtype(self) -> str:
-        """The dtype of the dequantized matrices, as safetensors spells it."""
-        name = self._described()["dtype"]
-        return next(key for key, dtype in FLOAT_DTYPES.items() if str(dtype) == f"torch.{name}")
-
-    def _native_modules(self) -> dict[str, _Module]:
-        described = self._described()
-        if described.get("version") != _NATIVE_VERSION:
-            raise ValueError(
-                f"{self.folder / NATIVE_FILE} has version {described.get('version')}; this lowbit reads version "
-                f"{_NATIVE_VERSION}"
-            )
-        return {
-            name: _Module(
-                name=name,
-                tensor=entry["tensor"],
-                index=entry["index"],
-                transposed=entry["transposed"],
-                shape=(entry["shape"][0], entry["shape"][1]),
-                scheme=Scheme(
-                    name=entry["scheme"],
-                    weight=spec_from_dict(entry["weight"]),
-                    input=spec_from_dict(entry["input"]) if entry["input"] else None,
-                ),
-                turned=entry["turned"],
-            )
-            for name, entry in described["linears"].items()
-        }
-
-    def _library_modules(self) -> dict[str, _Module]:
-        from compressed_tensors.quantization import QuantizationConfig
-
-        given = quantization_of(self.config) or {}
-        if given.get("quant_method") != "compressed-tensors":
-            raise ValueError(
-                f"{self.folder}: quantization method {given.get('quant_method')!r} is not read by lowbit, only "
-                "compressed-tensors and lowbit's own format"
-            )
-        config = QuantizationConfig.model_validate(given)
-        modules = {}
-        for scale in self.stored:
-            if not scale.endswith(".weight_scale"):
-                continue
-            name = scale.removesuffix(".weight_scale")
-            library = library_scheme(name, config)
-            shape = library_shape(name, library, self.stored, self.read_stored)
-            modules[name] = _Module(
-                name=name,
-                tensor=f"{name}.weight",
-                index=None,
-                transposed=False,
-                shape=shape,
-                scheme=_scheme_of(library),
-                library=library,
-            )
-        return modules
-
-
-def _scheme_of(library: Any) -> Scheme:
-    """Our scheme of the library's; the name only tells the bits."""
-    weight = _spec_of(library.weights)
-    inputs = _spec_of(library.input_activations) if library.input_activations is not None else None
-    bits = (weight.format.name, inputs.format.name if inputs else "float")
-    return Scheme(name="/".join(bits), weight=weight, input=inputs)
-
-
-def _spec_of(args: Any) -> Spec:
-    strategy, floats = str(args.strategy), {8: "fp8_e4m3", 6: "fp6_e2m3", 4: "fp4_e2m1"}
-    rows, group = 1, {"tensor": TENSOR, "channel": CHANNEL, "token": CHANNEL}.get(strategy, args.group_size)
-    if strategy == "block":
-        rows, group = args.block_structure
-    scale = "e4m3" if strategy == "tensor_group" else "e8m0" if args.scale_dtype == torch.uint8 else "float"
-    name = f"int{args.num_bits}" if args.type == "int" else floats[args.num_bits]
-    return spec_from_dict(
-        {
-            "format": name,
-            "group": group,
-            "rows": rows,
-            "symmetric": args.symmetric,
-            "dynamic": bool(args.dynamic),
-            "scale": scale,
-            "rule": ENGINE_RULES[name] if scale == "e8m0" and args.dynamic else "floor",
-        }
-    )
-
-
-def open_checkpoint(model: str, revision: str | None = None) -> Source:
+def open_checkpoint(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
     """Open a float checkpoint (folder or hub id) or a quantized one: as a `QuantizedSource` in both formats that lowbit
-    writes, dequantized as it is read (see `source.open_source`) in those of others."""
+    writes, see `checks`; dequantized as it is read in those of others, see `source.open_source`.
+
+    Raises:
+        ValueError: incomplete or damaged, another file than report.json says, or in a format that lowbit does not read.
+    """
     folder = Path(model).expanduser()
-    if (folder / NATIVE_FILE).exists() or _of_library(folder):
-        return QuantizedSource(folder)
-    source = open_source(model, revision)
-    return QuantizedSource(source.folder) if _of_library(source.folder) else source
+    if not ((folder / NATIVE_FILE).exists() or _of_library(folder)):
+        found = open_source(model, revision, trust_remote_code=trust_remote_code)
+        if not _of_library(found.folder):
+            return found
+        folder = found.folder
+    source = QuantizedSource(folder, trust_remote_code=trust_remote_code)
+    check_small_files(folder, index_name(NATIVE if source.native else STEM))
+    return source
 
 
 def _of_library(folder: Path) -> bool:
@@ -696,7 +717,7 @@ def _of_library(folder: Path) -> bool:
     if not (folder / "config.json").exists():
         return False
     found = quantization_of(read_json(folder / "config.json", "the model's configuration"))
-    return found is not None and found.get("quant_method") == "compressed-tensors"
+    return isinstance(found, dict) and found.get("quant_method") == "compressed-tensors"
 
 
 def quantized_sites(arch: Arch, source: QuantizedSource) -> dict[Site, Quantizer]:
@@ -711,7 +732,12 @@ def quantized_sites(arch: Arch, source: QuantizedSource) -> dict[Site, Quantizer
 
 
 def load(
-    model: str, *, revision: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load a checkpoint, quantized or not, as a transformers model with float weights.
 
@@ -723,12 +749,16 @@ def load(
         model: a folder written by `quantize` (compressed-tensors or lowbit format), another compressed-tensors folder, a
             float checkpoint or a hub id.
         dtype: of the parameters; the checkpoint's own by default.
+        trust_remote_code: run the Python code in the folder or repository, with the rights of this process, where
+            transformers does not know the model itself; only for sources you trust.
 
     Raises:
         ValueError: the folder is incomplete or in a format lowbit does not read.
     """
-    source = open_checkpoint(model, revision)
+    source = open_checkpoint(model, revision, trust_remote_code=trust_remote_code)
     arch = Arch(source, dtype or source.dtype())
+    if isinstance(source, QuantizedSource):
+        check_model(arch, source)
     loaded: Any = arch.fill()
     loaded.to(device)
     restore_generation(loaded, source.folder)
@@ -743,12 +773,31 @@ def load(
     return loaded
 
 
+def check_model(arch: Arch, source: QuantizedSource) -> None:
+    """Compare what a checkpoint says is quantized with the model that its config.json describes.
+
+    Raises:
+        ValueError: the model has no such tensor, no such attention module, or no such point.
+    """
+    described = source.folder / (NATIVE_FILE if source.native else "config.json")
+    for tensor in (*source.by_tensor, *source.parameters):
+        if tensor in arch.unused:
+            raise ValueError(f"{described}: {tensor} is quantized, but the model has no place for it; {REMEDY}")
+    modules = dict(arch.model.named_modules())
+    for name in source.cache_scales():
+        if name not in modules:
+            raise ValueError(f"{source.folder}: there are scales for the cache of {name}, which the model lacks; {REMEDY}")
+    known = {point.name: point for block in arch.blocks for point in block.points}
+    for name, given in source.points().items():
+        if name not in known or len(given.labels) != known[name].sets or given.largest.shape[1] not in (1, known[name].inner):
+            raise ValueError(f"{described}: point {name} is not one of the model, or has another shape; {REMEDY}")
+
+
 def restore_generation(model: Any, folder: Path) -> None:
     """Give a model the generation settings of its checkpoint, where it has any."""
-    if (folder / "generation_config.json").exists():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    settings = generation_of(folder)
+    if settings is not None:
+        model.generation_config = settings
 
 
 def quantize_inputs(model: Any, inputs: dict[Site, Quantizer]) -> None:

@@ -114,6 +114,10 @@ class Format:
         value = torch.cat([self._magnitudes, not_numbers]).to(codes.device)[code % half]
         return torch.where(code >= half, -value, value)
 
+    def is_number(self, codes: Tensor) -> Tensor:
+        """Whether each code of a float format has a value; bool, the same shape."""
+        return codes % 2 ** (self.bits - 1) < len(self._magnitudes)
+
     def _table(self, device: torch.device) -> Tensor:
         return torch.tensor(self.values, device=device)
 

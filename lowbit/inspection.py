@@ -1,16 +1,22 @@
 """What a checkpoint contains, whoever wrote it: its linears, their formats and bits, its size.
 
-Read are headers and configurations, no weights: lowbit's own format, compressed-tensors, GPTQ and AWQ as AutoGPTQ, GPTQModel
-and AutoAWQ lay them out, and GGUF through the gguf package.
+`summary_of` reads headers and configurations, no weights: lowbit's own format, compressed-tensors, GPTQ and AWQ as AutoGPTQ,
+GPTQModel and AutoAWQ lay them out, and GGUF through the gguf package. `problems_of` reads everything and says what is wrong.
 """
 
 import itertools
+import warnings
+from collections.abc import Callable
 from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from lowbit.export import QuantizedSource, open_checkpoint
+import torch
+
+from lowbit.arch import Arch
+from lowbit.checks import REMEDY, Damaged, changed_files, hashes_of
+from lowbit.export import QuantizedSource, check_model, open_checkpoint
 from lowbit.qtensor import CHANNEL, TENSOR, Scheme, parse_scheme
 from lowbit.report import read_report
 from lowbit.source import Source, read_json
@@ -41,7 +47,7 @@ def summary_of(model: str) -> dict[str, Any]:
             return _packed(path, method, config)
     source = open_checkpoint(model)
     if not isinstance(source, QuantizedSource):
-        return _about(source, source.quantization or "float", {}, source.stored)
+        return _about(source, source.quantization or "float", {})
     linears = {
         name: {
             "scheme": scheme.name if source.native else scheme_name(scheme),
@@ -50,11 +56,64 @@ def summary_of(model: str) -> dict[str, Any]:
         }
         for name, scheme in source.schemes().items()
     }
-    summary = _about(source, "lowbit" if source.native else "compressed-tensors", linears, source.stored)
+    summary = _about(source, "lowbit" if source.native else "compressed-tensors", linears)
     report = read_report(source.folder)
     if report is not None:
         summary["gate"], summary["evaluations"] = report["gate"], report["evaluations"]
     return summary
+
+
+def problems_of(model: str, progress: Callable[[str, int, int], None] | None = None) -> tuple[list[str], bool]:
+    """Everything that can be told to be wrong with a quantized folder, lowbit's own format or compressed-tensors: hashes of all
+    files, every header, every number that decides how others are read, and whether the model of config.json has such tensors.
+
+    Returns:
+        a line for each problem; whether there were hashes (report.json of lowbit) to compare with.
+
+    Raises:
+        ValueError: no such folder, or one that is not quantized in a way that lowbit reads.
+    """
+    folder = Path(model).expanduser()
+    say = progress or (lambda stage, done, total: None)
+    if not folder.is_dir():
+        raise ValueError(f"{model} is no folder; only those can be checked")
+    hashes = bool(hashes_of(read_report(folder) or {}))
+    say("comparing hashes", 0, 1)
+    found = [*changed_files(folder)]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they say is among the hashes
+            source = open_checkpoint(model)
+    except Damaged as damaged:
+        return [*dict.fromkeys([*found, *damaged.problems])], hashes
+    except ValueError as error:
+        return [*dict.fromkeys([*found, str(error)])], hashes
+    if not isinstance(source, QuantizedSource):
+        what = f"quantized otherwise ({source.quantization})" if source.quantization else "not quantized"
+        raise ValueError(f"{model} is {what}; only folders in lowbit's own format or compressed-tensors can be checked")
+    try:
+        check_model(Arch(source), source)
+    except ValueError as error:
+        found.append(str(error))
+    names = [*source.modules, *source.tensors]
+    for i, name in enumerate(names):
+        say("checking", i, len(names))
+        try:
+            if name in source.modules:
+                source.quantized(name)
+            elif name not in source.by_tensor:
+                values = source.read([name])[name]
+                if values.is_floating_point() and not bool(torch.isfinite(values.float()).all()):
+                    found.append(f"{folder / source.tensors[name].shard}: tensor {name} has NaN or infinite values; {REMEDY}")
+        except ValueError as error:
+            found.append(str(error))
+    try:
+        source.points()
+        source.cache_scales()
+    except ValueError as error:
+        found.append(str(error))
+    say("checking", len(names), len(names))
+    return [*dict.fromkeys(found)], hashes
 
 
 @cache
@@ -76,14 +135,14 @@ def scheme_name(scheme: Scheme) -> str:
     return scheme.name
 
 
-def _about(source: Source, form: str, linears: dict[str, Any], stored: dict[str, Any] | None = None) -> dict[str, Any]:
+def _about(source: Source, form: str, linears: dict[str, Any]) -> dict[str, Any]:
     return {
         "folder": str(source.folder),
         "model_type": source.config.get("model_type"),
         "architectures": source.config.get("architectures"),
         "format": form,
         "shards": len(source.shards),
-        "bytes": sum(info.nbytes for info in (stored or source.tensors).values()),
+        "bytes": source.stored_bytes(),
         "linears": linears,
     }
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lowbit.kernels.entry import Prepared, linear, prepare, reason_against
+from lowbit.page import save_figure
 from lowbit.qtensor import QTensor, find_params, parse_scheme, quantize
 from lowbit.unit import Input
 
@@ -263,4 +264,4 @@ def plot_kernels(result: dict[str, Any], path: str) -> None:
     axes.set_ylabel("operations a second")
     axes.set_title(result["device"])
     axes.legend(fontsize="small")
-    figure.savefig(path, bbox_inches="tight")
+    save_figure(figure, path)

@@ -56,6 +56,13 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     return out
 
 
+def padding_is_zero(packed: Tensor, bits: int, columns: int) -> bool:
+    """Whether what fills up the last word of each row [rows, words] of `columns` codes, bytes or int32, is zero bits."""
+    word = packed.element_size() * 8
+    used = columns * bits - (packed.shape[1] - 1) * word
+    return used >= word or not bool((packed[:, -1].long() % 2**word >> used).any())
+
+
 def _row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
     step = max(1, _CHUNK // max(1, columns))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -7,7 +7,10 @@ import io
 import itertools
 import re
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+from lowbit.files import replacing
 
 _INK = "#010203"  # what is drawn in this becomes the colour of the page's text
 _SALTS = itertools.count()  # for ids that no other plot of the page has
@@ -28,6 +31,8 @@ def comparison_page(comparison: dict[str, Any]) -> str:
         "comparison.html.jinja",
         c=comparison,
         rows=rows,
+        judged=judged,
+        titles=[*judged(comparison["float"]["evaluations"][0])],
         front=comparison["front"],
         warnings=[
             *(f"{row['name']} failed: {row['failed']}" for row in comparison["rows"] if "failed" in row),
@@ -41,8 +46,13 @@ def comparison_page(comparison: dict[str, Any]) -> str:
 def report_page(report: dict[str, Any]) -> str:
     """The HTML of a run (see `run`)."""
     notes = _notes(report)
-    warnings = [*report.get("notes", []), *_warnings(report["linears"], notes, report)]
-    return _rendered("report.html.jinja", r=report, warnings=warnings, plots=_plots_of_run(report, notes))
+    return _rendered(
+        "report.html.jinja",
+        r=report,
+        judged=judged,
+        warnings=[*report.get("notes", []), *_warnings(report["linears"], notes, report)],
+        plots=_plots_of_run(report, notes),
+    )
 
 
 def _rendered(template: str, **values: Any) -> str:
@@ -55,6 +65,21 @@ def _rendered(template: str, **values: Any) -> str:
 
 def _notes(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [note | {"block": block["block"]} for block in report["blocks"] for note in block["transforms"]]
+
+
+def judged(evaluation: dict[str, Any]) -> dict[str, str]:
+    """The figures of an evaluation by their titles, for a table; those that only a reference gives are empty without one."""
+    e = evaluation
+    if "perplexity" in e:
+        figures = {"ppl": (e["perplexity"], ".4g"), "KL": (e["kl"], "#.3g"), "same top": (e.get("top1_agreement"), ".1%")}
+    elif e["kl"] is not None:
+        figures = {"KL": (e["kl"], "#.3g"), "same choice": (e["top1_agreement"], ".1%")}
+    else:
+        figures = {"relative error": (e["relative_error"], "#.3g"), "cosine": (e["cosine"], ".5f")}
+        if e["sentence_cosine"] is not None:
+            figures["cosine of sentences"] = (e["sentence_cosine"], ".5f")
+    texts = {title: "" if value is None else format(value, form) for title, (value, form) in figures.items()}
+    return {title: text.replace("%", " %") for title, text in texts.items()}
 
 
 def _warnings(linears: list[dict[str, Any]], notes: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
@@ -163,6 +188,25 @@ def _sensitivities(measured: dict[str, Any]) -> dict[str, Grid]:
     return found
 
 
+def check_figure(path: str | Path) -> None:
+    """Refuse a name for a picture whose ending names no format, before there is a picture.
+
+    Raises:
+        ValueError: with the endings that are known.
+    """
+    from matplotlib.figure import Figure
+
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if Path(path).suffix[1:].lower() not in known:
+        raise ValueError(f"{path} does not end in a format of pictures; allowed are .{', .'.join(known)}")
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a matplotlib figure in the format that the name's ending says."""
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:].lower(), bbox_inches="tight")
+
+
 def _figure(height: float, count: int = 1) -> tuple[Any, list[Any]]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -177,21 +221,24 @@ def _figure(height: float, count: int = 1) -> tuple[Any, list[Any]]:
 
 def _svg(figure: Any) -> str:
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
     stream = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": str(next(_SALTS))}):
+    for text in figure.findobj(Text):  # names of recipes and linears are no formulas, whatever $ they have
+        text.set_parse_math(False)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": str(next(_SALTS)), "text.parse_math": False}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     # As wide as the page allows; ids once on a page.
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    return re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"', "", text)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    return re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"', "", svg)
 
 
 def _pareto(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     figure, (axis,) = _figure(3.6)
-    points = [(row["bytes"] / 1e6, row["evaluations"][0]["kl"]) for row in rows]
+    points = [(row["bytes"] / 1e6, row["loss"]) for row in rows]
     sizes = [size for size, _ in points]
     for i, (row, point) in enumerate(zip(rows, points, strict=True)):
         right = point[0] > (min(sizes) + max(sizes)) / 2  # a label there ends at its point
@@ -203,7 +250,8 @@ def _pareto(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if all(kl > 0 for _, kl in points):
         _logarithmic(axis)
     axis.set_xlabel("weight files, MB")
-    axis.set_ylabel(f"KL to the original, {rows[0]['evaluations'][0]['source']}")
+    first = rows[0]["evaluations"][0]
+    axis.set_ylabel(f"{'relative error' if first['kl'] is None else 'KL to the original'}, {first['source']}")
     axis.margins(x=0.08, y=0.12)
     return _svg(figure)
 

@@ -27,7 +27,6 @@ import math
 import os
 import random
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +42,7 @@ from torch import Tensor
 
 from lowbit.arch import Arch, Block
 from lowbit.methods.mrem import plan_of
+from lowbit.processes import tied
 from lowbit.qtensor import Scheme
 from lowbit.recipe import METHODS, Recipe, Step
 from lowbit.reconstruct import TRAINED, Order, Plan, Span, Training, divided, mixed, scale_of
@@ -84,13 +84,18 @@ class Team:
         return Path(work) if work else None
 
 
-def launch(script: str, work: Path, owners: Sequence[range], progress: Callable[[int], None]) -> None:
+def launch(
+    script: str, work: Path, owners: Sequence[range], progress: Callable[[int], None], locks: Sequence[int] = ()
+) -> None:
     """Run `script` in one process per rank, which finds its rank in RANK, and wait for all; logs are in `work`.
+
+    The processes end with this one, however it ends.
 
     Args:
         script: Python source.
         owners: the blocks of every rank.
         progress: called again and again with the steps that every rank has done.
+        locks: descriptors of files locked by this process, which stay locked until the last rank has ended too.
 
     Raises:
         ValueError: a process died: which, with its blocks and its last words. The others are stopped.
@@ -100,9 +105,10 @@ def launch(script: str, work: Path, owners: Sequence[range], progress: Callable[
     ranks = []
     for rank, log in enumerate(logs):
         with log.open("w") as file:
-            command = [sys.executable, "-c", script]
             given = environment | {"RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=given, stdout=file, stderr=subprocess.STDOUT))
+            ranks.append(
+                subprocess.Popen(tied(script), env=given, stdout=file, stderr=subprocess.STDOUT, pass_fds=tuple(locks))
+            )
     try:
         for _ in _until(lambda: all(process.poll() == 0 for process in ranks)):
             for rank, process in enumerate(ranks):
@@ -246,7 +252,7 @@ class Queue:
         self,
         count: int,
         steps: int,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         *,
         source: int,
         lead: int,
@@ -254,7 +260,7 @@ class Queue:
         carrier: torch.device,
         capacity: int = CAPACITY,
     ) -> None:
-        """count: of batches in a message; steps: messages in all; shape: length and width of the hidden states; lead: messages
+        """count: of batches in a message; steps: messages in all; shape: of a row of hidden states; lead: messages
         that come before the first is taken, and if deterministic are left out; carrier: where they are when they arrive."""
         self.count, self.steps, self.shape, self.source, self.carrier = count, steps, shape, source, carrier
         self.lead, self.deterministic, self.capacity = lead, deterministic, capacity
@@ -396,6 +402,8 @@ def train(
     plan = plan_of(**parallel_step(recipe, schemes).options)
     folder = work / f"rank-{rank}"
     folder.mkdir(exist_ok=True)
+    for path in folder.glob("hidden-*"):  # of a killed process; they are made again
+        path.unlink()
     stream = Stream(arch, tokens, folder)
     stream.start()
     mine = [arch.blocks[i] for i in shares(len(arch.blocks), recipe.span, world)[rank]]
@@ -416,7 +424,7 @@ def train(
     steps = plan.steps + ahead * (world - 1 - rank)  # those after training are for the ranks behind
     queue = None
     if rank > 0:
-        shape = (tokens.shape[1], stream.width)
+        shape = tuple(stream.shape)
         queue = Queue(
             order.count, steps + ahead, shape, source=rank - 1, lead=ahead, deterministic=deterministic, carrier=carrier
         )

@@ -13,9 +13,10 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import exp, prod
+from math import exp, isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,18 @@ import torch
 from torch import Tensor
 
 from lowbit import __version__
-from lowbit.allocate import allocate
+from lowbit.allocate import Mix, allocate
 from lowbit.arch import Arch
 from lowbit.data import DataSpec
 from lowbit.export import NATIVE, encode, reason_against
 from lowbit.files import write_json
+from lowbit.journal import differences, working_folder
 from lowbit.methods.embed import Rounded
+from lowbit.outputs import positions, predicts_next_token
+from lowbit.patterns import Matcher
 from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
-from lowbit.run import Progress, available_memory, differences, drawn, opened, rewritten
+from lowbit.run import Progress, available_memory, drawn, opened, rewritten, set_aside
 from lowbit.sensitivity import (
     PER,
     SIGNALS,
@@ -42,19 +46,19 @@ from lowbit.sensitivity import (
     Signal,
     Solved,
     Whole,
-    causal,
     check_candidates,
     decisions,
     measure,
     per_block,
 )
-from lowbit.source import Source, open_source, read_json
+from lowbit.source import Source, open_source, read_json, shown
 from lowbit.unit import Stream, Unit
 
 # Offered where none are named, as far as the engine loads them.
 SCHEMES = ("w2a16-g64", "w3a16-g128", "w4a16-g128", "w4a16-g32", "w8a16-g128", FLOAT)
 _OFFSET = 10**13  # of the most digits in a shard's header
 _SHARD = 1024  # bytes for what else is in the headers of a shard, and its padding
+_LENGTH = 256  # of the rows that are measured on
 _SOLVED = 4  # rows that the solver sees for each that is measured on
 _TRIALS = 10  # budgets tried for a ratio of perplexities
 
@@ -73,7 +77,8 @@ class Plan:
         bits: stored bits for each weight that was decided about, those left float included.
         ppl_ratio: perplexity over that of the float model on the rows that are measured on, after the recipe's transforms and
             its solver; None where it was not asked for.
-        seconds: the solver took.
+        mix: what was chosen, by index, and whether it is proven to be the cheapest within its budget.
+        seconds: the choice took.
     """
 
     recipe: Recipe
@@ -84,6 +89,7 @@ class Plan:
     output_bytes: int
     bits: float
     ppl_ratio: float | None
+    mix: Mix
     seconds: float
 
 
@@ -99,7 +105,7 @@ def plan(
     effort: Effort | None = None,
     data: DataSpec | str | None = None,
     rows: int = 16,
-    length: int = 256,
+    length: int | None = None,
     method: str = "gptq",
     options: dict[str, Any] | None = None,
     ignore: Iterable[str] = (),
@@ -109,6 +115,7 @@ def plan(
     revision: str | None = None,
     device: str = "cpu",
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Choose a scheme for every linear, a head of its own included, and in lowbit's own format for token embeddings.
@@ -123,18 +130,27 @@ def plan(
         signal: what a scheme's cost is measured by, see `sensitivity`.
         per: what gets one scheme: a "linear", with those that engines keep in one matrix with it, or a whole "block".
         data: calibration data of the recipe. Of it, `rows` of `length` tokens are what is measured on, and four times as many
-            others what the solver sees for it.
+            others what the solver sees for it. The length is 256 by default, or what the model can take. The length that the
+            recipe calibrates with is written into it.
         method: what the recipe does, such as "gptq" or "awq+gptq", with `options` as in `recipe.short_recipe`. A model that is
             rotated is measured so; "embed" decides about the embeddings beforehand.
         ignore: regular expressions of what to leave float, and not to decide about.
         sensitivities: the file that keeps what was measured; a present one is gone on with, or used if complete.
         overwrite: measure anew where the file is of something else.
+        trust_remote_code: run the Python code in the model's folder or repository, see `run.quantize`.
 
     Raises:
         ValueError: something is wrong with the input, or no mix is that small or that good.
     """
     if [bits, size, max_ppl_ratio].count(None) != 2:
         raise ValueError("give one of bits, size and max_ppl_ratio")
+    for name, value in (("bits", bits), ("size", size), ("max_ppl_ratio", max_ppl_ratio)):
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value) and value > 0
+        if value is not None and not good:
+            raise ValueError(f"{name} = {shown(value)}: give a number above 0")
+    for name, value in (("rows", rows), ("length", length)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} = {shown(value)}: give a whole number of at least 1")
     if max_ppl_ratio is not None and max_ppl_ratio <= 1:
         raise ValueError(f"max_ppl_ratio = {max_ppl_ratio}: give more than 1, such as 1.02")
     if signal not in SIGNALS:
@@ -151,18 +167,23 @@ def plan(
         scheme=next(iter(offered)), method=method, options=options, ignore=[], data=spec, format=format, engine=engine
     )
     effort = effort or Effort()
-    source = open_source(model, revision)
+    source = open_source(model, revision, trust_remote_code=trust_remote_code)
+    source.track()
     ignore = list(ignore)
     left = (Rule(match=pattern, scheme=FLOAT, optional=True) for pattern in ignore)
     arch = rewritten(opened(source, replace(base, rules=(*left, *base.rules)), device), base, say)
+    set_aside(arch, base)
     if isinstance(arch.source, Rounded) and max_ppl_ratio is not None:
         raise ValueError("embed is what a plan for max_ppl_ratio decides about itself; leave it out of the method")
-    if not causal(arch):
+    if not predicts_next_token(type(arch.model)):
         if max_ppl_ratio is not None:
             raise ValueError(f"{type(arch.model).__name__} has no perplexity; plan for --bits or --size")
         if signal == "fisher":
             raise ValueError(f"{type(arch.model).__name__} has no loss of text, so no Fisher information; use another --signal")
-    calibration = drawn(replace(spec, rows=(_SOLVED + 1) * rows, length=length), source)
+    limit = positions(arch.model)
+    base = replace(base, data=spec.fitted(limit))
+    length = length or min(_LENGTH, limit or _LENGTH)
+    calibration = drawn(replace(spec, rows=(_SOLVED + 1) * rows, length=length).fitted(limit), source)
     given, judged = calibration.tokens[:-rows], calibration.tokens[-rows:]
     solver = next(step for step in base.steps if METHODS[step.method].kind == "solver")
     if signal != "kl":
@@ -187,13 +208,13 @@ def plan(
         if path is not None:
             write_json(path, job | {"decisions": measured})
 
-    with tempfile.TemporaryDirectory(prefix="lowbit-plan-") as folder:
+    with _hidden_states(path) as folder:
         whole, solved = None, None
         if max_ppl_ratio is not None or missing:
             say("loading the model", 0, 1)
             _check_memory(arch)
             if missing and signal == "kl":
-                solved = Solved(arch, given, solver, Path(folder))
+                solved = Solved(arch, given, solver, folder)
             whole = Whole(arch, judged, effort.subsets)
         found = known
         if whole is not None and missing:
@@ -214,12 +235,12 @@ def plan(
     began = time.monotonic()
     if max_ppl_ratio is not None:
         assert whole is not None
-        chosen, ratio = _smallest(whole, choices, offered, base.steps, given, max_ppl_ratio, say)
+        chosen, mix, ratio = _smallest(whole, choices, offered, base.steps, given, max_ppl_ratio, path, say)
     elif size is not None:
-        chosen = choices.within(int(size) - choices.fixed)
+        chosen, mix = choices.within(int(size) - choices.fixed)
     else:
         assert bits is not None
-        chosen = choices.within(int(bits * choices.weights / 8), headers=False)
+        chosen, mix = choices.within(int(bits * choices.weights / 8), headers=False)
     return Plan(
         recipe=replace(base, rules=_rules(every, chosen), steps=_steps(base.steps, every, chosen)),
         schemes={decision.name: scheme for decision, scheme in zip(every, chosen, strict=True)},
@@ -229,8 +250,21 @@ def plan(
         output_bytes=choices.fixed + choices.bytes_of(chosen),
         bits=8 * choices.bytes_of(chosen, headers=False) / choices.weights,
         ppl_ratio=ratio,
+        mix=mix,
         seconds=time.monotonic() - began,
     )
+
+
+@contextmanager
+def _hidden_states(path: Path | None) -> Iterator[Path]:
+    """A folder for hidden states: beside the file of sensitivities, where what a killed plan left is found, else a temporary
+    one."""
+    if path is None:
+        with tempfile.TemporaryDirectory(prefix="lowbit-plan-") as folder:
+            yield Path(folder)
+    else:
+        with working_folder(path.with_name(path.name + ".work")) as folder:
+            yield folder
 
 
 def candidates(names: Iterable[str] | None, format: str, engine: str) -> dict[str, Scheme]:
@@ -261,8 +295,9 @@ def _decisions(arch: Arch, format: str, ignore: Iterable[str], per: Per) -> list
         ValueError: one of `ignore` matches nothing.
     """
     every = decisions(arch, embeddings=format == NATIVE and not isinstance(arch.source, Rounded))
+    found = Matcher("--ignore").search
     for pattern in ignore:
-        kept = [decision for decision in every if not any(re.search(pattern, linear.name) for linear in decision.linears)]
+        kept = [decision for decision in every if not any(found(pattern, linear.name) for linear in decision.linears)]
         if len(kept) == len(every):
             raise ValueError(f"nothing to decide about has a name like {pattern!r}; leave it out")
         every = kept
@@ -276,7 +311,7 @@ def _check_memory(arch: Arch) -> None:
     available = available_memory() if arch.device.type == "cpu" else None
     if available is not None and available < needed:
         raise ValueError(
-            f"{available / 1e9:.2f} GB of memory are available, but measuring holds the whole model, {needed / 1e9:.2f} GB; "
+            f"{available / 1e9:.3g} GB of memory are available, but measuring holds the whole model, {needed / 1e9:.3g} GB; "
             "use a machine with more memory, or write the rules by hand"
         )
 
@@ -292,7 +327,19 @@ def _known(path: Path | None, job: dict[str, Any], overwrite: bool) -> dict[str,
         raise ValueError(
             f"{path} is of something else: {'; '.join(unlike)}. Name another file, or measure anew with --overwrite"
         )
-    return {} if unlike else rows
+    if unlike:
+        return {}
+    if not isinstance(rows, dict):
+        raise ValueError(f"{path}: decisions = {shown(rows)}; allowed is an object of what was measured, by decision")
+    for name, row in rows.items():
+        costs = row.get("cost") if isinstance(row, dict) else None
+        good = isinstance(costs, dict) and all(type(cost) in (int, float) and isfinite(cost) for cost in costs.values())
+        if not good or not costs:
+            raise ValueError(
+                f"{path}: decision {name!r} has cost = {shown(costs)}; allowed is an object with a number for each scheme. "
+                "Take the decision out to have it measured again"
+            )
+    return rows
 
 
 class Choices:
@@ -324,8 +371,8 @@ class Choices:
             if name not in decided:
                 self.fixed += info.nbytes + _entry(name, info.dtype, info.shape)
 
-    def within(self, budget: int, *, headers: bool = True) -> list[str]:
-        """The cheapest mix of at most `budget` bytes."""
+    def within(self, budget: int, *, headers: bool = True) -> tuple[list[str], Mix]:
+        """The cheapest mix of at most `budget` bytes, by names and as it was found."""
         sizes = [
             [self._bytes(size[name], headers) for name in names] for size, names in zip(self.sizes, self.names, strict=True)
         ]
@@ -339,7 +386,7 @@ class Choices:
                 f"{(least + self.fixed) / 1e6:.2f} MB in all; allow more, or offer smaller schemes (--schemes, and "
                 "--engine transformers or --format lowbit, which have more)"
             ) from None
-        return [names[j] for names, j in zip(self.names, found, strict=True)]
+        return [names[j] for names, j in zip(self.names, found.chosen, strict=True)], found
 
     def bytes_of(self, chosen: Sequence[str], *, headers: bool = True) -> int:
         """Bytes of what is decided, in a mix."""
@@ -392,21 +439,22 @@ def _smallest(
     steps: Sequence[Step],
     tokens: Tensor,
     most: float,
+    path: Path | None,
     say: Progress,
-) -> tuple[list[str], float]:
+) -> tuple[list[str], Mix, float]:
     """The smallest mix whose perplexity, after `steps` on `tokens`, is at most `most` times that of the float model."""
     whole.restart()
     base = whole.loss_of_text(whole.ends)
     low = sum(min(size[name][0] for name in names) for size, names in zip(choices.sizes, choices.names, strict=True))
     high = sum(max(size[name][0] for name in names) for size, names in zip(choices.sizes, choices.names, strict=True))
-    best: tuple[list[str], float] | None = None
+    best: tuple[list[str], Mix, float] | None = None
     for trial in range(_TRIALS):
         say("trying budgets", trial, _TRIALS)
         middle = low if trial == 0 else (low + high) // 2  # first of all the smallest: it may do
-        chosen = choices.within(middle, headers=False)
-        ratio = exp(_loss(whole, choices.every, chosen, offered, steps, tokens) - base)
+        chosen, mix = choices.within(middle, headers=False)
+        ratio = exp(_loss(whole, choices.every, chosen, offered, steps, tokens, path) - base)
         if ratio <= most:
-            best, high = (chosen, ratio), middle
+            best, high = (chosen, mix, ratio), middle
             if trial == 0:
                 break
         else:
@@ -424,6 +472,7 @@ def _loss(
     offered: dict[str, Scheme],
     steps: Sequence[Step],
     tokens: Tensor,
+    path: Path | None,
 ) -> float:
     """The loss of the text with the whole model transformed and solved on `tokens` as a run would; then it is float again."""
     arch = whole.arch
@@ -434,8 +483,8 @@ def _loss(
     for step in _steps((), every, chosen):
         arch.source = METHODS[step.method].apply(arch, **step.options)
     schemes = {x.name: offered[name] for d, name in zip(every, chosen, strict=True) if name != FLOAT for x in d.linears}
-    with tempfile.TemporaryDirectory(prefix="lowbit-plan-") as folder:
-        stream = Stream(arch, tokens, Path(folder))
+    with _hidden_states(path) as folder:
+        stream = Stream(arch, tokens, folder)
         stream.start()
         for block in arch.blocks:
             mine = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}

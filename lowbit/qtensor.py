@@ -13,7 +13,7 @@ product). Codebooks (k-means, BCQ) have the values of their codes, or what these
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -71,6 +71,14 @@ class Spec:
         """Columns that share one scale in a matrix of `columns` columns."""
         return columns if self.group in (CHANNEL, TENSOR) else self.group
 
+    def scale_shape(self, out: int, columns: int) -> tuple[int, ...]:
+        """The shape of the scales of a matrix [out, columns]; a last group, or block of rows, may be smaller."""
+        if self.group == TENSOR:
+            return (1, 1)
+        shape = (-(-out // self.rows), -(-columns // self.group_size(columns)))
+        own = {"kmeans": 2**self.format.bits, "bcq": self.format.bits + 1}.get(self.format.kind)
+        return shape if own is None else (*shape, own)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the inverse of `spec_from_dict`."""
         return {name: getattr(self, name) for name in _FIELDS} | {"format": self.format.name}
@@ -79,12 +87,43 @@ class Spec:
 _FIELDS = ("format", "group", "rows", "symmetric", "dynamic", "scale", "rule")
 
 
-def spec_from_dict(fields: dict[str, Any]) -> Spec:
-    """Rebuild a Spec from `Spec.to_dict`."""
+def spec_from_dict(fields: Any) -> Spec:
+    """Rebuild a Spec from `Spec.to_dict`.
+
+    Raises:
+        ValueError: a field is missing, of another type, or not among what is allowed, or the fields contradict each other.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"{fields!r} is no object with {', '.join(_FIELDS)}")
+    for key in _FIELDS:
+        kind = {"group": int, "rows": int, "symmetric": bool, "dynamic": bool}.get(key, str)
+        if key not in fields:
+            raise ValueError(f"{key!r} is missing; there must be {', '.join(_FIELDS)}")
+        if type(fields[key]) is not kind:
+            raise ValueError(f"{key!r} is {fields[key]!r}, not of type {kind.__name__}")
     name = fields["format"]
     if name not in FORMATS:
         raise ValueError(f"unknown number format {name!r}; known are {', '.join(sorted(FORMATS))}")
-    return Spec(**{key: fields[key] for key in _FIELDS if key in fields} | {"format": FORMATS[name]})
+    for key, allowed in (("scale", get_args(ScaleFormat)), ("rule", get_args(Rule))):
+        if fields[key] not in allowed:
+            raise ValueError(f"{key!r} is {fields[key]!r}; known are {', '.join(allowed)}")
+    if fields["group"] < CHANNEL or fields["rows"] < 1:
+        raise ValueError(f"group {fields['group']} and rows {fields['rows']}: give -1, 0 or more columns, and 1 or more rows")
+    spec = Spec(**{key: fields[key] for key in _FIELDS} | {"format": FORMATS[name]})
+    _check_spec(spec)
+    return spec
+
+
+def check_input(spec: Spec) -> None:
+    """Raise ValueError for what `fake_quantize_input` cannot do."""
+    if spec.format.codebook or spec.format.kind == "table" or spec.scale == "int8" or spec.rows != 1:
+        raise ValueError(f"inputs cannot be quantized to {spec.format.name} with {spec.scale} scales and rows {spec.rows}")
+    if spec.scale == "e4m3" and spec.format != FP4_E2M1:
+        raise ValueError(f"inputs with e4m3 scales are fp4_e2m1, not {spec.format.name}")
+    if spec.dynamic and spec.group == TENSOR:
+        raise ValueError("inputs have dynamic scales for a token or a group of it, not for a tensor")
+    if not spec.dynamic and (spec.group != TENSOR or not spec.symmetric or spec.scale != "float"):
+        raise ValueError("static scales of inputs are one float for a tensor, without a zero point")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -565,7 +604,8 @@ def usable_steps(step: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _power_of_two(largest: Tensor, reach: float, fmt: Format, rule: Rule) -> Tensor:
-    """The power of two that brings magnitudes of up to `largest` into those of up to `reach`, the format's maximum."""
+    """The power of two that brings magnitudes of up to `largest` into those of up to `reach`, the format's maximum; NaN where
+    `largest` is not finite, so that all of its block is NaN."""
     if rule == "ceil":
         mantissa, exponent = torch.frexp(largest / reach)
         exponent = exponent - (mantissa == 0.5).int()
@@ -575,7 +615,8 @@ def _power_of_two(largest: Tensor, reach: float, fmt: Format, rule: Rule) -> Ten
             kept = fmt.bits - 2 if fmt.kind == "int" else fmt.mantissa
             exponent = exponent + (mantissa >= 1 - 2.0 ** -(kept + 2)).int()
         exponent = exponent - 1 - fmt.top_exponent
-    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent.clamp(-126, 127)), 1.0)
+    power = torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent.clamp(-126, 127)), 1.0)
+    return torch.where(largest.isfinite(), power, torch.nan)
 
 
 def _params_from_range(
@@ -659,7 +700,7 @@ def fake_quantize_input(x: Tensor, spec: Spec, largest: float | None = None) -> 
 
     Scales are largest magnitude / format.max (integers: symmetric, or with a zero point over the range that contains 0) of
     each token, each group of a token, or (static) of the whole calibration data; powers of two by the rule of the spec; E4M3
-    under a power of two from `largest`.
+    under a power of two from `largest`. What shares a scale with an infinity or a NaN becomes NaN, so that an overflow is seen.
 
     Args:
         x: [..., features], any float dtype; the result has the same shape and dtype.
@@ -681,6 +722,7 @@ def fake_quantize_input(x: Tensor, spec: Spec, largest: float | None = None) -> 
         outer = _outer(reach, reach, spec, largest)
         assert outer is not None
         scale = FP8_E4M3.round(reach / fmt.max / outer).clamp_(min=2.0**-9) * outer
+        scale = torch.where(reach.isfinite(), scale, torch.nan)  # as E4M3, which has no infinity, has it
     elif spec.symmetric:
         scale = reach.clamp_(min=1e-12) / fmt.max
     else:
@@ -693,9 +735,38 @@ def fake_quantize_input(x: Tensor, spec: Spec, largest: float | None = None) -> 
 
 def validate(q: QTensor, name: str) -> None:
     """Raise ValueError when q could not be loaded or would decode to nonsense."""
-    scale = _whole(q.scale, q.outer)
-    usable = scale != 0 if signed(q.spec) else scale > 0
-    if not bool(torch.isfinite(scale).all()) or not (q.spec.format.codebook or bool(usable.all())):
-        raise ValueError(f"{name}: a scale is zero, not finite, or negative where it must not be")
+    for problem in problems_of_scales(q.scale, q.outer, q.spec):
+        raise ValueError(f"{name}: {problem}")
     if q.codes.dtype != q.spec.format.code_dtype:
         raise ValueError(f"{name}: codes are {q.codes.dtype}, {q.spec.format.name} needs {q.spec.format.code_dtype}")
+    for problem in (*problems_of_codes(q.codes, q.spec), *problems_of_zeros(q.zero, q.spec)):
+        raise ValueError(f"{name}: {problem}")
+
+
+def problems_of_scales(scale: Tensor, outer: Tensor | None, spec: Spec) -> list[str]:
+    """What is wrong with the values of scales, shapes and dtypes as in `QTensor`."""
+    if outer is not None and not bool((torch.isfinite(outer) & (outer > 0)).all()):
+        return ["the second factor of the scales is zero, negative or not finite"]
+    whole = _whole(scale, outer)
+    usable = whole != 0 if signed(spec) else whole > 0
+    if not bool(torch.isfinite(whole).all()) or not (spec.format.codebook or bool(usable.all())):
+        return ["a scale is zero, not finite, or negative where it must not be"]
+    return []
+
+
+def problems_of_codes(codes: Tensor, spec: Spec) -> list[str]:
+    """What is wrong with the values of codes, of `Format.code_dtype`."""
+    fmt = spec.format
+    if fmt.kind == "int" and bool(((codes < fmt.min) | (codes > fmt.max)).any()):
+        return [f"a code lies outside {fmt.min:g} .. {fmt.max:g}, the range of {fmt.name}"]
+    if fmt.kind == "float" and not bool(fmt.is_number(codes).all()):
+        return [f"a code of {fmt.name} is no number"]
+    return []
+
+
+def problems_of_zeros(zero: Tensor | None, spec: Spec) -> list[str]:
+    """What is wrong with the values of zero points."""
+    fmt = spec.format
+    if zero is not None and bool(((zero < fmt.min) | (zero > fmt.max)).any()):
+        return [f"a zero point lies outside {fmt.min:g} .. {fmt.max:g}, the range of {fmt.name}"]
+    return []

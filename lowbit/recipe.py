@@ -58,7 +58,9 @@ from lowbit.methods.signround import signround
 from lowbit.methods.smooth import smooth
 from lowbit.methods.smooth_search import smooth_search
 from lowbit.methods.tesseraq import tesseraq
+from lowbit.patterns import Matcher
 from lowbit.qtensor import PointScheme, Scheme, parse_point, parse_scheme
+from lowbit.source import deeper_than, shown
 from lowbit.unit import Between, Input
 
 
@@ -114,6 +116,7 @@ _ORDER = ("model", "outside", "search", "transform", "solver", "trainer", "corre
 FORMATS = ("compressed-tensors", "lowbit")
 ENGINES = ("vllm", "transformers")
 FLOAT = "float"
+_DEEPEST = 16  # levels of tables and lists in a recipe
 _HEADS = "lm_head|embed_out"
 
 
@@ -131,11 +134,13 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str) or not isinstance(self.scheme, str):
-            raise ValueError(f"rule {self.match!r} -> {self.scheme!r}: match and scheme are texts")
+            raise ValueError(f"rule {shown(self.match)} -> {shown(self.scheme)}: match and scheme are texts")
+        if not isinstance(self.optional, bool):
+            raise ValueError(f"rule {shown(self.match)}: optional = {shown(self.optional)}; allowed are true and false")
         try:
             re.compile(self.match)
-        except re.error as error:
-            raise ValueError(f"rule {self.match!r} is not a regular expression: {error}") from error
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"rule {shown(self.match)} is not a regular expression: {error}") from error
         if self.scheme != FLOAT and self.point is None:
             parse_scheme(self.scheme)
 
@@ -154,9 +159,9 @@ class Step:
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}; allowed are {', '.join(METHODS)}")
+            raise ValueError(f"unknown method {shown(self.method)}; allowed are {', '.join(METHODS)}")
         if not isinstance(self.options, dict):
-            raise ValueError(f"{self.method}: options are a table of names and values, not {self.options!r}")
+            raise ValueError(f"{self.method}: options are a table of names and values, not {shown(self.options)}")
         check_options(self.method, METHODS[self.method].apply, self.options)
 
     @property
@@ -179,14 +184,16 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.kv_cache not in (None, "fp8"):
-            raise ValueError(f"kv_cache = {self.kv_cache!r}: engines load fp8 only; others can be simulated by lowbit eval")
+            raise ValueError(
+                f"kv_cache = {shown(self.kv_cache)}: engines load fp8 only; others can be simulated by lowbit eval"
+            )
         if self.kv_cache is not None and (self.format, self.engine) != ("compressed-tensors", "vllm"):
             raise ValueError("kv_cache: only vLLM reads its scales; use format compressed-tensors and engine vllm")
         for value, allowed, what in ((self.format, FORMATS, "format"), (self.engine, ENGINES, "engine")):
             if value not in allowed:
-                raise ValueError(f"unknown {what} {value!r}; allowed are {', '.join(allowed)}")
+                raise ValueError(f"unknown {what} {shown(value)}; allowed are {', '.join(allowed)}")
         if not isinstance(self.all_experts, bool):
-            raise ValueError(f"all_experts = {self.all_experts!r} is neither true nor false")
+            raise ValueError(f"all_experts = {shown(self.all_experts)}; allowed are true and false")
         if not self.rules or not self.steps:
             raise ValueError("a recipe needs at least one rule ([[rules]]) and one step ([[steps]])")
         kinds = [METHODS[step.method].kind for step in self.steps]
@@ -266,39 +273,63 @@ class Recipe:
         """sha256 of the recipe."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
-    def quantizes(self, name: str) -> bool:
-        """Whether a linear of this name gets a scheme."""
-        rules = (rule for rule in self.rules if rule.point is None and re.search(rule.match, name))
-        return next((rule.scheme != FLOAT for rule in rules), False)
+    def quantized(self, names: Iterable[str]) -> set[str]:
+        """Those of the named linears that get a scheme; what `schemes` requires of the names is not asked.
+
+        Raises:
+            ValueError: an expression takes too long.
+        """
+        rules = [rule for rule in self.rules if rule.point is None]
+        found = Matcher("the recipe").search
+        first = {name: next((rule for rule in rules if found(rule.match, name)), None) for name in names}
+        return {name for name, rule in first.items() if rule is not None and rule.scheme != FLOAT}
 
     def point_schemes(self, points: Iterable[str]) -> dict[str, PointScheme]:
         """Which of the named points get which scheme; points left float are absent."""
         rules = [rule for rule in self.rules if rule.point is not None or rule.scheme == FLOAT]
-        first = {name: next((rule.point for rule in rules if re.search(rule.match, name)), None) for name in points}
+        found = Matcher("the recipe").search
+        first = {name: next((rule.point for rule in rules if found(rule.match, name)), None) for name in points}
         return {name: scheme for name, scheme in first.items() if scheme is not None}
 
-    def schemes(self, names: Iterable[str], points: Iterable[str] = (), *, tied_head: str | None = None) -> dict[str, Scheme]:
+    def named(self, aside: Iterable[str], names: Iterable[str]) -> list[str]:
+        """Those linears of `aside`, which stay float by default, that a rule gives a scheme which is for none of `names`."""
+        names = list(names)
+        found = Matcher("the recipe").search
+        taken = []
+        for name in aside:
+            rule = next((rule for rule in self.rules if rule.point is None and found(rule.match, name)), None)
+            if rule is not None and rule.scheme != FLOAT and not any(found(rule.match, other) for other in names):
+                taken.append(name)
+        return taken
+
+    def schemes(
+        self, names: Iterable[str], points: Iterable[str] = (), *, tied_head: str | None = None, left: Iterable[str] = ()
+    ) -> dict[str, Scheme]:
         """Which of the named linears get which scheme; linears left float are absent. `points` may use rules too.
 
         Args:
             tied_head: name of a head that is no linear of its own, for the message to who asks for it.
+            left: names of matrices that stay float anyhow; a rule that leaves them float is in place.
 
         Raises:
-            ValueError: a rule decides about no linear, or no linear is left to quantize.
+            ValueError: a rule decides about no linear, no linear is left to quantize, or an expression takes too long.
         """
         names, points = list(names), list(points)
+        found = Matcher("the recipe").search
         chosen: dict[str, Scheme] = {}
         used: set[int] = set()
         for name in names:
             for i, rule in enumerate(self.rules):
-                if rule.point is None and re.search(rule.match, name):
+                if rule.point is None and found(rule.match, name):
                     used.add(i)
                     if rule.scheme != FLOAT:
                         chosen[name] = parse_scheme(rule.scheme)
                     break
         for name in points:
             of_points = [i for i, rule in enumerate(self.rules) if rule.point is not None or rule.scheme == FLOAT]
-            used.update([i for i in of_points if re.search(self.rules[i].match, name)][:1])
+            used.update([i for i in of_points if found(self.rules[i].match, name)][:1])
+        for name in left:
+            used.update([i for i, rule in enumerate(self.rules) if rule.scheme == FLOAT and found(rule.match, name)][:1])
         for i, rule in enumerate(self.rules):
             if i not in used and not rule.optional:
                 if rule.point is not None:
@@ -307,9 +338,9 @@ class Recipe:
                         f"rule {rule.match!r} -> {rule.scheme} is never used: no point has such a name, or an earlier rule "
                         f"takes it; the model's points are {known}"
                     )
-                anywhere = any(re.search(rule.match, name) for name in names)
+                anywhere = any(found(rule.match, name) for name in names)
                 why = "an earlier rule takes every linear it matches" if anywhere else "no linear has such a name"
-                if tied_head is not None and not anywhere and re.search(rule.match, tied_head):
+                if tied_head is not None and not anywhere and found(rule.match, tied_head):
                     why = f"{tied_head} is the matrix of the embedding, which engines keep float (or round it with embed)"
                 raise ValueError(
                     f"rule {rule.match!r} -> {rule.scheme} is never used: {why}; the model's linears are "
@@ -349,6 +380,12 @@ def short_recipe(
         kv_cache: "fp8" for scales of an FP8 key-value cache, which vLLM uses with kv_cache_dtype="fp8".
         all_experts: gather the statistics of every expert from all tokens, not only from those that the router sends it.
     """
+    if isinstance(ignore, str) or not isinstance(ignore, (Iterable, types.NoneType)):
+        raise ValueError(f"ignore = {shown(ignore)}; allowed is a list of regular expressions")
+    if not isinstance(method, str):
+        raise ValueError(f"method = {shown(method)}; allowed are names of steps with + between them")
+    if not isinstance(options, (dict, types.NoneType)) or not all(isinstance(key, str) for key in options or {}):
+        raise ValueError(f"options = {shown(options)}; allowed is a dict of names and values")
     if ignore is None:
         left = [Rule(match=_HEADS, scheme=FLOAT, optional=True)]
     else:
@@ -374,7 +411,7 @@ def _steps(methods: str, options: dict[str, Any]) -> tuple[Step, ...]:
     for key, value in options.items():
         method, _, option = key.rpartition(".")
         if (method or solver) not in given:
-            raise ValueError(f"option {key!r}: the steps are {', '.join(names)}")
+            raise ValueError(f"option {shown(key)}: the steps are {', '.join(names)}")
         given[method or solver][option] = value
     return tuple(Step(method=name, options=given[name]) for name in names)
 
@@ -390,7 +427,9 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"recipe {path} does not exist")
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"recipe {path} is not TOML: {error}") from error
     return recipe_from_dict(given, where=str(path))
 
@@ -398,6 +437,11 @@ def read_recipe(path: str | Path) -> Recipe:
 def recipe_from_dict(given: dict[str, Any], *, where: str = "recipe") -> Recipe:
     """Build a recipe from the tables of a TOML file; the inverse of `Recipe.to_dict` up to the form of steps."""
     _check_keys(given, [f.name for f in fields(Recipe)], where)
+    for name in ("rules", "steps"):
+        if not isinstance(given.get(name, []), (list, tuple)):
+            raise ValueError(f"{where}: {name} = {shown(given[name])}; allowed is a list of tables, [[{name}]]")
+    if deeper_than(given, _DEEPEST):
+        raise ValueError(f"{where}: values are nested more than {_DEEPEST} levels deep")
     rules = []
     for table in given.get("rules", []):
         _check_keys(table, [f.name for f in fields(Rule)], f"{where}, [[rules]]", required=("match", "scheme"))
@@ -408,7 +452,7 @@ def recipe_from_dict(given: dict[str, Any], *, where: str = "recipe") -> Recipe:
             raise ValueError(f"{where}, [[steps]]: method is missing; allowed are {', '.join(METHODS)}")
         options = table.get("options", {})
         if not isinstance(options, dict):
-            raise ValueError(f"{where}, [[steps]]: options = {options!r} is not a table")
+            raise ValueError(f"{where}, [[steps]]: options = {shown(options)} is not a table")
         inline = {key: value for key, value in table.items() if key not in ("method", "options")}
         steps.append(Step(method=table["method"], options=inline | options))
     data = None
@@ -431,10 +475,10 @@ def check_options(method: str, apply: Callable[..., None], options: dict[str, An
     allowed = [p.name for p in inspect.signature(apply).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name, value in options.items():
         if name not in allowed:
-            raise ValueError(f"{method} has no option {name!r}; allowed are {', '.join(allowed) or 'none'}")
+            raise ValueError(f"{method} has no option {shown(name)}; allowed are {', '.join(allowed) or 'none'}")
         problem = _type_problem(value, hints[name])
         if problem:
-            raise ValueError(f"{method}: {name} = {value!r} {problem}")
+            raise ValueError(f"{method}: {name} = {shown(value)} {problem}")
 
 
 def _type_problem(value: Any, hint: Any) -> str | None:
@@ -460,10 +504,10 @@ def _type_problem(value: Any, hint: Any) -> str | None:
 
 def _check_keys(table: Any, allowed: list[str], where: str, required: tuple[str, ...] = ()) -> None:
     if not isinstance(table, dict):
-        raise ValueError(f"{where}: {table!r} is not a table")
+        raise ValueError(f"{where}: {shown(table)} is not a table")
     unknown = [key for key in table if key not in allowed]
     if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}")
+        raise ValueError(f"{where}: unknown key {shown(unknown[0])}; allowed are {', '.join(allowed)}")
     missing = [key for key in required if key not in table]
     if missing:
         raise ValueError(f"{where}: {missing[0]} is missing")

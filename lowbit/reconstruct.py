@@ -35,11 +35,10 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lowbit.arch import Linear, Observe, site_of
-from lowbit.files import save_shard
+from lowbit.files import load_sealed, save_sealed
 from lowbit.links import Link
 from lowbit.qtensor import Grid, QTensor, grouped, quantize, steps_of_range, ungrouped, usable_steps
 from lowbit.unit import Input, Unit, fast_products
@@ -687,7 +686,7 @@ def _save(path: Any, named: Sequence[tuple[str, Part, Tensor]], optimizer: torch
         tensors[name] = tensor.detach()
         for key, value in optimizer.state[tensor].items():
             tensors |= {f"{name}:{key}{inner}": plain for inner, plain in _plain(value)}
-    save_shard(tensors, path)
+    save_sealed(tensors, path)
 
 
 def _plain(value: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -699,10 +698,10 @@ def _plain(value: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _resumed(path: Any, named: Sequence[tuple[str, Part, Tensor]], optimizer: torch.optim.Optimizer) -> list[float]:
-    """Take up what `_save` wrote, if it did; returns the losses so far."""
-    if not path.exists():
+    """Take up what `_save` wrote, if it did and it is not damaged; returns the losses so far."""
+    tensors = load_sealed(path)
+    if tensors is None:
         return []
-    tensors = load_file(path)
     for _, _, tensor in named:
         tensor.grad = torch.zeros_like(tensor)
     optimizer.step()  # makes the state that is filled now

@@ -1,41 +1,60 @@
 """The report beside a checkpoint: report.json for programs, report.md and report.html for people, all from one dict."""
 
+import html
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
-from lowbit.files import replacing, write_json
-from lowbit.page import report_page
+from lowbit.files import write_json, write_text
+from lowbit.page import judged, report_page
 
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
 PAGE_NAME = "report.html"
+_OWN = {"lowbit": str, "gate": dict, "evaluations": list, "linears": list}  # what every report of lowbit's has
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write report.json, report.md and report.html into a checkpoint's folder."""
-    write_json(folder / JSON_NAME, report)
+    """Write report.md, report.html and, when these are there, report.json into a checkpoint's folder."""
     for name, text in ((MARKDOWN_NAME, markdown(report)), (PAGE_NAME, report_page(report))):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
+    write_json(folder / JSON_NAME, report)
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a checkpoint, None if it has none."""
+    """The report of a checkpoint, None if it has none of lowbit's; one of something else, or a damaged one, gets a warning."""
     path = folder / JSON_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, RecursionError, OSError):
+        report = None
+    if isinstance(report, dict) and all(isinstance(report.get(key), kind) for key, kind in _OWN.items()):
+        return report
+    warnings.warn(f"{path} is no report of lowbit's, or a damaged one; it is ignored", stacklevel=2)
+    return None
 
 
 def add_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
-    """Append an evaluation to the report of a checkpoint that has one."""
+    """Append an evaluation to the report of a checkpoint, if there is a report.json.
+
+    Raises:
+        ValueError: it is damaged, or of another program.
+        OSError: it cannot be written.
+    """
     report = read_report(folder)
     if report is not None:
         report["evaluations"].append(evaluation)
         write_report(folder, report)
+    elif (folder / JSON_NAME).exists():
+        raise ValueError(f"{folder / JSON_NAME} is not a report of lowbit, so it is left as it is")
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report for people. Names come from the model, so no text of them is markup: viewers of Markdown take HTML."""
+    report = _escaped(report)
     model, sizes, gate = report["model"], report["sizes"], report["gate"]
     recipe = report["recipe"]
     lines = [
@@ -46,7 +65,6 @@ def markdown(report: dict[str, Any]) -> str:
         f"({sizes['quantized_weights']:,} of {sizes['parameters']:,} parameters), "
         f"{sizes['bits_per_parameter']:.2f} bits for each parameter over all.",
         "",
-        *(line for note in report.get("notes", []) for line in (note, "")),
         "## What was done",
         "",
         table(["rule", "scheme"], [[rule["match"] or "(every linear)", rule["scheme"]] for rule in recipe["rules"]]),
@@ -70,6 +88,8 @@ def markdown(report: dict[str, Any]) -> str:
             "folder; without them it is less accurate than measured here.",
             "",
         ]
+    notes = report.get("notes", [])
+    lines += ["## Notes", "", *(f"- {note}" for note in notes), ""] if notes else []
     lines += _evaluations(report["evaluations"])
     lines += _warnings(report["linears"])
     lines += [
@@ -113,6 +133,15 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _escaped(value: Any) -> Any:
+    """A JSON value with the texts in it, keys included, as Markdown that shows them."""
+    if isinstance(value, str):
+        return html.escape(value, quote=False)
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(each) for key, each in value.items()}
+    return [_escaped(each) for each in value] if isinstance(value, list) else value
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -122,7 +151,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def _evaluations(evaluations: list[dict[str, Any]]) -> list[str]:
     if not evaluations:
         return []
-    rows = [
+    scored = [
         [
             str(row["source"]),
             f"{row['windows']} x {row['window']}, stride {row['stride']}, bos {row['bos']}, {row['tokens']:,} targets",
@@ -132,9 +161,17 @@ def _evaluations(evaluations: list[dict[str, Any]]) -> list[str]:
             _number(row["top1_agreement"], ".2%"),
         ]
         for row in evaluations
+        if "perplexity" in row
     ]
-    head = ["text", "windows", "perplexity", "of the original", "mean KL, nats", "same top token"]
-    return ["## Evaluation", "", table(head, rows), ""]
+    outputs = [row for row in evaluations if "perplexity" not in row]
+    lines = ["## Evaluation", ""]
+    if scored:
+        head = ["text", "windows", "perplexity", "of the original", "mean KL, nats", "same top token"]
+        lines += [table(head, scored), ""]
+    if outputs:
+        cells = [[str(row["source"]), f"{row['windows']} x {row['window']}", *judged(row).values()] for row in outputs]
+        lines += [table(["text", "windows", *judged(outputs[0])], cells), ""]
+    return lines
 
 
 def _searches(searches: list[dict[str, Any]]) -> list[str]:

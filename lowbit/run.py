@@ -1,18 +1,9 @@
 """The run: from a checkpoint and a recipe to a quantized checkpoint, block by block, so that it can be killed at any moment.
 
-Everything is written to OUT.partial and renamed to OUT at the very end. OUT.partial/.work is the journal:
-
-    job.json             what is being done: recipe, fingerprint of the model, hash of the tokens, versions
-    trial-*.json         the loss of one way to quantize the whole model that a search tried
-    block-K.json         block K is finished: records of its linears, hashes of its weights; the head counts as the last one
-    hidden-K             hidden states that enter block K in the quantized model
-
-A block's shard and the next hidden states are on disk before its record is, so the record alone says that it is finished. The
-same command run again checks job.json, finds the last record and goes on from there; since every batch is computed as it
-would have been, the result is the same to the bit.
+What is finished is kept in a journal (see `journal`), beside the shards that are written. The same command run again goes on
+from the last finished block; since every batch is computed as it would have been, the result is the same to the bit.
 """
 
-import fcntl
 import gc
 import hashlib
 import json
@@ -23,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -39,16 +30,30 @@ from lowbit import __version__
 from lowbit.adapter import FOLDER as ADAPTER
 from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, Site, return_freed_memory
-from lowbit.data import Calibration, DataSpec, calibration_tokens, without_documents, written_tokens
+from lowbit.data import Calibration, DataSpec, calibration_tokens, tokenizer_of, without_documents, written_tokens
 from lowbit.experts import PerExpert, reason_of_transformers, split_experts
-from lowbit.export import NATIVE, QuantizedSource, check_export, encode, encode_static, load, quantized_sites, write_config
-from lowbit.files import TEMPORARY, replacing, save_shard, sha256_of, write_json
+from lowbit.export import (
+    NATIVE,
+    NATIVE_FILE,
+    QuantizedSource,
+    check_export,
+    check_loading,
+    encode,
+    encode_static,
+    load,
+    quantized_sites,
+    too_small,
+    write_config,
+)
+from lowbit.files import check_name, load_sealed, replacing, save_sealed, save_shard, sha256_of, write_json
+from lowbit.journal import WORK, Journal, check_apart, check_out, open_journal, place_of, some
 from lowbit.methods.embed import Rounded
+from lowbit.outputs import positions
 from lowbit.parallel import Team, join, judging, launch, parallel_step, say_step, shares, train
 from lowbit.qtensor import QTensor, Scheme, check_shape
 from lowbit.recipe import METHODS, Recipe, Step, default_of, recipe_from_dict, short_recipe
 from lowbit.reconstruct import TRAINED, check_optimizer
-from lowbit.report import write_report
+from lowbit.report import JSON_NAME, MARKDOWN_NAME, PAGE_NAME, write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
 from lowbit.unit import LinearRecord, Quantizer, Stream, Unit, check_all_experts, fast_products, quantized_inputs
 from lowbit.views import histograms, outliers, watching
@@ -81,6 +86,7 @@ def quantize(
     parallel: int = 1,
     deterministic: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint into the folder `out`; run again after an interruption, it resumes.
@@ -95,6 +101,8 @@ def quantize(
         parallel: processes that train modules of blocks side by side, for recipes with mrem; on GPUs, one each.
         deterministic: have their result not depend on timing.
         overwrite: replace `out`, and forget an unfinished run of another recipe or model.
+        trust_remote_code: run the Python code in the model's folder or repository, with the rights of this process, where
+            transformers does not know the model or its tokenizer itself; only for sources you trust.
         progress: called with (stage, steps done, steps in all).
 
     Returns:
@@ -121,8 +129,11 @@ def quantize(
         )
     elif scheme is not None:
         raise ValueError("give a recipe or a scheme, not both")
-    out = Path(os.path.abspath(out))
-    _check_out(out, overwrite)
+    check_name(Path(os.path.abspath(out)))
+    place = place_of(out)
+    if Path(model).is_dir():
+        check_apart(place, Path(model))
+    check_out(place, overwrite)
     clock = _Clock()
     say = progress or (lambda stage, done, total: None)
     _check_device(device)
@@ -140,67 +151,80 @@ def quantize(
             return {}
     if parallel < 1 or (deterministic and parallel == 1):
         raise ValueError(f"parallel = {parallel}: give the number of processes; deterministic is for two or more")
-    source = open_source(model, revision)
-    _check_apart(out, source.folder)
+    source = stored = open_source(model, revision, trust_remote_code=trust_remote_code)
+    source.track()
+    check_apart(place, source.folder)
     arch = original = opened(source, recipe, device)
     recipe.schemes(_candidates(arch, recipe), _points(arch), tied_head=arch.tied_head)
-    data_used, solver_tokens = _calibration(recipe, source, out, device, say)
-    with (
-        _journal(out, _job(source, recipe, data_used, device, parallel, deterministic), overwrite) as folder,
-        _saying_what_is_kept(folder),
-        _quick_collections(),
-    ):
-        boundaries = 4 if recipe.teacher else 2
-        if parallel > 1:  # what enters the first block for each process, and what leaves each float module
-            boundaries += parallel + -(-len(arch.blocks) // recipe.span)
-        _check_disk(folder, source, solver_tokens, boundaries=boundaries)
-        arch = rewritten(arch, recipe, say, clock)
-        source = arch.source
-        linears, schemes = _chosen(arch, recipe)
-        _check_linears(linears, schemes)
-        check_export(recipe.format, recipe.engine, linears, schemes, str(source.config.get("model_type", "")))
-        _check_experts(arch, recipe, linears, schemes)
-        if recipe.all_experts:
-            check_all_experts(arch)
-        _check_head(arch, recipe, schemes)
-        _check_memory(arch, schemes)
-        _check_training_memory(arch, recipe, schemes)
-        if parallel > 1:
-            _in_parallel(arch, recipe, schemes, solver_tokens, folder, parallel, team, deterministic, say)
-            clock.lap("parallel training")
+    side_files, left_out = _side_files(source)
+    with open_journal(place, overwrite) as journal:
+        data_used, solver_tokens = _calibration(recipe, source, journal.work, device, say, positions(arch.model))
+        job = _job(source, recipe, data_used, device, parallel, deterministic)
+        names = {*_checkpoint_names(arch, recipe), *side_files}
+        with _saying_what_is_kept(journal), _quick_collections():
+            report = journal.begin(job, names, source, blocks=len(arch.blocks), span=recipe.span)
+            if report is not None:
+                if team is not None:
+                    team.call(None)
+                journal.publish(report)
+                return report
+            for name in left_out:
+                journal.note(f"{source.folder / name} is left out: {place.out.name}/{name} is a file that lowbit writes")
+            boundaries = 4 if recipe.teacher else 2
+            if parallel > 1:  # what enters the first block for each process, and what leaves each float module
+                boundaries += parallel + -(-len(arch.blocks) // recipe.span)
+            _check_disk(journal.folder, source, solver_tokens, boundaries=boundaries)
+            arch = rewritten(arch, recipe, say, clock)
+            source = arch.source
+            linears, schemes = _chosen(arch, recipe)
+            _check_linears(linears, schemes)
+            check_export(recipe.format, recipe.engine, linears, schemes, str(source.config.get("model_type", "")))
+            check_loading(arch, recipe.format, recipe.engine, linears, schemes)
+            _check_experts(arch, recipe, linears, schemes)
+            if recipe.all_experts:
+                check_all_experts(arch)
+            _check_head(arch, recipe, schemes)
+            _check_memory(arch, schemes)
+            _check_training_memory(arch, recipe, schemes)
+            _note_source(journal, arch, recipe, linears, schemes)
+            journal.know_model(stored)
+            if parallel > 1:
+                _in_parallel(arch, recipe, schemes, solver_tokens, journal, stored, parallel, team, deterministic, say)
+                clock.lap("parallel training")
 
-        stream = Stream(arch, solver_tokens, folder / ".work", teacher=recipe.teacher, all_experts=recipe.all_experts)
-        if parallel > 1 and recipe.needs_data() == ["mrem"]:
-            stream.taken = judging(stream, parallel_step(recipe, schemes), GATE_ROWS)
-        stream.start()
-        clock.lap("embedding")
-        steps, searches = _searched(arch, recipe, schemes, solver_tokens, folder / ".work", say)
-        clock.lap("search")
-        records = _solve(arch, replace(recipe, steps=steps), schemes, stream, folder, say)
-        clock.lap("blocks")
-        _assemble(arch, recipe, linears, schemes, records, folder)
-        clock.lap("assembly")
-        if recipe.finish is not None:
-            records = _finish(arch, recipe, recipe.finish, schemes, stream, records, folder, say)
-            clock.lap("whole model")
-        after: dict[str, float] = {}
-        gate = _gate(arch, stream, records, folder, say, after)
-        clock.lap("gate")
-        report = _report(source, model, revision, recipe, data_used, arch, records, searches, gate, clock, folder)
-        report["notes"] = _notes(arch, recipe, linears, schemes)
-        if any(METHODS[step.method].kind in ("model", "search", "transform") for step in recipe.steps):
-            report["outliers"] = {"before": outliers(original, solver_tokens[:GATE_ROWS]), "after": after}
-        report["histograms"] = histograms(
-            source, QuantizedSource(folder), linears, {row["name"]: row["error"] for row in report["linears"]}
-        )
-        write_report(folder, report)
-        _publish(folder, out)
+            stream = Stream(arch, solver_tokens, journal.work, teacher=recipe.teacher, all_experts=recipe.all_experts)
+            if parallel > 1 and recipe.needs_data() == ["mrem"]:
+                stream.taken = judging(stream, parallel_step(recipe, schemes), GATE_ROWS)
+            stream.start()
+            clock.lap("embedding")
+            steps, searches = _searched(arch, recipe, schemes, solver_tokens, journal.work, say)
+            clock.lap("search")
+            records = _solve(arch, replace(recipe, steps=steps), schemes, stream, journal, say)
+            clock.lap("blocks")
+            _assemble(arch, recipe, linears, schemes, records, side_files, journal)
+            clock.lap("assembly")
+            if recipe.finish is not None:
+                records = _finish(arch, recipe, recipe.finish, schemes, stream, records, journal, say)
+                clock.lap("whole model")
+            after: dict[str, float] = {}
+            gate = _gate(arch, stream, records, journal.folder, say, after)
+            clock.lap("gate")
+            report = _report(stored, model, revision, recipe, data_used, arch, records, searches, gate, clock, journal)
+            if any(METHODS[step.method].kind in ("model", "search", "transform") for step in recipe.steps):
+                report["outliers"] = {"before": outliers(original, solver_tokens[:GATE_ROWS]), "after": after}
+            report["histograms"] = histograms(
+                source, QuantizedSource(journal.folder), linears, {row["name"]: row["error"] for row in report["linears"]}
+            )
+            _check_unchanged(stored)
+            journal.check_own()
+            write_report(journal.folder, report)
+            journal.publish(report)
     return report
 
 
 def opened(source: Source, recipe: Recipe, device: str) -> Arch:
     """The model of a checkpoint, with experts one by one where the recipe's format needs them so; see `experts`."""
-    shown = source if recipe.format == NATIVE else split_experts(source, recipe.quantizes)
+    shown = source if recipe.format == NATIVE else split_experts(source, recipe.quantized)
     arch = Arch(shown, device=device)
     if isinstance(shown, PerExpert) and arch.unused:  # layers for speculation, which are kept as they are
         arch = Arch(shown.without(arch.unused), device=device)
@@ -230,11 +254,22 @@ def rewritten(arch: Arch, recipe: Recipe, say: Progress, clock: "_Clock | None" 
 
 def _chosen(arch: Arch, recipe: Recipe) -> tuple[list[Linear], dict[str, Scheme]]:
     """All linears of the model, and the schemes of those that the rules quantize, which are then read as exactly as known."""
+    set_aside(arch, recipe)
     chain = arch.blocks if arch.head is None else (*arch.blocks, arch.head)
     linears = [linear for block in chain for linear in block.linears]
-    schemes = recipe.schemes((linear.name for linear in linears), _points(arch), tied_head=arch.tied_head)
+    left = [name for block in arch.blocks for name, _ in block.skipped]
+    left += [linear.name for block in arch.blocks for linear, _ in block.aside]
+    schemes = recipe.schemes((linear.name for linear in linears), _points(arch), tied_head=arch.tied_head, left=left)
     arch.source.unrounded = frozenset(linear.tensor for linear in linears if linear.name in schemes)
     return linears, schemes
+
+
+def set_aside(arch: Arch, recipe: Recipe) -> None:
+    """Leave float the small linears that the recipe's engine cannot multiply, and routers, unless a rule is for them alone."""
+    if recipe.format != NATIVE:
+        arch.set_aside(too_small(arch, recipe.engine))
+    aside = [linear.name for block in arch.blocks for linear, _ in block.aside]
+    arch.take_back(recipe.named(aside, (linear.name for block in arch.blocks for linear in block.linears)))
 
 
 def _points(arch: Arch) -> list[str]:
@@ -250,29 +285,31 @@ def _in_parallel(
     recipe: Recipe,
     schemes: dict[str, Scheme],
     tokens: Tensor,
-    folder: Path,
+    journal: Journal,
+    model: Source,
     world: int,
     team: Team | None,
     deterministic: bool,
     say: Progress,
 ) -> None:
     """Have so many processes train all modules; their records are in the journal afterwards, where the walk over the blocks
-    finds them. The processes are those of the team, or are started.
+    finds them. The processes are those of the team, or are started; these read the model as `model` knows it.
 
     Raises:
         ValueError: the recipe or the model cannot be trained so, or a process died: which, with its blocks and its last words.
     """
-    work = folder / ".work"
+    work = journal.work
     step = parallel_step(recipe, schemes)
     blocks = shares(len(arch.blocks), recipe.span, world)
-    done = work / "parallel-done"
-    if done.exists():
+    if journal.recorded("parallel-done"):
         if team is not None:
             team.call(None)
         return
     save_shard({"tokens": tokens}, work / "tokens")
     job = {
-        "model": str(arch.source.folder),
+        "model": str(model.folder),
+        "trust_remote_code": model.trust_remote_code,
+        "contents": model.contents(),
         "recipe": recipe.to_dict(),
         "device": str(arch.device),
         "deterministic": deterministic,
@@ -288,8 +325,8 @@ def _in_parallel(
         train_rank(work, team, lambda done: say(stage, done, total))
     else:
         script = f"from pathlib import Path; from lowbit.run import train_rank; train_rank(Path({str(work)!r}))"
-        launch(script, work, blocks, lambda done: say(stage, done, total))
-    done.touch()
+        launch(script, work, blocks, lambda done: say(stage, done, total), [journal.lock])
+    journal.record("parallel-done", {}, sorted((work / TRAINED).iterdir()))
     for rank in range(world):
         shutil.rmtree(work / f"rank-{rank}")
 
@@ -309,7 +346,9 @@ def train_rank(work: Path, team: Team | None = None, progress: Callable[[int], N
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
     carrier = join(store, rank, world, torch.device(device))
     recipe = recipe_from_dict(job["recipe"])
-    arch = opened(open_source(job["model"]), recipe, device)
+    source = open_source(job["model"], trust_remote_code=job["trust_remote_code"])
+    source.track(job["contents"])
+    arch = opened(source, recipe, device)
     with _quick_collections():
         arch = rewritten(arch, recipe, lambda stage, done, total: None)
     _, schemes = _chosen(arch, recipe)
@@ -364,7 +403,7 @@ class _Trials:
         self.say(self.done - 1, self.done)
         key = hashlib.sha256(json.dumps([steps, rows]).encode()).hexdigest()[:16]
         record = self.work / f"trial-{key}.json"
-        if not record.exists():
+        if not _holds_loss(record):
             taken = [Step(method=method, options=options) for method, options in steps]
             _empty_folder(self.work / "trial")
             loss = self._compared(self._through(self.work / "trial", rows, taken), self._float(rows))
@@ -409,6 +448,14 @@ class _Trials:
         return total / count
 
 
+def _holds_loss(record: Path) -> bool:
+    """Whether a trial was finished and its record can be read."""
+    try:
+        return isinstance(json.loads(record.read_text(encoding="utf-8"))["loss"], float)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _empty_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -418,23 +465,22 @@ def _empty_folder(folder: Path) -> None:
 
 
 def _solve(
-    arch: Arch, recipe: Recipe, schemes: dict[str, Scheme], stream: Stream, folder: Path, say: Progress
+    arch: Arch, recipe: Recipe, schemes: dict[str, Scheme], stream: Stream, journal: Journal, say: Progress
 ) -> list[dict[str, Any]]:
     """Quantize every block that is not finished yet, and the head if it has a scheme; returns the records of all."""
-    work = folder / ".work"
     span = recipe.span
-    for start in range(_finished(arch, stream, work, span), len(arch.blocks), span):
+    for start in range(journal.done, len(arch.blocks), span):
         say("quantizing", start, len(arch.blocks))
-        _solve_blocks(arch, arch.blocks[start : start + span], recipe, schemes, stream, folder, say)
+        _solve_blocks(arch, arch.blocks[start : start + span], recipe, schemes, stream, journal, say)
         return_freed_memory()
     say("quantizing", len(arch.blocks), len(arch.blocks))
     count = len(arch.blocks)
     head = _quantized_head(arch, schemes)
     if head is not None:
         count += 1
-        if not _record(work, head.index).exists():
-            _solve_head(arch, head, recipe, schemes, stream, folder)
-    return [json.loads(_record(work, index).read_text(encoding="utf-8")) for index in range(count)]
+        if not journal.recorded(_record(head.index)):
+            _solve_head(arch, head, recipe, schemes, stream, journal)
+    return [journal.value(_record(index)) for index in range(count)]
 
 
 def _solve_blocks(
@@ -443,7 +489,7 @@ def _solve_blocks(
     recipe: Recipe,
     schemes: dict[str, Scheme],
     stream: Stream,
-    folder: Path,
+    journal: Journal,
     say: Progress,
 ) -> None:
     """Quantize consecutive blocks, several only where a step trains them together; their shards, the next hidden states and,
@@ -467,26 +513,27 @@ def _solve_blocks(
         METHODS[step.method].apply(units, **step.options)
     for unit, given in zip(units, values, strict=True):
         _take(recipe.steps, unit, ("correction",))
-        _write_block(unit, given, recipe, folder)
+        _write_block(unit, given, recipe, journal)
     for unit in units:
-        _write_record(unit, folder, (time.monotonic() - started) / len(units))
-    for path in (folder / ".work" / TRAINED).glob(f"training-{blocks[0].index:05d}-*"):
+        _write_record(unit, recipe, journal, (time.monotonic() - started) / len(units))
+    for path in (journal.work / TRAINED).glob(f"training-{blocks[0].index:05d}-*"):
         path.unlink()
     for unit in units:
         stream.drop(unit.block.index)
 
 
-def _write_block(unit: Unit, values: dict[str, Tensor], recipe: Recipe, folder: Path) -> None:
+def _write_block(unit: Unit, values: dict[str, Tensor], recipe: Recipe, journal: Journal) -> None:
     """Move the stream past a solved block, free it, and write its shard."""
     changed = unit.changed()
     scales = unit.finish(cache=recipe.kv_cache is not None)
     unit.arch.free(unit.block.name)
-    _write_tensors(unit, values | changed | scales, recipe, folder, folder / _shard(unit.arch, recipe, unit.block.index))
+    shard = journal.folder / _shard(unit.arch, recipe, unit.block.index)
+    _write_tensors(unit, values | changed | scales, recipe, journal.work, shard)
     if recipe.finish is not None:
-        save_shard(_parts(unit.assigned), _solved(folder / ".work", unit.block.index))
+        save_shard(_parts(unit.assigned), _solved(journal.work, unit.block.index))
 
 
-def _write_tensors(unit: Unit, values: dict[str, Tensor], recipe: Recipe, folder: Path, path: Path) -> None:
+def _write_tensors(unit: Unit, values: dict[str, Tensor], recipe: Recipe, work: Path, path: Path) -> None:
     """Write a solved block's tensors with quantized linears in the place of float ones, and its corrections to the journal."""
     replaced = {linear.tensor for linear in unit.linears}
     replaced |= {point.tensor for point, _ in unit.points.values() if point.tensor is not None}
@@ -501,7 +548,7 @@ def _write_tensors(unit: Unit, values: dict[str, Tensor], recipe: Recipe, folder
     save_shard(tensors, path)
     parts = {f"{name}.{part}": value for name, low in unit.corrections.items() for part, value in low._asdict().items()}
     if parts:
-        save_shard(parts, _correction(folder / ".work", unit.block.index))
+        save_shard(parts, _correction(work, unit.block.index))
 
 
 def _quantized_head(arch: Arch, schemes: dict[str, Scheme]) -> Block | None:
@@ -509,13 +556,13 @@ def _quantized_head(arch: Arch, schemes: dict[str, Scheme]) -> Block | None:
     return arch.head if arch.head is not None and arch.head.linears[0].name in schemes else None
 
 
-def _solve_head(arch: Arch, head: Block, recipe: Recipe, schemes: dict[str, Scheme], stream: Stream, folder: Path) -> None:
+def _solve_head(arch: Arch, head: Block, recipe: Recipe, schemes: dict[str, Scheme], stream: Stream, journal: Journal) -> None:
     """Quantize the head from the last hidden states, by the solver and what corrects it; other steps are for blocks.
 
     Its tensors wait in the journal for the last shard, and the model's logits, now that all of it is solved, for the gate.
     """
     started = time.monotonic()
-    work = folder / ".work"
+    work = journal.work
     arch.load_outside()
     values = arch.source.read(list(head.tensors))
     chosen = {linear.name: schemes[linear.name] for linear in head.linears}
@@ -525,9 +572,9 @@ def _solve_head(arch: Arch, head: Block, recipe: Recipe, schemes: dict[str, Sche
     rows = min(len(stream.tokens), GATE_ROWS)
     logits = _logits(arch, stream.tokens[:rows], stream.read(head.index, 0, rows), unit.inputs_by_site())
     save_shard({"logits": logits}, _head_logits(work))
-    _write_tensors(unit, values, recipe, folder, _head_tensors(work))
+    _write_tensors(unit, values, recipe, work, _head_tensors(work))
     arch.free_outside()
-    _write_record(unit, folder, time.monotonic() - started)
+    _write_record(unit, recipe, journal, time.monotonic() - started)
 
 
 def _head_tensors(work: Path) -> Path:
@@ -540,20 +587,26 @@ def _head_logits(work: Path) -> Path:
     return work / "logits.safetensors"
 
 
-def _write_record(unit: Unit, folder: Path, seconds: float) -> None:
-    write_json(
-        _record(folder / ".work", unit.block.index),
-        {
-            "block": unit.block.name,
-            "seconds": seconds,
-            "peak_rss": _peak_rss(),
-            "transforms": unit.notes,
-            "linears": [asdict(record) for record in unit.records.values()],
-            "sha256": {name: _sha256(unit.value(name)) for name in unit.assigned},
-            "points": {name: scheme.name for name, (_, scheme) in unit.points.items()},
-            "turned": [name for name, given in unit.inputs().items() if given.turned],
-        },
-    )
+def _write_record(unit: Unit, recipe: Recipe, journal: Journal, seconds: float) -> None:
+    """Record that a block, or the head, is finished."""
+    index, work, stream = unit.block.index, journal.work, unit.stream
+    if unit.block is unit.arch.head:
+        files, states = [_head_tensors(work), _head_logits(work)], []
+    else:
+        files = [journal.folder / _shard(unit.arch, recipe, index)]
+        states = [stream.file(index + 1, teacher=which) for which in sorted({False, stream.teacher})]
+    files += [path for path in (_correction(work, index), _solved(work, index)) if path.exists()]
+    value = {
+        "block": unit.block.name,
+        "seconds": seconds,
+        "peak_rss": _peak_rss(),
+        "transforms": unit.notes,
+        "linears": [asdict(record) for record in unit.records.values()],
+        "sha256": {name: _sha256(unit.value(name)) for name in unit.assigned},
+        "points": {name: scheme.name for name, (_, scheme) in unit.points.items()},
+        "turned": [name for name, given in unit.inputs().items() if given.turned],
+    }
+    journal.record(_record(index), value, files, [path for path in states if path.exists()])
 
 
 def _take(steps: Iterable[Step], unit: Unit, kinds: tuple[str, ...]) -> None:
@@ -589,18 +642,8 @@ def _unchanged(unit: Unit, method: str) -> Iterator[None]:
         )
 
 
-def _finished(arch: Arch, stream: Stream, work: Path, span: int) -> int:
-    """How many blocks need not be done again, where so many are done together."""
-    done = 0
-    while done < len(arch.blocks) and _record(work, done).exists():
-        done += 1
-    while done > 0 and (done % span and done < len(arch.blocks) or not stream.complete(done)):
-        done -= 1
-    return done
-
-
-def _record(work: Path, index: int) -> Path:
-    return work / f"block-{index:05d}.json"
+def _record(index: int) -> str:
+    return f"block-{index:05d}"
 
 
 def _correction(work: Path, index: int) -> Path:
@@ -619,15 +662,17 @@ def _assemble(
     linears: list[Linear],
     schemes: dict[str, Scheme],
     records: list[dict[str, Any]],
-    folder: Path,
+    side_files: list[str],
+    journal: Journal,
 ) -> None:
     """Write everything beside the blocks: the last shard, index, configuration, and the side files as they were."""
+    folder = journal.folder
     outside, table = [*arch.outside, *sorted(arch.unused)], _rounded(arch)
     head = _quantized_head(arch, schemes)
     written = {*(() if table is None else (table.linear.tensor,)), *(() if head is None else head.tensors)}
     tensors = arch.source.read([name for name in outside if name not in written])
     if head is not None:
-        tensors |= load_file(_head_tensors(folder / ".work"))
+        tensors |= load_file(_head_tensors(journal.work))
     if table is not None:
         tensors |= encode(table.linear.name, table.q, table.scheme, recipe.format)
         linears, schemes = [*linears, table.linear], schemes | {table.linear.name: table.scheme}
@@ -657,10 +702,44 @@ def _assemble(
     write_json(folder / index_name(stem), {"metadata": {"total_size": total}, "weight_map": weight_map})
     if any(METHODS[step.method].kind == "correction" for step in recipe.steps):
         _assemble_adapter(arch, linears, folder)
-    for path in arch.source.side_files():
-        target = folder / path.relative_to(arch.source.folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+    for name in side_files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / name) as temporary:
+            shutil.copyfile(arch.source.folder / name, temporary)
+
+
+def _checkpoint_names(arch: Arch, recipe: Recipe) -> list[str]:
+    """Of all files that lowbit itself writes into this checkpoint but the report, with /."""
+    names = [_shard(arch, recipe, index) for index in range(len(arch.blocks) + 1)]
+    names += ["config.json", index_name(NATIVE if recipe.format == NATIVE else STEM)]
+    names += [NATIVE_FILE] if recipe.format == NATIVE else []
+    if any(METHODS[step.method].kind == "correction" for step in recipe.steps):
+        names += [f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"]
+    return names
+
+
+def _side_files(source: Source) -> tuple[list[str], list[str]]:
+    """Names of the files beside the weights that the checkpoint gets too, and of those it cannot have, because lowbit writes
+    files by these names, or looks for them.
+
+    Raises:
+        ValueError: one cannot be read.
+    """
+    copied, left_out = [], []
+    for path in source.side_files():
+        name = path.relative_to(source.folder).as_posix()
+        if name in (NATIVE_FILE, JSON_NAME, MARKDOWN_NAME, PAGE_NAME) or name.startswith(f"{ADAPTER}/"):
+            left_out.append(name)
+            continue
+        try:
+            with path.open("rb") as file:
+                file.read(1)
+        except OSError as error:
+            raise ValueError(
+                f"{path}, which the checkpoint gets too, cannot be read ({error.strerror}); make it readable, or move it away"
+            ) from error
+        copied.append(name)
+    return copied, left_out
 
 
 # -------------------------------------------------------------------------------------------------------- the whole model
@@ -673,53 +752,53 @@ def _finish(
     schemes: dict[str, Scheme],
     stream: Stream,
     records: list[dict[str, Any]],
-    folder: Path,
+    journal: Journal,
     say: Progress,
 ) -> list[dict[str, Any]]:
-    """Train all blocks of the checkpoint in `folder` at once, as `step` says; returns their records anew.
+    """Train all blocks of the checkpoint at once, as `step` says; returns their records anew.
 
     New shards are written beside the old and renamed only when all are there, so that a killed run finds either.
     """
-    work = folder / ".work"
-    own, done = work / "whole", work / "whole.json"
-    if not done.exists():
+    shards = [journal.folder / _shard(arch, recipe, block.index) for block in arch.blocks]
+    end = stream.file(len(arch.blocks))
+    if not journal.recorded("whole"):
+        own = journal.whole(end).parent
         own.mkdir(exist_ok=True)
-        units = _reopened(arch, schemes, records, stream.tokens, folder, own)
+        for path in own.glob("hidden-*"):  # of a killed process; they are made again
+            path.unlink()
+        units = _reopened(arch, schemes, records, stream.tokens, journal, own)
         for unit in units:
             unit.say = say
         last = len(units)
         METHODS[step.method].apply(units, lambda part: stream.read(last, *part, teacher=True), **step.options)
         for unit in units:
             unit.put()
-        with fast_products(), replacing(stream.file(last)) as path, path.open("wb") as file:
+        with fast_products(), replacing(journal.whole(end)) as path, path.open("wb") as file:
             for part in stream.parts():
                 hidden = units[0].stream.read(0, *part)
                 for unit in units:
                     observe = quantized_inputs(unit.arch.sites(unit.block), unit.inputs_by_site())
                     hidden = stream.rounded(unit.arch.call(unit.block, hidden, stream.calls(part, unit.block.index), observe))
                 file.write(stream.bytes(hidden))
-        for unit, record in zip(units, records, strict=True):
-            shard = _shard(arch, recipe, unit.block.index)
-            tensors = load_file(folder / shard)
+        for unit, record, shard in zip(units, records, shards, strict=True):
+            tensors = load_file(shard)
             for name, q in unit.assigned.items():
                 tensors |= encode(name, q, schemes[name], recipe.format)
                 record["sha256"][name] = _sha256(unit.value(name))
-            save_shard(tensors, own / shard)
+            save_shard(tensors, journal.whole(shard))
             record["transforms"] += unit.notes
             record["linears"] = [asdict(row) for row in unit.records.values()]
-        write_json(done, records)
-    for block in arch.blocks:
-        shard = _shard(arch, recipe, block.index)
-        if (own / shard).exists():
-            (own / shard).replace(folder / shard)
-    return json.loads(done.read_text(encoding="utf-8"))
+        journal.record_whole({"records": records}, [*shards, end])
+    journal.move_whole()
+    found: list[dict[str, Any]] = journal.value("whole")["records"]
+    return found
 
 
 def _reopened(
-    arch: Arch, schemes: dict[str, Scheme], records: list[dict[str, Any]], tokens: Tensor, folder: Path, own: Path
+    arch: Arch, schemes: dict[str, Scheme], records: list[dict[str, Any]], tokens: Tensor, journal: Journal, own: Path
 ) -> list[Unit]:
-    """The blocks of the checkpoint in `folder`, all in memory, as they were solved, with a stream in the folder `own`."""
-    checkpoint = QuantizedSource(folder)
+    """The blocks of the checkpoint, all in memory, as they were solved, with a stream in the folder `own`."""
+    checkpoint = QuantizedSource(journal.folder, trust_remote_code=arch.source.trust_remote_code)
     twin = Arch(checkpoint, device=str(arch.device))
     twin.adopt(arch.blocks)
     stream = Stream(twin, tokens, own)
@@ -731,7 +810,7 @@ def _reopened(
         twin.load(block.tensors)
         chosen = {linear.name: schemes[linear.name] for linear in block.linears if linear.name in schemes}
         unit = Unit(twin, block, chosen, stream, arch.source.dtype())
-        parts = load_file(_solved(folder / ".work", block.index))
+        parts = load_file(_solved(journal.work, block.index))
         rows = {row["name"]: LinearRecord(**row) for row in record["linears"]}
         unit.reopen({name: _from_parts(name, parts, schemes[name]) for name in rows}, rows, inputs)
         units.append(unit)
@@ -762,7 +841,7 @@ def _rounded(arch: Arch) -> Rounded | None:
 def _assemble_adapter(arch: Arch, linears: list[Linear], folder: Path) -> None:
     """Write the low-rank corrections of all blocks as one adapter."""
     parts: dict[str, Tensor] = {}
-    for path in sorted((folder / ".work").glob("correction-*.safetensors")):
+    for path in sorted((folder / WORK).glob("correction-*.safetensors")):
         parts |= load_file(path)
     corrected = {name.rpartition(".")[0] for name in parts}
     modules = {linear.name: linear.param.removesuffix(".weight") for linear in linears if linear.name in corrected}
@@ -782,7 +861,7 @@ def _gate(
     Raises:
         RuntimeError: they differ, which would be an error in lowbit. The output keeps its temporary name.
     """
-    reloaded = QuantizedSource(folder)
+    reloaded = QuantizedSource(folder, trust_remote_code=arch.source.trust_remote_code)
     twin = Arch(reloaded, device=str(arch.device))
     twin.adopt(arch.blocks)
     expected = {name: digest for record in records for name, digest in record["sha256"].items()}
@@ -815,8 +894,8 @@ def _gate(
         compared += _compared(twin, twin.head, expected, dtype)
     logits = _logits(twin, tokens, hidden, quantized)
     twin.free_outside()
-    if _head_logits(folder / ".work").exists():
-        solved = load_file(_head_logits(folder / ".work"))["logits"].to(logits.device)
+    if _head_logits(folder / WORK).exists():
+        solved = load_file(_head_logits(folder / WORK))["logits"].to(logits.device)
     else:
         arch.load_outside()
         solved = _logits(arch, tokens, stream.read(len(arch.blocks), 0, len(tokens)), {})
@@ -867,22 +946,6 @@ def _sha256(weight: Tensor) -> str:
 # ----------------------------------------------------------------------------------------------------------- before the work
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; choose another folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"{out} exists and is not empty; choose another folder, or replace it with --overwrite")
-
-
-def _check_apart(out: Path, model: Path) -> None:
-    """The model must outlive the run, and its folder must not grow during it."""
-    kept = model.resolve()
-    for suffix in ("", ".partial", ".old"):
-        path = out.with_name(out.name + suffix).resolve()
-        if path.is_relative_to(kept) or kept.is_relative_to(path):
-            raise ValueError(f"{path}, which this run writes, and the model's folder {model} overlap; choose another --out")
-
-
 def _check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
@@ -901,19 +964,25 @@ def _candidates(arch: Arch, recipe: Recipe) -> list[str]:
     return names
 
 
-def _calibration(recipe: Recipe, source: Source, out: Path, device: str, say: Progress) -> tuple[Calibration, Tensor]:
+def _calibration(
+    recipe: Recipe, source: Source, work: Path, device: str, say: Progress, limit: int | None
+) -> tuple[Calibration, Tensor]:
     """The calibration data, and the rows of it that stream through the model [rows, length] int64."""
     spec = recipe.data
     if spec is None:
-        limit = source.config.get("max_position_embeddings") or source.config.get("n_positions") or GATE_TOKENS
-        spec = DataSpec(source="random", rows=GATE_ROWS, length=max(2, min(GATE_TOKENS, limit // 2)))
+        spec = DataSpec(source="random", rows=GATE_ROWS, length=max(2, min(GATE_TOKENS, (limit or GATE_TOKENS) // 2)))
+    rows, length = spec.size
+    spec = spec.fitted(limit)
     if not recipe.calibrated:
-        spec = replace(spec, rows=min(spec.rows, GATE_ROWS))
+        spec = replace(spec, rows=min(rows, GATE_ROWS))
     if spec.kind == "self":
         say("writing calibration text", 0, 1)
-        calibration = _written(spec, source, out, device)
+        calibration = _written(spec, source, work, device)
     else:
         calibration = drawn(spec, source)
+    if calibration.tokens.shape != (spec.rows or rows, length):
+        found = calibration.tokens
+        say(f"calibrating on {len(found)} rows of {found.shape[1]} tokens, all that the model and the text have", 0, 1)
     return calibration, calibration.tokens
 
 
@@ -923,7 +992,7 @@ def drawn(spec: DataSpec, source: Source) -> Calibration:
     Raises:
         ValueError: the model has no tokenizer, or there is too little text.
     """
-    tokenizer = tokenizer_of(source.folder) if spec.source != "random" else None
+    tokenizer = tokenizer_of(source) if spec.source != "random" else None
     return calibration_tokens(spec, tokenizer, vocab_size=_vocabulary(source))
 
 
@@ -934,41 +1003,24 @@ def _vocabulary(source: Source) -> int:
     return vocabulary
 
 
-def _written(spec: DataSpec, source: Source, out: Path, device: str) -> Calibration:
+def _written(spec: DataSpec, source: Source, work: Path, device: str) -> Calibration:
     """Calibration text by the model itself, kept in the journal: it is costly, and a resumed run must have the same.
 
     The float model is whole in memory meanwhile, in its own dtype.
     """
     asked = json.dumps([asdict(spec), source.fingerprint(), device, torch.get_num_threads()], sort_keys=True)
-    path = out.with_name(out.name + ".partial") / ".work" / f"{_WRITTEN}{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
-    if path.exists():
-        return without_documents(load_file(path)["tokens"], spec)
-    model = load(str(source.folder), device=device)
+    path = work / f"{_WRITTEN}{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+    kept = load_sealed(path)
+    if kept is not None:
+        return without_documents(kept["tokens"], spec)
+    model = load(str(source.folder), device=device, trust_remote_code=source.trust_remote_code)
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} writes no text; calibrate it on a text file, or on random tokens")
-    tokens = written_tokens(spec, model, tokenizer_of(source.folder), vocab_size=_vocabulary(source))
+    tokens = written_tokens(spec, model, tokenizer_of(source), vocab_size=_vocabulary(source))
     del model
     return_freed_memory()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_shard({"tokens": tokens}, path)
+    save_sealed({"tokens": tokens}, path)
     return without_documents(tokens, spec)
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a checkpoint.
-
-    Raises:
-        ValueError: it has none.
-    """
-    from transformers import AutoTokenizer
-
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-    if not any((folder / name).exists() for name in names):
-        raise ValueError(
-            f"{folder} has no tokenizer ({', '.join(names)}), which calibration text needs; add its files, or calibrate on "
-            "random tokens with --data random"
-        )
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def _check_linears(linears: list[Linear], schemes: dict[str, Scheme]) -> None:
@@ -1009,20 +1061,28 @@ def _against_experts(arch: Arch, recipe: Recipe, linears: list[Linear], schemes:
     return reason_of_transformers(arch.model, [linear.tensor for linear in fused])
 
 
-def _notes(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[str, Scheme]) -> list[str]:
-    """What whoever uses the output should know, in sentences."""
-    notes = []
+def _note_source(journal: Journal, arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[str, Scheme]) -> None:
+    """Tell whoever uses the output what the source and its experts mean for it."""
     if arch.source.quantization is not None:
-        notes.append(
+        journal.note(
             f"The source was quantized already ({arch.source.quantization}): what was lost before is lost, and errors are "
             "measured against its dequantized weights."
         )
     reason = _against_experts(arch, recipe, linears, schemes)
     if reason is not None:
-        notes.append(
+        journal.note(
             f"This checkpoint is for vLLM, which reads these experts one by one; transformers does not load it: {reason}."
         )
-    return notes
+
+
+def _check_unchanged(source: Source) -> None:
+    """Refuse to finish if the model is no longer what was read."""
+    changed = source.changes(source.contents())
+    if changed:
+        raise ValueError(
+            f"{source.folder} has changed while it was quantized: {some(changed)}. Put the model back as it was and run the "
+            "same command again, or start anew with --overwrite"
+        )
 
 
 def _check_head(arch: Arch, recipe: Recipe, schemes: dict[str, Scheme]) -> None:
@@ -1040,8 +1100,8 @@ def _check_disk(folder: Path, source: Source, tokens: Tensor, *, boundaries: int
     free = shutil.disk_usage(folder).free
     if free + present < needed:
         raise ValueError(
-            f"{folder.parent}: {_gb(free)} are free, but up to {_gb(needed)} are needed while quantizing; free some space or "
-            "choose another --out"
+            f"{folder.parent}: {_size(free)} are free, but up to {_size(needed)} are needed while quantizing; free some "
+            "space or choose another --out"
         )
 
 
@@ -1059,8 +1119,8 @@ def _check_memory(arch: Arch, schemes: dict[str, Scheme]) -> None:
     available = available_memory()
     if available is not None and available < needed:
         raise ValueError(
-            f"{_gb(available)} of memory are available, but the largest block of this model needs about {_gb(needed)}; use a "
-            "machine with more memory"
+            f"{_size(available)} of memory are available, but the largest block of this model needs about {_size(needed)}; use "
+            "a machine with more memory"
         )
 
 
@@ -1087,20 +1147,66 @@ def _check_training_memory(arch: Arch, recipe: Recipe, schemes: dict[str, Scheme
     available = torch.cuda.mem_get_info(arch.device)[0] if cuda else available_memory()
     if available is not None and available < needed:
         raise ValueError(
-            f"{_gb(available)} of memory are available on {arch.device}, but to train {together} takes about {_gb(needed)}; "
-            "use a device with more memory, modules of fewer blocks, or steps that do not train"
+            f"{_size(available)} of memory are available on {arch.device}, but to train {together} takes about "
+            f"{_size(needed)}; use a device with more memory, modules of fewer blocks, or steps that do not train"
         )
 
 
-def available_memory() -> int | None:
-    """Bytes of memory that can be had without swapping; None where the system does not tell."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    for line in meminfo.read_text().splitlines():
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this process can have without swapping; None where the system does not tell.
+
+    The least of what the machine has free and what the limits of its control groups leave, of version 1 or 2: a container's.
+    """
+    found = []
+    for line in _lines(root / "proc/meminfo"):
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+            found.append(int(line.split()[1]) * 1024)
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "none", "")
+        if controllers == "":
+            names = _CGROUP2
+        elif "memory" in controllers.split(","):
+            names = _CGROUP1
+        else:
+            continue
+        top = root / names.mount
+        own = top / path.strip("/")
+        for group in (own, *own.parents):
+            if not group.is_relative_to(top):
+                break
+            found += _left(group, names)
+    return min(found, default=None)
+
+
+@dataclass(frozen=True)
+class _Cgroup:
+    """What a version of control groups calls its files: limit, usage, and cached pages that can be given up."""
+
+    mount: str
+    limit: str
+    usage: str
+    cached: str
+
+
+_CGROUP1 = _Cgroup("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_CGROUP2 = _Cgroup("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+
+
+def _left(group: Path, names: _Cgroup) -> list[int]:
+    """The bytes that a group's limit leaves, nothing if it has none."""
+    limit, usage = _lines(group / names.limit), _lines(group / names.usage)
+    if not limit or not usage or limit[0] == "max":
+        return []
+    cached = [int(line.split()[1]) for line in _lines(group / "memory.stat") if line.split()[:1] == [names.cached]]
+    return [max(0, int(limit[0]) - int(usage[0]) + sum(cached))]
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file of the system, none where it is not there or not readable."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 # ------------------------------------------------------------------------------------------------------------ the journal
@@ -1113,7 +1219,7 @@ def _job(source: Source, recipe: Recipe, data: Calibration, device: str, paralle
     libraries = ("torch", "transformers", "compressed-tensors", "safetensors")
     return {
         "recipe": settings,
-        "model": source.fingerprint(),
+        "model": source.files(),
         "versions": {"lowbit": __version__} | {name: version(name) for name in libraries},
         "device": device,
         "threads": torch.get_num_threads(),
@@ -1122,77 +1228,15 @@ def _job(source: Source, recipe: Recipe, data: Calibration, device: str, paralle
 
 
 @contextmanager
-def _journal(out: Path, job: dict[str, Any], overwrite: bool) -> Iterator[Path]:
-    """The folder OUT.partial, new or of an interrupted run of the same job, for this process alone."""
-    folder = out.with_name(out.name + ".partial")
-    work = folder / ".work"
-    if folder.is_dir() and any(folder.iterdir()) and not work.is_dir():
-        raise ValueError(f"{folder} is needed for unfinished work, but holds something else; move it away")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("a")
-    except OSError as error:
-        raise ValueError(f"cannot write to {out.parent} ({error.strerror}); choose another --out") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another process is writing {folder}; wait for it, or choose another --out") from error
-        for path in folder.rglob("*" + TEMPORARY):
-            path.unlink()
-        described = work / "job.json"
-        known = json.loads(described.read_text(encoding="utf-8")) if described.exists() else None
-        current = json.loads(json.dumps(job))
-        if known is not None and known != current:
-            if not overwrite and any(work.glob("block-*.json")):
-                raise ValueError(
-                    f"{folder} holds an unfinished run of something else: {'; '.join(differences(known, current))}. Run that "
-                    "again to finish it, or start anew with --overwrite"
-                )
-            described.unlink()  # from here on, whatever else is left counts for nothing
-            known = None
-        if known is None:
-            _empty(folder, keep={work / "lock", *work.glob(f"{_WRITTEN}*")})
-            write_json(described, current)
-        yield folder
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ, as 'path: old -> new'."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in [*old, *(key for key in new if key not in old)]:
-            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-        return found
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{path}[{i}]")]
-    return [] if old == new else [f"{path} was {_short(old)}, is {_short(new)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _empty(folder: Path, keep: set[Path]) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif path not in keep:
-            path.unlink()
-
-
-@contextmanager
-def _saying_what_is_kept(folder: Path) -> Iterator[None]:
+def _saying_what_is_kept(journal: Journal) -> Iterator[None]:
     """Turn a failed write into an error that says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        kept = len(list((folder / ".work").glob("block-*.json")))
+        kept = len(list(journal.work.glob("block-*.json")))
         raise ValueError(
-            f"writing to {folder} failed: {error}. {kept} finished blocks are kept; when the cause is gone (disk space?), run "
-            "the same command again and it goes on from there"
+            f"writing to {journal.folder} failed: {error}. {kept} finished blocks are kept; when the cause is gone (disk "
+            "space?), run the same command again and it goes on from there"
         ) from error
 
 
@@ -1210,19 +1254,6 @@ def _quick_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _publish(folder: Path, out: Path) -> None:
-    """Give the finished checkpoint its name; only then is the journal of no more use."""
-    old = out.with_name(out.name + ".old")
-    if out.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        out.rename(old)
-    folder.rename(out)
-    shutil.rmtree(out / ".work")
-    if old.exists():
-        shutil.rmtree(old)
 
 
 # ------------------------------------------------------------------------------------------------------------- the report
@@ -1267,8 +1298,9 @@ def _report(
     searches: list[dict[str, Any]],
     gate: dict[str, Any],
     clock: _Clock,
-    folder: Path,
+    journal: Journal,
 ) -> dict[str, Any]:
+    folder = journal.folder
     rows = [row for record in records for row in record["linears"]]
     if table := _rounded(arch):
         rows.append(asdict(_record_of(table)))
@@ -1293,7 +1325,6 @@ def _report(
         "recipe": recipe.to_dict(),
         "recipe_sha256": recipe.hash(),
         "data": data.describe(),
-        "notes": [],
         "searches": searches,
         "outliers": None,
         "histograms": [],
@@ -1311,17 +1342,23 @@ def _report(
             "bits_per_parameter": 8 * shards / parameters,
         },
         "adapter": ADAPTER if (folder / ADAPTER).is_dir() else None,
-        "files": _hashes(folder),
+        "job": journal.job,
+        "files": _hashes(journal, len(records)),
+        "notes": journal.notes,
         "gate": gate,
         "evaluations": [],
     }
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of the checkpoint by its path in the folder; the journal and the report itself are left out."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: sha256_of(path) for name, path in names.items() if not name.startswith(".work/")}
+def _hashes(journal: Journal, count: int) -> dict[str, str]:
+    """SHA-256 of every file of the checkpoint by its path in the folder; the journal and the report itself are left out. That
+    of shards is known from their records."""
+    known = {name: found for index in range(count) for name, found in journal.hashes(_record(index)).items()}
+    known |= journal.hashes("whole") if journal.recorded("whole") else {}
+    folder, own = journal.folder, (JSON_NAME, MARKDOWN_NAME, PAGE_NAME)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [name for name in names if name not in own and not name.startswith(f"{WORK}/")]
+    return {name: known.get(name) or sha256_of(folder / name) for name in names}
 
 
 def _record_of(table: Rounded) -> LinearRecord:
@@ -1344,10 +1381,12 @@ def _left_float(arch: Arch, rows: list[dict[str, Any]], points: Iterable[str]) -
     left: list[tuple[str, str]] = []
     for block in arch.blocks:
         left += [(name, reason) for name, reason in block.skipped if name not in quantized]
+        left += [(linear.name, reason) for linear, reason in block.aside]
         left += [(linear.name, "left float by the rules") for linear in block.linears if linear.name not in quantized]
     head = {linear.name for linear in arch.head.linears} if arch.head is not None else set()
     outside = [name.removesuffix(".weight") for name in arch.outside if len(arch.source.tensors[name].shape) > 1]
     reasons = [(name, "left float by the rules" if name in head else "outside the blocks") for name in outside]
+    reasons += [(name.removesuffix(".weight"), "kept as it is: the model has no place for it") for name in sorted(arch.unused)]
     return [*left, *((name, reason) for name, reason in reasons if name not in quantized)]
 
 
@@ -1358,5 +1397,9 @@ def _count(source: Source, name: str) -> int:
     return count
 
 
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"
+def _size(count: float) -> str:
+    unit = next((unit for unit in (1e9, 1e6, 1e3) if count >= unit), 1)
+    return f"{count / unit:.{0 if unit == 1 else 2}f} {_UNITS[unit]}"
+
+
+_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB", 1: "bytes"}

@@ -388,6 +388,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     kernels: bool | None = None,
+    trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load a checkpoint, quantized or not, as a transformers model.
 
@@ -398,6 +399,8 @@ def load(
         kernels: keep quantized weights packed and run on the kernels. By default where the device is a GPU and the checkpoint
             is quantized. On a CPU they run as their specification in plain torch, slowly; without kernels weights are
             dequantized (`export.load`), which is the reference for accuracy.
+        trust_remote_code: run the Python code in the folder or repository, with the rights of this process, where
+            transformers does not know the model itself; only for sources you trust.
 
     Returns:
         the model; with kernels its attribute `lowbit` lists a `Row` for each quantized linear.
@@ -406,11 +409,11 @@ def load(
         ValueError: the folder is incomplete or in a format lowbit does not read; kernels for a float checkpoint, or for one of
             which no linear can stay packed.
     """
-    source = open_checkpoint(model, revision)
+    source = open_checkpoint(model, revision, trust_remote_code=trust_remote_code)
     if kernels is None:
         kernels = isinstance(source, QuantizedSource) and torch.device(device).type == "cuda"
     if not kernels:
-        return export.load(model, revision=revision, dtype=dtype, device=device)
+        return export.load(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if not isinstance(source, QuantizedSource):
         raise ValueError(f"{model} is not quantized: kernels have nothing to do there; leave out kernels=True")
     dtype = dtype or (torch.bfloat16 if source.dtype() == torch.float32 else source.dtype())
@@ -429,6 +432,7 @@ def load(
 
 def place(arch: Arch, source: QuantizedSource) -> list[Row]:
     """Put packed modules without weights into the model of a quantized checkpoint, wherever a kernel can do the work."""
+    export.check_model(arch, source)
     rows: list[Row] = []
     inputs = source.inputs()
     by_param: dict[str, list[tuple[Linear, str]]] = {}
@@ -513,6 +517,8 @@ def _how(
     if corrected and (len(members) > 1 or inputs.get(members[0][1]) is not None):
         return "a low-rank correction of several matrices, or with quantized inputs", None
     scheme = schemes[0]
+    if any(linear.out_features % scheme.weight.rows for linear, _ in members):
+        return f"its rows are no multiple of blocks of {scheme.weight.rows}", None
     if first.in_features % max(1, scheme.weight.group):
         return f"its {first.in_features} columns are no multiple of groups of {scheme.weight.group}", None
     reason = entry.reason_against(scheme)

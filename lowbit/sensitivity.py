@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowbit.arch import Arch, Block, Linear, Site
+from lowbit.outputs import predicts_next_token
 from lowbit.qtensor import Scheme, check_shape, dequantize, find_params, quantize
 from lowbit.recipe import FLOAT, METHODS, Step
 from lowbit.unit import Input, Quantizer, Stream, Unit, fast_products, quantized_inputs
@@ -116,11 +117,6 @@ def _name(linears: Sequence[Linear]) -> str:
     return "+".join([first, *(linear.name.rpartition(".")[2] for linear in linears[1:])])
 
 
-def causal(arch: Arch) -> bool:
-    """Whether the model predicts a next token."""
-    return type(arch.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-
-
 class Solved:
     """What a solver makes of a block under every candidate, from the float model's inputs.
 
@@ -169,12 +165,16 @@ class Whole:
         arch.load_outside()
         for block in arch.blocks:
             arch.load(block.tensors)
-        self._calls: dict[int, list[Any]] = {}
-        for start, stop in self.parts:
-            if stop - start not in self._calls:
-                self._calls[stop - start] = arch.embed(tokens[start:stop])[1]
+        self._calls: dict[Any, list[Any]] = {}
+        for part in self.parts:
+            if self._key(part) not in self._calls:
+                self._calls[self._key(part)] = arch.embed(tokens[slice(*part)])[1]
         self.restart()
         self.ends = [self.end(k).cpu() for k in range(len(self.parts))]
+
+    def _key(self, part: tuple[int, int]) -> Any:
+        """What subsets with the same calls have in common."""
+        return part if self.arch.calls_differ else part[1] - part[0]
 
     @torch.no_grad()
     def end(self, k: int, inputs: Inputs | None = None) -> Tensor:
@@ -184,8 +184,7 @@ class Whole:
 
     def _through(self, k: int, inputs: Inputs, parameters: dict[str, Tensor]) -> Tensor:
         """`parameters` replace some of the model, by name."""
-        start, stop = self.parts[k]
-        calls, hidden = self._calls[stop - start], self._entering(k, parameters)
+        calls, hidden = self._calls[self._key(self.parts[k])], self._entering(k, parameters)
         for block in self.arch.blocks[max(self.at, 0) :]:
             observe = quantized_inputs(self.arch.sites(block), inputs) if inputs else None
             prefix = block.name + "."
@@ -217,7 +216,7 @@ class Whole:
             with fast_products():
                 states = [self._entering(k, {}) for k in range(len(self.parts))]
                 if self.at >= 0:
-                    calls = [self._calls[stop - start][self.at] for start, stop in self.parts]
+                    calls = [self._calls[self._key(part)][self.at] for part in self.parts]
                     block = self.arch.blocks[self.at]
                     states = [self.arch.call(block, *given) for given in zip(states, calls, strict=True)]
             self.states = [hidden.cpu() for hidden in states]
@@ -260,7 +259,7 @@ class Whole:
         """The loss of subset `k` as a function of parameters from block `at` on, by name, differentiable twice."""
         tokens = self.tokens[slice(*self.parts[k])]
         output = self._output(tokens, self._through(k, {}, parameters), {}, parameters)
-        if causal(self.arch):
+        if predicts_next_token(type(self.arch.model)):
             return self._nll(tokens, output)
         total, count = self.arch.distance(output, self.arch.finish(tokens, self.ends[k]))
         return total / count

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit import runtime
 from lowbit.arch import Arch
-from lowbit.export import NATIVE, QuantizedSource
+from lowbit.export import NATIVE, QuantizedSource, open_checkpoint
 from lowbit.source import index_name
 
 _COMPRESSED_TENSORS = "compressed-tensors"
@@ -49,7 +49,9 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **others: Any) -> Any:
         if not checkpoint_files:
             raise ValueError("lowbit's kernels need the checkpoint's files; give from_pretrained a folder or a hub id")
-        self._source = QuantizedSource(Path(checkpoint_files[0]).parent)
+        source = open_checkpoint(str(Path(checkpoint_files[0]).parent))
+        assert isinstance(source, QuantizedSource)
+        self._source = source
         with torch.device("cpu"):  # transformers creates everything on the meta device meanwhile
             self._arch = Arch(self._source, model=model)
             self._rows = runtime.place(self._arch, self._source)

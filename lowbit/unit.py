@@ -18,19 +18,22 @@ at a time. That file is also what a killed run resumes from.
 import inspect
 import math
 import os
+import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lowbit.adapter import LowRank, merged
-from lowbit.arch import REARRANGED, Arch, Block, Linear, Observe, Point, Site, matrix_of, site_of
-from lowbit.files import replacing
+from lowbit.arch import REARRANGED, Arch, Block, Linear, Observe, Point, Site, leaves, matrix_of, site_of, unflattened
+from lowbit.files import replacing, save_shard
 from lowbit.kv import CacheRanges
 from lowbit.links import Link, Side, find_links, structure
 from lowbit.orthogonal import hadamard
@@ -122,7 +125,7 @@ class Stream:
     Beside those of the partly quantized model (the student) there may be those of the float model (the teacher).
 
     Attributes:
-        width: of a hidden state, once `start` was called.
+        shape: of a row of hidden states, once `start` was called: [length, width], or more where the model keeps several.
         taken: the batches that go through the blocks: all, unless fewer were set before `start`. No one may read the others.
     """
 
@@ -139,9 +142,9 @@ class Stream:
             self._rows = min(len(tokens), max(1, TOKENS_PER_BATCH // tokens.shape[1]))
         else:
             self._rows = min(len(tokens), _ROWS_ON_GPU, max(1, _TOKENS_ON_GPU // tokens.shape[1]))
-        self.width = 0
+        self.shape = torch.Size((tokens.shape[1], 0))
         self.taken = list(self.parts())
-        self._calls: dict[int, list[Any]] = {}
+        self._calls: dict[int, list[Any]] = {}  # by the number of rows, without what depends on the tokens
         self._short_calls: list[Any] = []
         # Links by the structure of the blocks that have them; see `Unit.links`.
         self.links: dict[Any, tuple[tuple[Link, ...], tuple[tuple[str, str], ...]]] = {}
@@ -170,26 +173,61 @@ class Stream:
         with replacing(self.file(0)) if not present else nullcontext(os.devnull) as path, open(path, "wb") as file:
             for part in self.taken:
                 rows = self.tokens[slice(*part)]
-                if present and len(rows) in self._calls:
+                own = self._own_arguments(part)
+                if present and len(rows) in self._calls and (own.exists() or not self.arch.calls_differ):
                     continue
                 with fast_products():
                     hidden, calls = self.arch.embed(rows)
-                self._calls.setdefault(len(rows), calls)
-                self.width = hidden.shape[-1]
+                self._calls.setdefault(len(rows), calls if not self.arch.calls_differ else self._kept(calls, own))
+                self.shape = hidden.shape[1:]
                 self.write(file, part, hidden)
-        self._short_calls = self.arch.embed(self.tokens[:1, :STAND_IN_TOKENS])[1]
+        hidden, self._short_calls = self.arch.embed(self.tokens[:1, :STAND_IN_TOKENS])
+        self._short_shape = hidden.shape
         self.arch.free_outside()
 
     def stand_in(self, boundary: int) -> tuple[Tensor, Any]:
         """A short row of random hidden states [1, length, width] float32 and the other arguments of the block's call."""
         generator = torch.Generator().manual_seed(0)
-        length = min(self.tokens.shape[1], STAND_IN_TOKENS)
-        return torch.randn(1, length, self.width, generator=generator), self._short_calls[boundary]
+        call = self._filled(boundary, self._short_calls[boundary], None, self.folder / "carried-short")
+        return torch.randn(self._short_shape, generator=generator), call
+
+    def _own_arguments(self, part: tuple[int, int]) -> Path:
+        """Where the arguments of blocks that depend on a batch's tokens are kept."""
+        return self.folder / f"arguments-{part[0]:05d}"
+
+    def _kept(self, calls: list[Any], path: Path) -> list[Any]:
+        """Write the arguments that depend on the tokens, each tensor once; returns the calls without them."""
+        tensors: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+        kept = []
+        for block, call in zip(self.arch.blocks, calls, strict=True):
+            found, shape = leaves(call)
+            for i in block.varying:
+                name = names.setdefault(id(found[i]), f"{block.index}.{i}")
+                tensors[name] = found[i]
+                found[i] = _Kept(name)
+            kept.append(unflattened(found, shape))
+        save_shard({name: tensor.cpu().clone() for name, tensor in tensors.items()}, path)
+        return kept
+
+    def _filled(self, boundary: int, call: Any, stored: Path | None, carried: Path) -> Any:
+        """A block's call with what depends on the batch: tensors from the file `stored`, mappings kept at `carried`."""
+        block = self.arch.blocks[boundary]
+        if not block.varying and not block.carried:
+            return call
+        found, shape = leaves(call)
+        for i in block.carried:
+            found[i] = _OnDisk(Path(f"{carried}-{i}"), self.arch.device)
+        if stored is not None and block.varying:
+            with safe_open(stored, "pt") as file:
+                for i in block.varying:
+                    found[i] = file.get_tensor(found[i].name).to(self.arch.device)
+        return unflattened(found, shape)
 
     def read(self, boundary: int, start: int, stop: int, *, teacher: bool = False) -> Tensor:
-        """Rows start..stop of a boundary, on the model's device: float32 [stop - start, length, width]."""
+        """Rows start..stop of a boundary, on the model's device: float32 [stop - start, *shape]."""
         assert self._taken_rows.issuperset(range(start, stop)), f"rows {start} to {stop} were not taken"
-        length, row = self.tokens.shape[1], self._row
+        row = self._row
         file = self.file(boundary, teacher=teacher)
         device = self.arch.device
         data = torch.empty((stop - start) * row, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -197,7 +235,7 @@ class Stream:
             stored.seek(start * row)
             if stored.readinto(data.numpy().data) != len(data):
                 raise ValueError(f"{file} is shorter than it was when it was written; delete its folder and start again")
-        given = data.view(self.dtype).view(stop - start, length, self.width)
+        given = data.view(self.dtype).view(stop - start, *self.shape)
         return given.to(device, non_blocking=True).float()
 
     def rounded(self, hidden: Tensor) -> Tensor:
@@ -209,16 +247,17 @@ class Stream:
         for start in range(0, len(self.tokens), self._rows):
             yield start, min(start + self._rows, len(self.tokens))
 
-    def calls(self, part: tuple[int, int], boundary: int) -> Any:
+    def calls(self, part: tuple[int, int], boundary: int, *, teacher: bool = False) -> Any:
         """The other arguments of the call of block `boundary` for a batch; of the head, the tokens."""
         if boundary == len(self.arch.blocks):
             return self.tokens[slice(*part)]
-        return self._calls[part[1] - part[0]][boundary]
+        carried = self.folder / f"carried{'-teacher' if teacher else ''}-{part[0]:05d}"
+        return self._filled(boundary, self._calls[part[1] - part[0]][boundary], self._own_arguments(part), carried)
 
     def batches(self, boundary: int, *, teacher: bool = False) -> Iterator[tuple[Tensor, Any]]:
         """(hidden states, other arguments of the block's call) for every batch taken that enters block `boundary`."""
         for part in self.taken:
-            yield self.read(boundary, *part, teacher=teacher), self.calls(part, boundary)
+            yield self.read(boundary, *part, teacher=teacher), self.calls(part, boundary, teacher=teacher)
 
     def advance(self, block: Block, forward: Callable[[Tensor, Any], Tensor], *, teacher: bool = False) -> None:
         """Write the next boundary: forward(hidden, call) of every batch that enters `block`."""
@@ -226,6 +265,9 @@ class Stream:
         with fast_products(), replacing(target) as path, path.open("wb") as file:
             for part, (hidden, call) in zip(self.taken, self.batches(block.index, teacher=teacher), strict=True):
                 self.write(file, part, forward(hidden, call))
+        if block.carried and not teacher:
+            with torch.no_grad():
+                forward(*self.stand_in(block.index))  # later blocks read what this one adds for the short row
 
     def write(self, file: BinaryIO, part: tuple[int, int], hidden: Tensor) -> None:
         """Write the hidden states of a batch to their place in the file of a boundary."""
@@ -235,7 +277,7 @@ class Stream:
     @property
     def _row(self) -> int:
         """Bytes of the hidden states of a row."""
-        return self.tokens.shape[1] * self.width * self.dtype.itemsize
+        return self.shape.numel() * self.dtype.itemsize
 
     def bytes(self, hidden: Tensor) -> memoryview:
         """Hidden states as they are written."""
@@ -245,6 +287,54 @@ class Stream:
         """Delete a boundary that no one needs any more."""
         for teacher in (False, True):
             self.file(boundary, teacher=teacher).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Stands in a call for an argument that is in a file, under this name."""
+
+    name: str
+
+
+class _OnDisk(MutableMapping[Any, Any]):
+    """A mapping that blocks fill with tensors, or tuples of them, for later blocks: a file for every key, so that memory holds
+    none and a killed run finds them. Gradients do not pass.
+
+    A block that runs again overwrites what it wrote. The last run of a block before the next is the quantized one.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        """path: what the names of the files start with."""
+        self._path, self._device = path, device
+
+    def _file(self, key: Any) -> Path:
+        return self._path.with_name(f"{self._path.name}-{re.sub(r'[^A-Za-z0-9_]', '-', repr(key))}")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        parts = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise ValueError(f"a block keeps {type(value).__name__} for later blocks; lowbit can hand on tensors only")
+        kind = "tuple" if isinstance(value, tuple) else "tensor"
+        save_shard({f"{kind}.{i}": part.detach().cpu().clone() for i, part in enumerate(parts)}, self._file(key))
+
+    def __getitem__(self, key: Any) -> Any:
+        if not self._file(key).exists():
+            raise KeyError(key)
+        tensors = load_file(self._file(key))
+        parts = tuple(tensors[name].to(self._device) for name in sorted(tensors, key=lambda name: int(name.partition(".")[2])))
+        return parts if next(iter(tensors)).startswith("tuple") else parts[0]
+
+    def __delitem__(self, key: Any) -> None:
+        self._file(key).unlink()
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError("keys of tensors on disk are not listed")
+
+    def __len__(self) -> int:
+        raise TypeError("keys of tensors on disk are not counted")
+
+    def __bool__(self) -> bool:
+        return True
 
 
 class _Captured(Exception):

@@ -24,8 +24,9 @@ def test_least_cost_within_the_budget(decisions: list[list[tuple[float, int]]], 
     sizes = [[size for _, size in row] for row in decisions]
     low, high = sum(map(min, sizes)), sum(map(max, sizes))
     budget = int(low + share * (high - low))
-    chosen = allocate(costs, sizes, budget)
-    assert total(sizes, chosen) <= budget
+    mix = allocate(costs, sizes, budget)
+    chosen = mix.chosen
+    assert str(mix) == "proven optimal" and total(sizes, chosen) <= budget
     mixes = itertools.product(*(range(len(row)) for row in decisions))
     best = min(total(costs, mix) for mix in mixes if total(sizes, mix) <= budget)
     assert total(costs, chosen) <= best + 1e-5 * max(1.0, best)
@@ -40,8 +41,8 @@ def test_too_small_a_budget() -> None:
 def test_bits_go_where_they_matter() -> None:
     """Of two alike, the more sensitive gets the larger scheme; sensitivities the other way round, the other."""
     sizes = [[2, 4], [2, 4]]
-    assert allocate([[9.0, 1.0], [3.0, 1.0]], sizes, 6) == [1, 0]
-    assert allocate([[3.0, 1.0], [9.0, 1.0]], sizes, 6) == [0, 1]
+    assert allocate([[9.0, 1.0], [3.0, 1.0]], sizes, 6).chosen == [1, 0]
+    assert allocate([[3.0, 1.0], [9.0, 1.0]], sizes, 6).chosen == [0, 1]
 
 
 def test_a_large_model_is_planned_in_seconds() -> None:
@@ -56,6 +57,22 @@ def test_a_large_model_is_planned_in_seconds() -> None:
         sizes.append([int(weights * b / 8) for b in bits])
     budget = int(sum(row[3] for row in sizes) * 0.77)
     began = time.process_time()
-    chosen = allocate(costs, sizes, budget)
+    chosen = allocate(costs, sizes, budget).chosen
     assert time.process_time() - began < 5
     assert 0.999 * budget < total(sizes, chosen) <= budget
+
+
+def test_what_is_found_in_too_little_time() -> None:
+    """Without time for the solver the mix is within the budget and not much worse, and says that it is not proven."""
+    chance = random.Random(1)
+    costs = [[chance.random() * 4.0**-j for j in range(6)] for _ in range(200)]
+    sizes = [[int(1000 * chance.random() * (j + 1)) + 1 for j in range(6)] for _ in range(200)]
+    budget = int(0.4 * sum(map(max, sizes)))
+    best, hasty = allocate(costs, sizes, budget), allocate(costs, sizes, budget, seconds=1e-6)
+    assert str(best) == "proven optimal" and best.gap == 0
+    assert hasty.gap is None or hasty.gap > 0
+    assert str(hasty).startswith("best found in ") and "gap" in str(hasty)
+    assert total(sizes, hasty.chosen) <= budget
+    assert total(costs, best.chosen) <= total(costs, hasty.chosen) <= 1.1 * total(costs, best.chosen)
+    if hasty.gap is not None:
+        assert total(costs, hasty.chosen) * (1 - hasty.gap) <= total(costs, best.chosen) * (1 + 1e-6)

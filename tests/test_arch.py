@@ -2,6 +2,8 @@
 transformers."""
 
 import json
+import resource
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lowbit.arch import Arch, Linear, Tap, addresses, discover, site_of
-from lowbit.source import open_source
+from lowbit.source import Source, open_source
 
 Folder = Callable[[str], Path]
 
@@ -442,7 +444,7 @@ def test_broken_chain_is_refused(folder: Folder, monkeypatch: pytest.MonkeyPatch
     hook.remove()
 
 
-def test_token_dependent_inputs_are_refused(folder: Folder) -> None:
+def test_inputs_that_depend_on_the_tokens_are_seen(folder: Folder) -> None:
     """A model that hands its blocks something that depends on the tokens."""
     arch = Arch(open_source(str(folder("llama"))))
     inner: Any = arch.model.get_submodule("model")
@@ -454,8 +456,9 @@ def test_token_dependent_inputs_are_refused(folder: Folder) -> None:
         return plain(input_ids=input_ids, **kwargs)
 
     inner.forward = forward
-    with pytest.raises(ValueError, match="token-dependent inputs beside the hidden states"):
-        arch.probe()
+    arch.probe()
+    assert all(len(block.varying) == 1 for block in arch.blocks)
+    assert arch.calls_differ
 
 
 def test_missing_tensors_are_named(damaged: Path) -> None:
@@ -522,3 +525,71 @@ def test_points_of_scans(name: str, scans: list[int], tmp_path: Path, monkeypatc
         other.probe()
         assert not any(block.points for block in other.blocks)
         assert any("a scan that lowbit does not know" in reason for block in other.blocks for _, reason in block.skipped)
+
+
+# ------------------------------------------------------------------------------------------ a config that is not the weights'
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, 10**9) for key in ("num_hidden_layers", "vocab_size", "head_dim", "intermediate_size", "hidden_size")),
+        *((key, 10**9) for key in ("num_attention_heads", "num_key_value_heads", "num_labels")),
+        *(
+            ("num_hidden_layers", 2000),
+            ("hidden_size", 2**31),
+            ("intermediate_size", 2**62),
+            ("vocab_size", -1),
+            ("head_dim", 0),
+        ),
+        *(("vocab_size", 127), ("intermediate_size", 136), ("pad_token_id", 200), ("hidden_act", "x")),
+        *(("rope_parameters", {"rope_type": "x"}), ("dtype", "x"), ("hidden_size", "64"), ("num_attention_heads", [4])),
+        *(
+            ("architectures", [3]),
+            ("architectures", "LlamaForCausalLM"),
+            ("architectures", [{}]),
+            ("architectures", ["logging"]),
+        ),
+        *(("architectures", ["Trainer"]), ("architectures", ["pipeline"]), ("architectures", ["BertForMaskedLM"])),
+        *(("model_type", ["llama"]), ("model_type", {}), ("model_type", "x"), ("rope_scaling", [1])),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_config_of_other_weights(tmp_path: Path, key: str, value: Any) -> None:
+    """Told at once, with the file, before anything is made in its size."""
+    tiny.save("llama", tmp_path, dtype=torch.bfloat16)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    source = Source(tmp_path)
+    began = time.process_time()
+    with pytest.raises(ValueError) as caught:
+        Arch(source)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    if value == 10**9:
+        assert f"{key} = 1000000000" in str(caught.value) or key in ("num_attention_heads", "head_dim")
+    assert time.process_time() - began < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4e6
+
+
+def test_a_weight_of_other_dimensions(tmp_path: Path) -> None:
+    """Found in the headers."""
+    tiny.save("llama", tmp_path, dtype=torch.bfloat16, max_shard_size="1GB")
+    path = tmp_path / "model.safetensors"
+    name = "model.layers.1.mlp.up_proj.weight"
+    whole = load_file(path)
+    for spoiled in (whole[name][None], whole[name].flatten(), whole[name][:-1], whole[name].T):
+        save_file(whole | {name: spoiled.contiguous()}, path)
+        with pytest.raises(ValueError, match=rf"{name} has shape \[{', '.join(map(str, spoiled.shape))}\]"):
+            Arch(Source(tmp_path))
+    save_file(whole | {name: whole[name].view(torch.int16)}, path)
+    with pytest.raises(ValueError, match=f"model.safetensors: {name} is stored as I16; lowbit quantizes"):
+        Arch(Source(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"max_new_tokens": [1]}'])
+def test_broken_settings_of_generation(tmp_path: Path, text: str) -> None:
+    """Found when the model is opened, so before it is quantized."""
+    tiny.save("llama", tmp_path, dtype=torch.bfloat16)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match="generation_config.json"):
+        Arch(Source(tmp_path))

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it returns, what it refuses in one line, and silence where no one looks."""
 
+import errno
 import io
 import json
 import os
@@ -323,18 +324,107 @@ def test_status(
     assert command("quantize", "model", "--out", tmp_path / "out", "--scheme", "w4a16") == (status, "", message)
 
 
-def test_other_errors_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of lowbit itself keeps its traceback."""
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (ValueError("a\n  b"), 2, r"a   b"),
+        (ImportError("gguf"), 2, r"gguf"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 400), 2, r"x{300}: File name too long"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), 2, r"a/b: Permission denied"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/b"),
+            2,
+            r"a/b: the disk is full \(.*\); free some space and run .*",
+        ),
+        (MemoryError(), 2, r"out of memory \(of the machine\); use a machine .*"),
+        (torch.OutOfMemoryError("CUDA out\nof memory"), 2, r"out of memory \(CUDA out of memory\); use a machine .*"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 GB"), 2, r"out of memory \(Default.*\); .*"),
+        (KeyboardInterrupt(), 130, r"interrupted; the same command run again goes on from there"),
+        (
+            KeyError("turned"),
+            1,
+            r"a fault of lowbit, not of what you gave it: KeyError: 'turned' \(test_cli.py:\d+\)\. .*\.log",
+        ),
+        (RuntimeError("gate:\n..."), 1, r"a fault of lowbit.* RuntimeError: gate: \.\.\. \(test_cli.py:\d+\)\. .*\.log"),
+        (OSError("without a file"), 1, r"a fault of lowbit.*"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_errors(
+    error: BaseException, status: int, told: str, debug: bool, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line for each kind; a fault of lowbit leaves its traceback in a file, and --debug prints it."""
 
     def quantize(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("gate: ...")
+        raise error
 
     monkeypatch.setattr("lowbit.run.quantize", quantize)
-    with pytest.raises(RuntimeError, match="gate"):
-        main(["quantize", "model", "--out", str(tmp_path / "out"), "--scheme", "w4a16"])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    given = ["quantize", "model", "--out", "out", "--scheme", "w4a16", *(["--debug"] if debug else [])]
+    found, out, err = command(*given)
+    assert (found, out) == (status, "")
+    *before, line, end = err.split("\n")
+    assert end == "" and re.fullmatch(f"lowbit: {told}", line), line
+    assert bool(before) == (debug and status != 130) and ("Traceback" in err) == bool(before)
+    logs = list(tmp_path.glob("lowbit-*.log"))
+    assert len(logs) == (status == 1)
+    for log in logs:
+        text = log.read_text()
+        assert str(log) in line and "Traceback" in text and "test_cli.py" in text and __version__ in text and "--scheme" in text
+        assert log.stat().st_mode & 0o077 == 0
+
+
+def test_help_says_what_the_status_means(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert "exit status: 0 done; 2 something given is wrong" in out and "1 a fault of" in out and "--debug" in out
 
 
 # ------------------------------------------------------------------------------------------------------------------- eval
+
+
+@pytest.mark.parametrize("report", ["{}", "[]", "{", '{"evaluations": {}}', None])
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_eval_prints_whatever_becomes_of_the_report(
+    command: Command,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    report: str | None,
+    form: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A report of another program is left alone; one that cannot be written is no reason to lose the figures."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    if report is not None:
+        (folder / "report.json").write_text(report)
+    else:
+
+        def add(*given: Any) -> None:
+            raise OSError(errno.EROFS, "Read-only file system", "x")
+
+        monkeypatch.setattr("lowbit.report.add_evaluation", add)
+    status, out, err = command("eval", folder, "--data", text, "--window", "32", "--limit", "2", *form)
+    assert status == 0 and (json.loads(out)["perplexity"] > 1 if form else out.startswith("perplexity "))
+    assert err.count("\n") == 1 and err.startswith(f"warning: {folder / 'report.json'} does not get this evaluation: ")
+    assert report is None or (folder / "report.json").read_text() == report
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_eval_keeps_figures_when_tasks_fail(
+    command: Command, quantized: Path, text: Path, tmp_path: Path, form: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(quantized, tmp_path / "out"))
+
+    def fail(*given: Any, **more: Any) -> None:
+        raise ValueError("no such task")
+
+    monkeypatch.setattr("lowbit.evaluate.run_tasks", fail)
+    status, out, err = command("eval", folder, "--data", text, "--window", "32", "--limit", "2", "--tasks", "x", *form)
+    assert status == 2 and err == "lowbit: no such task\n" and "perplexity" in out
+    assert len(report_of(folder)["evaluations"]) == 1
 
 
 def test_eval_prints_and_appends(command: Command, model: Path, quantized: Path, text: Path, tmp_path: Path) -> None:
@@ -383,7 +473,7 @@ def test_eval_refuses(command: Command, quantized: Path, tmp_path: Path) -> None
     assert_refused(command("eval", quantized, "--data", tmp_path / "empty.txt"), "empty.txt holds no text")
     assert_refused(command("eval", tmp_path / "nowhere", "--data", tmp_path / "empty.txt"), "nowhere")
     bare = Path(shutil.copytree(quantized, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*")))
-    assert_refused(command("eval", bare, "--data", tmp_path / "empty.txt"), "has no tokenizer that transformers can load")
+    assert_refused(command("eval", bare, "--data", tmp_path / "empty.txt"), "has no tokenizer (tokenizer.json")
     assert (quantized / "report.json").read_bytes() == before
 
 

@@ -244,11 +244,11 @@ def test_run_of_a_compressed_source(tmp_path: Path) -> None:
     assert torch.equal(model(tokens).logits, load(str(tmp_path / "out"))(tokens).logits)
 
 
-def test_gpt_oss_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpt_oss_run(tmp_path: Path) -> None:
     gpt_oss(tmp_path / "model")
     command = ["quantize", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--scheme", "w4a16-g32"]
-    assert main([*command, "--format", "lowbit"]) == 0
-    assert "note: The source was quantized already (mxfp4): what was lost before is lost" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=r"The source was quantized already \(mxfp4\): what was lost before is lost"):
+        assert main([*command, "--format", "lowbit"]) == 0
     assert "quantization_config" in json.loads((tmp_path / "out" / "config.json").read_text())
     assert type(open_checkpoint(str(tmp_path / "out"))) is QuantizedSource
 
@@ -309,3 +309,83 @@ def test_quantization_of_the_text_part(tmp_path: Path) -> None:
 def test_inspection(tmp_path: Path) -> None:
     fp8_llama(tmp_path)
     assert summary_of(str(tmp_path))["format"] == "fp8, blocks of 32 x 32"
+
+
+# -------------------------------------------------------------------------------------------------------------- resuming
+class Stopped(BaseException):
+    """Thrown in the middle of a run."""
+
+
+def test_what_is_stored_is_compared(tmp_path: Path) -> None:
+    """An unfinished run goes on from the stored tensors that it has read, and another scale is another model."""
+    fp8_llama(tmp_path / "model")
+    given: dict[str, Any] = {"scheme": "w4a16-g32", "method": "gptq", "data": DATA}
+    quantize(str(tmp_path / "model"), tmp_path / "whole", **given)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("quantizing", 1):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        quantize(str(tmp_path / "model"), tmp_path / "out", progress=progress, **given)
+    shard = tmp_path / "model" / "model.safetensors"
+    good, source = shard.read_bytes(), Source(tmp_path / "model")
+    tensors = source.read(list(source.tensors))
+    name = next(name for name in tensors if name.endswith("_scale_inv"))
+    tensors[name].view(-1)[0] *= 2
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"unfinished run of another model: .* {name} changed"):
+        quantize(str(tmp_path / "model"), tmp_path / "out", **given)
+    shard.write_bytes(good)
+    quantize(str(tmp_path / "model"), tmp_path / "out", **given)
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_a_tensor_that_changes_while_it_is_used(tmp_path: Path) -> None:
+    """Parts of a weight are looked at whenever it is read."""
+    fp8_llama(tmp_path)
+    source = open_source(str(tmp_path))
+    source.track()
+    (name,) = (name for name in source.tensors if name.endswith("layers.0.self_attn.q_proj.weight"))
+    source.read([name])
+    assert set(source.contents()["tensors"]) == set(source.stored)
+    tensors = Source(tmp_path).read(list(source.stored))
+    tensors[f"{name}_scale_inv"].view(-1)[0] *= 2
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"tensor {name}_scale_inv is not what it was when it was read before"):
+        source.read([name])
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"transform_config": {"config_groups": {"u": {}}}}, "has transforms or sparsity"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "has transforms or sparsity"),
+        ({"config_groups": 3}, "compressed-tensors does not read quantization_config"),
+        ({"ignore": ["re:(([a-z_.0-9])+)+\\W$"] * 50}, "takes too long to match"),
+    ],
+)
+def test_descriptions_of_compressed_sources(tmp_path: Path, edit: dict[str, Any], message: str) -> None:
+    """They are read as those of checkpoints that lowbit computes with, and no less carefully."""
+    tiny.save("llama_untied", tmp_path / "model", dtype=torch.bfloat16)
+    quantize(str(tmp_path / "model"), tmp_path / "out", scheme="w8a8-astatic", data=DATA)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["sparsity_config"] = {"format": "dense"}
+    path.write_text(json.dumps(config))
+    assert "int-quantized" in str(open_source(str(tmp_path / "out")).quantization)
+    config["quantization_config"] |= edit
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        open_source(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("size", ["x", [32], [0, 32], [32.0, 32]])
+def test_block_sizes_that_are_none(tmp_path: Path, size: Any) -> None:
+    fp8_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = size
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"weight_block_size in config\.json is .*; allowed are two whole numbers above 0"):
+        open_source(str(tmp_path))

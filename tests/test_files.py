@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lowbit.files import TEMPORARY, replacing, write_json
+from lowbit.files import TEMPORARY, replacing, save_shard, write_json, write_text
 
 
 def test_replacing_writes(tmp_path: Path) -> None:
@@ -18,7 +19,7 @@ def test_replacing_writes(tmp_path: Path) -> None:
         temporary.write_bytes(b"new")
         assert not path.exists()
         assert temporary.parent == tmp_path
-        assert temporary.name == "model.safetensors" + TEMPORARY
+        assert temporary.name.startswith("model.safetensors.") and temporary.name.endswith(TEMPORARY)
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -42,19 +43,10 @@ def test_replacing_and_an_exception(tmp_path: Path, error: type[BaseException]) 
             temporary.write_bytes(b"half of what was to be wri")
             raise error
     assert old.read_bytes() == b"old"
-    assert not absent.exists()
+    assert list(tmp_path.iterdir()) == [old]
     with replacing(old) as temporary:
         temporary.write_bytes(b"new")
     assert old.read_bytes() == b"new"
-
-
-def test_replacing_nothing_written(tmp_path: Path) -> None:
-    """A block that writes nothing does not make a file, and leaves the old one."""
-    path = tmp_path / "a"
-    path.write_bytes(b"old")
-    with pytest.raises(FileNotFoundError), replacing(path):
-        pass
-    assert path.read_bytes() == b"old"
 
 
 def test_replacing_flushes_before_it_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,12 +70,55 @@ def test_replacing_flushes_before_it_renames(tmp_path: Path, monkeypatch: pytest
     assert events == ["flush 5 bytes", "rename to a", "flush folder"]
 
 
-def test_replacing_lets_others_read(tmp_path: Path) -> None:
-    """Whatever the permissions with which the writer creates files."""
-    path = tmp_path / "a"
-    with replacing(path) as temporary:
-        temporary.touch(mode=0o600)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_replacing_obeys_the_umask(tmp_path: Path, umask: int) -> None:
+    """Whatever the permissions with which the writer creates files, and those of the file before."""
+    path, shard = tmp_path / "a", tmp_path / "shard"
+    path.touch(mode=0o640)
+    before = os.umask(umask)
+    try:
+        with replacing(path) as temporary:
+            temporary.chmod(0o600)
+        save_shard({"x": torch.zeros(2)}, shard)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (path, shard)] == [0o666 & ~umask] * 2
+
+
+def test_replacing_follows_no_link(tmp_path: Path) -> None:
+    """A link at the name is replaced; a link at the temporary name is never written through, and left alone."""
+    victim, path = tmp_path / "victim", tmp_path / "a"
+    victim.write_text("precious")
+    victim.chmod(0o600)
+    path.symlink_to(victim)
+    guess = tmp_path / ("a" + TEMPORARY)
+    guess.symlink_to(victim)
+    write_json(path, {})
+    assert not path.is_symlink() and json.loads(path.read_text()) == {}
+    assert victim.read_text() == "precious" and stat.S_IMODE(victim.stat().st_mode) == 0o600 and guess.is_symlink()
+
+
+def test_replacing_refuses_a_taken_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if somebody guesses it."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0")
+    (tmp_path / f"a.0{TEMPORARY}").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_json(tmp_path / "a", {})
+    assert victim.read_text() == "precious" and (tmp_path / f"a.0{TEMPORARY}").is_symlink()
+
+
+def test_replacing_a_long_name(tmp_path: Path) -> None:
+    """As long as the file system allows."""
+    path = tmp_path / ("x" * 250 + ".json")
+    write_json(path, [1])
+    assert json.loads(path.read_text()) == [1]
+
+
+def test_text(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "Größe\n")
+    assert (tmp_path / "a").read_bytes() == "Größe\n".encode()
 
 
 @pytest.mark.parametrize(

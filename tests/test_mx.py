@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import FORMATS, Format
-from lowbit.qtensor import Spec, dequantize, fake_quantize_input, find_params, parse_scheme, quantize
+from lowbit.qtensor import Spec, dequantize, fake_quantize_input, find_params, parse_scheme, quantize, validate
 
 ELEMENTS = ["fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1", "mxint8", "mxint6", "mxint4"]
 RULES = ["floor", "even", "ceil"]
@@ -170,3 +170,35 @@ def test_the_transcription_itself() -> None:
     assert mx_spec.convert([7.5, 0.25, 0.75, -2.5, 5.0], "fp4_e2m1", "even") == [8.0, 0.0, 1.0, -2.0, 4.0]
     assert mx_spec.convert([7.5, 0.25], "fp4_e2m1", "ceil") == [8.0, 0.0]
     assert mx_spec.convert([127.0, 63.5], "mxint8") == [127.0, 64.0]
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    "name", ["mxfp4", "mxfp6", "mxfp8", "mxfp8-floor", "mxint8", "nvfp4", "w8a8-ag32", "w8a8-ag32-aasym", "fp8"]
+)
+def test_an_overflow_spoils_its_block(name: str, bad: float) -> None:
+    """All that shares a scale with an infinity or a NaN is NaN (microxcaling: the shared exponent is); nothing else is."""
+    given = parse_scheme(name).input
+    assert given is not None
+    x = torch.randn(3, 64)
+    clean = fake_quantize_input(x, given, 4.0)
+    spoilt = x.clone()
+    spoilt[1, 5] = bad
+    found = fake_quantize_input(spoilt, given, 4.0)
+    size = given.group_size(64)
+    assert bool(found[1, :size].isnan().all())
+    found[1, :size] = clean[1, :size]
+    assert torch.equal(found, clean)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    "name", ["mxfp4", "mxfp6a16", "mxfp8", "mxint8", "nvfp4", "w4a16-g32", "w4a16-g32-asym", "fp8", "kmeans3"]
+)
+def test_weights_that_are_not_finite_are_refused(name: str, bad: float) -> None:
+    scheme = parse_scheme(name)
+    w = torch.randn(4, 64)
+    w[2, 40] = bad
+    q = quantize(w, find_params(w, scheme.weight, scale_dtype=torch.bfloat16), scheme.weight)
+    with pytest.raises(ValueError, match="proj: .* not finite"):
+        validate(q, "proj")

@@ -1,5 +1,6 @@
 """The pages of a comparison and of a run: everything in them, nothing from elsewhere, and what a browser makes of them."""
 
+import json
 import math
 import random
 import re
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
-from lowbit.page import by_layer, comparison_page, report_page
+from lowbit.page import by_layer, check_figure, comparison_page, report_page, save_figure
 
 BLOCKS, KINDS = 32, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAMES = [f"model.layers.{block}.self_attn.{kind}" for block in range(BLOCKS) for kind in KINDS]
@@ -40,6 +42,7 @@ def row(number: int) -> dict[str, Any]:
         },
         "bytes": 10**9 + number * 10**8,
         "bits": 4.1,
+        "loss": 0.01 * (number + 1),
         "seconds": 61.0,
         "peak_rss": 2 * 10**9,
         "load_seconds": 1.5,
@@ -244,6 +247,28 @@ def test_notes_of_a_run_are_on_top(report: dict[str, Any]) -> None:
     top = report_page(report | {"notes": ["The source was quantized already <fp8>."]}).partition("<h2>Result")[0]
     assert "The source was quantized already &lt;fp8&gt;." in top
     assert "quantized already" not in report_page(report)
+
+
+def test_names_are_no_formulas(comparison: dict[str, Any]) -> None:
+    """matplotlib would read what is between two dollars as one, and this as a bad one."""
+    named = json.loads(json.dumps(comparison).replace("recipe <1>", "a$^$b").replace("q_proj", "q$^$proj"))
+    page = comparison_page(named)
+    assert page.count("a$^$b") == comparison_page(comparison).count("recipe &lt;1&gt;") and "q$^$proj" in page
+
+
+@pytest.mark.parametrize("name", ["roofline", "roofline.xyz", ".png"])
+def test_pictures_of_no_format(name: str) -> None:
+    with pytest.raises(ValueError, match=r"does not end in a format of pictures; allowed are .*\.png"):
+        check_figure(name)
+
+
+def test_pictures(tmp_path: Path) -> None:
+    """Written by the ending of the name, not through a link."""
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "a.PNG").symlink_to(tmp_path / "victim")
+    check_figure(tmp_path / "a.PNG")
+    save_figure(Figure(), tmp_path / "a.PNG")
+    assert (tmp_path / "a.PNG").read_bytes().startswith(b"\x89PNG") and (tmp_path / "victim").read_text() == "precious"
 
 
 def test_by_layer() -> None:

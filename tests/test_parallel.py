@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from training import Setting
 
 from lowbit import parallel, run
 from lowbit.data import DataSpec
+from lowbit.journal import _locked
 from lowbit.methods.mrem import plan_of
 from lowbit.parallel import Message, Passed, Queue, backend_of, judging, launch, lead, parallel_step, shares
 from lowbit.qtensor import parse_scheme
@@ -385,4 +387,56 @@ def test_a_dead_process(llama: Path, whole: Path, tmp_path: Path, monkeypatch: p
         quantize(str(llama), tmp_path / "out", parallel=2, deterministic=True, progress=progress, **what)
     assert all(process.poll() is not None for process in started)
     quantize(str(llama), tmp_path / "out", parallel=2, deterministic=True, **what)
+    assert weights(tmp_path / "out") == weights(whole)
+
+
+@pytest.mark.parametrize("survive", [False, True])
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only the lock is shared")
+def test_processes_of_a_dead_parent(survive: bool, tmp_path: Path) -> None:
+    """They end with it; while one of them lives, whatever happens, the journal's lock is held."""
+    free = "import ctypes; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n" if survive else ""
+    script = f"{free}import os, time; print('step', os.getpid(), flush=True); time.sleep(100)"
+    code = (
+        "from pathlib import Path; from lowbit.journal import _locked; from lowbit.parallel import launch\n"
+        f"work = Path({str(tmp_path)!r})\n"
+        "with _locked(work, 'busy') as lock:\n"
+        f"    launch({script!r}, work, [range(1), range(1, 2)], lambda done: None, [lock.fileno()])"
+    )
+    logs = [tmp_path / f"rank-{rank}.log" for rank in range(2)]
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        while not all(log.exists() and "step" in log.read_text() for log in logs):
+            assert parent.poll() is None
+            time.sleep(0.02)
+        with pytest.raises(ValueError, match="busy"), _locked(tmp_path, "busy"):
+            pass
+        parent.kill()
+    ranks = [int(log.read_text().split()[1]) for log in logs]
+    if survive:
+        with pytest.raises(ValueError, match="busy"), _locked(tmp_path, "busy"):
+            pass
+        for rank in ranks:
+            os.kill(rank, signal.SIGKILL)
+    with _locked(tmp_path, "busy"):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [".work/trained/training-00001-mrem", ".work/parallel-done.json", ".work/block-00000.json"])
+def test_damage_after_a_parallel_training(
+    name: str, llama: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is trained again, since what it went through is not kept."""
+    plain = run._write_record
+
+    def killed(unit: Any, *given: Any) -> None:
+        plain(unit, *given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "_write_record", killed)
+        quantize(str(llama), tmp_path / "out", parallel=2, deterministic=True, **options(steps=12))
+    path = tmp_path / "out.partial" / name
+    path.write_bytes(path.read_bytes()[:-2] + b"xx")
+    with pytest.warns(UserWarning, match="was damaged"):
+        quantize(str(llama), tmp_path / "out", parallel=2, deterministic=True, **options(steps=12))
     assert weights(tmp_path / "out") == weights(whole)

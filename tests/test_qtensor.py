@@ -686,3 +686,54 @@ def test_validate_codes() -> None:
         validate(QTensor(torch.zeros(2, 4, dtype=torch.uint8), scale, None, Spec(format=integer(4))), "w")
     with pytest.raises(ValueError, match=r"^w: codes are torch\.int8, fp8_e4m3 needs torch\.uint8"):
         validate(QTensor(torch.zeros(2, 4, dtype=torch.int8), scale, None, Spec(format=FP8_E4M3)), "w")
+
+
+@pytest.mark.parametrize("bad", [(-9, 0), (8, 0), (0, -9), (0, 8)])
+def test_validate_the_range_of_codes_and_zeros(bad: tuple[int, int]) -> None:
+    """Four bits are -8 .. 7, whatever fits into a byte; MXINT does not use the lowest."""
+    codes, zero = torch.zeros(2, 4, dtype=torch.int8), torch.zeros(2, 1, dtype=torch.int8)
+    spec = Spec(format=integer(4), symmetric=False)
+    validate(QTensor(codes, torch.ones(2, 1), zero, spec), "w")
+    codes[1, 2], zero[1, 0] = bad
+    with pytest.raises(ValueError, match=r"^w: a (code|zero point) lies outside -8 \.\. 7, the range of int4"):
+        validate(QTensor(codes, torch.ones(2, 1), zero, spec), "w")
+    lowest = QTensor(torch.full((2, 4), -8, dtype=torch.int8), torch.ones(2, 1), None, Spec(format=FORMATS["mxint4"]))
+    with pytest.raises(ValueError, match=r"^w: a code lies outside -7 \.\. 7"):
+        validate(lowest, "w")
+
+
+@pytest.mark.parametrize(("name", "code"), [("fp8_e4m3", 0x7F), ("fp8_e4m3", 0xFF), ("fp8_e5m2", 0x7C), ("fp8_e5m2", 0xFE)])
+def test_validate_codes_that_are_no_numbers(name: str, code: int) -> None:
+    codes = torch.zeros(2, 4, dtype=torch.uint8)
+    codes[0, 1] = code
+    with pytest.raises(ValueError, match=f"^w: a code of {name} is no number"):
+        validate(QTensor(codes, torch.ones(2, 1), None, Spec(format=FORMATS[name])), "w")
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "w4a16-g32",
+        "w4a16-g32-asym",
+        "w8a16",
+        "w4a16-tensor",
+        "w4a8-g32-two",
+        "fp8",
+        "mxfp4",
+        "mxint4",
+        "nvfp4",
+        "nf4",
+        "kmeans3",
+        "bcq2",
+    ],
+)
+@pytest.mark.parametrize("rows", [slice(1, 2), slice(None)])
+def test_rows_of_zeros_have_scales_that_are_valid(scheme: str, rows: slice) -> None:
+    """A scale of zero is never written, so that a reader may refuse it."""
+    w, spec = torch.randn(3, 64), parse_scheme(scheme).weight
+    w[rows] = 0
+    for steps in (0, 20):
+        spec = replace(spec, group=32) if spec.group > 64 else spec
+        q = quantize(w, find_params(w, spec, scale_dtype=torch.float16, shrink_steps=steps), spec)
+        validate(q, "w")
+        assert not bool(dequantize(q)[rows].any())

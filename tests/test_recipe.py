@@ -1,6 +1,7 @@
 """Recipes: what is read, what is refused before any work, and which linear gets which scheme."""
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -454,3 +455,13 @@ def test_several_steps_in_one_word() -> None:
 def test_several_steps_refused(method: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         short_recipe(scheme="w4a8", method=method, options=options, data=DataSpec(source="random"))
+
+
+def test_an_expression_that_would_take_for_ever() -> None:
+    """As a recipe of someone else may have it; whatever other rules find."""
+    given = recipe(Rule(match=r"(([a-z_.0-9])+)+\W$", scheme="w8a8"), Rule(match="", scheme="w4a16"))
+    names = [f"model.layers.{i}.self_attn.with_a_name_that_is_long.q_proj" for i in range(1000)]
+    began = time.process_time()
+    with pytest.raises(ValueError, match="the recipe: the regular expression .* takes too long to match"):
+        given.schemes(names)
+    assert time.process_time() - began < 1

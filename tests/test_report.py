@@ -184,6 +184,17 @@ def test_markdown_of_everything(report: dict[str, Any]) -> None:
     assert "None" not in text
 
 
+def test_markdown_is_no_markup(report: dict[str, Any]) -> None:
+    """Names come from strangers, and viewers of Markdown run HTML."""
+    bad = "<script>alert(1)</script>&"
+    report["model"]["name"] = report["linears"][0]["name"] = report["linears"][0]["method"] = bad
+    report["recipe"]["rules"][0]["match"] = report["float_matrices"][0]["name"] = report["versions"][bad] = bad
+    report["linears"][0]["warnings"] = [bad]
+    text = markdown(report)
+    assert "<" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;") >= 7
+    assert report["model"]["name"] == bad
+
+
 def test_markdown_of_warnings(report: dict[str, Any]) -> None:
     """One line for each, with the linear it is about."""
     report["linears"][1]["warnings"] = ["no token | reached it", "and another"]

@@ -1,10 +1,11 @@
 """Checkpoint folders, whole and damaged in every way that a reader meets."""
 
 import json
+import os
 import re
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowbit.source import Source, TensorInfo, index_name, open_source, read_json, shard_name
+from lowbit import source as source_module
+from lowbit.source import Source, TensorInfo, deeper_than, index_name, open_source, read_json, shard_name
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -363,13 +365,147 @@ def test_side_files(sharded: Path) -> None:
     assert [path.relative_to(sharded).as_posix() for path in found] == sorted(wanted)
 
 
-def test_side_files_in_a_hidden_place(tmp_path: Path) -> None:
-    """The hub's cache lies in a hidden folder; only what is inside the checkpoint counts. Its files are links."""
-    folder = write_single(tmp_path / ".cache" / "snapshot")
-    blob = tmp_path / "blob"
-    blob.write_text("x")
-    (folder / "tokenizer.json").symlink_to(blob)
-    assert open_source(str(folder)).side_files() == [folder / "tokenizer.json"]
+def test_side_files_of_the_hub(tmp_path: Path) -> None:
+    """A snapshot in the hub's cache, which is hidden and has links to the blobs beside it."""
+    repository = tmp_path / ".cache" / "models--org--name"
+    folder = write_single(repository / "snapshots" / "123")
+    (repository / "blobs").mkdir()
+    (repository / "blobs" / "abc").write_text("x")
+    (folder / "tokenizer.json").symlink_to("../../blobs/abc")
+    (folder / "more").mkdir()
+    (folder / "more" / "vocab.txt").symlink_to("../../../blobs/abc")
+    (tmp_path / "link").symlink_to(folder)
+    assert open_source(str(folder)).side_files() == [folder / "more" / "vocab.txt", folder / "tokenizer.json"]
+    assert len(open_source(str(tmp_path / "link")).side_files()) == 2
+    (folder / "more" / "stolen").symlink_to(tmp_path / "secret")
+    (tmp_path / "secret").write_text("x")
+    with pytest.raises(ValueError, match=r"more/stolen is a link to .*/secret, outside the model's folder"):
+        open_source(str(folder)).side_files()
+
+
+def test_side_files_are_no_links(tmp_path: Path) -> None:
+    """Within the folder they may be; elsewhere not, whatever the folder around is called; broken ones are nothing."""
+    folder = write_single(tmp_path / "snapshots" / "model")
+    (folder / "a.txt").write_text("x")
+    (folder / "b.txt").symlink_to("a.txt")
+    (folder / "broken.txt").symlink_to("nothing")
+    assert [path.name for path in open_source(str(folder)).side_files()] == ["a.txt", "b.txt"]
+    (tmp_path / "blobs.txt").write_text("x")
+    (folder / "c.txt").symlink_to("../../blobs.txt")
+    with pytest.raises(ValueError, match=r"c\.txt is a link to "):
+        open_source(str(folder)).side_files()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "more/x.jinja", "linked"])
+def test_pipes_are_not_opened(tmp_path: Path, name: str) -> None:
+    """Opening one would wait for a writer for ever."""
+    folder = write_single(tmp_path / "model")
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if name == "linked":
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to(tmp_path / "pipe")
+    else:
+        os.mkfifo(path)
+    refused(folder, f"{name} is a pipe, not a file; remove it")
+
+
+def test_devices_are_not_opened(tmp_path: Path) -> None:
+    folder = write_single(tmp_path / "model")
+    (folder / "vocab.txt").symlink_to("/dev/zero")
+    refused(folder, "vocab.txt is a device, not a file")
+
+
+def test_a_folder_for_a_file(tmp_path: Path) -> None:
+    folder = write_single(tmp_path / "model")
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    refused(folder, "config.json is a folder, not a file")
+
+
+@pytest.mark.parametrize(
+    "name", ["../elsewhere/x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "", "a\0b", "x" * 300]
+)
+def test_an_index_names_files_of_its_folder(sharded: Path, name: str) -> None:
+    index = sharded / index_name()
+    weights = json.loads(index.read_text())["weight_map"]
+    write_json(index, {"weight_map": weights | {"norm.weight": name}})
+    refused(sharded, f"names the shard {name[:60]!r}; allowed are names of files in its folder")
+
+
+def test_an_index_may_name_a_folder_within(sharded: Path) -> None:
+    index = sharded / index_name()
+    weights = json.loads(index.read_text())["weight_map"]
+    (sharded / "more").mkdir()
+    (sharded / SECOND).rename(sharded / "more" / SECOND)
+    write_json(index, {"weight_map": {k: f"more/{v}" if v == SECOND else v for k, v in weights.items()}})
+    assert torch.equal(open_source(str(sharded)).read(["norm.weight"])["norm.weight"], tensors()["norm.weight"])
+
+
+@pytest.fixture
+def nobody() -> Iterator[None]:
+    """Not to be root, who may read everything."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        yield
+        os.seteuid(0)
+    else:
+        yield
+
+
+def open_to_all(tmp_path: Path) -> None:
+    """Let any user into a folder of pytest's."""
+    for folder in (tmp_path, *tmp_path.parents):
+        folder.chmod(0o755)
+        if folder.name.startswith("pytest-of-"):
+            return
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_unreadable(tmp_path: Path, name: str, request: pytest.FixtureRequest) -> None:
+    """What may not be read is not called damaged."""
+    folder = write_single(tmp_path / "model")
+    open_to_all(tmp_path)
+    (folder / name).chmod(0)
+    request.getfixturevalue("nobody")
+    refused(folder, f"{name} cannot be read (Permission denied)")
+
+
+def test_unreadable_side_file(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Found when the run starts, not when it ends."""
+    folder = write_single(tmp_path / "model")
+    (folder / "model.safetensors").chmod(0o644)
+    (folder / "README.md").touch(mode=0)
+    open_to_all(tmp_path)
+    request.getfixturevalue("nobody")
+    with pytest.raises(ValueError, match=r"README.md cannot be read"):
+        open_source(str(folder)).side_files()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, '{"a":' + "[" * 150 + "]" * 150 + "}"], ids=["far", "some"])
+def test_deep_json(tmp_path: Path, text: str) -> None:
+    """Python's own reader, or whoever walks through the value, runs out of stack."""
+    folder = write_single(tmp_path / "model")
+    (folder / "config.json").write_text(text)
+    refused(folder, "config.json", "")
+    with pytest.raises(ValueError, match=r"config.json (is nested more than 100 levels deep|is not valid JSON)"):
+        read_json(folder / "config.json", "x")
+
+
+def test_deeper_than() -> None:
+    assert not deeper_than({"a": [1, {"b": 2}]}, 3) and deeper_than({"a": [1, {"b": 2}]}, 2)
+    assert not deeper_than(1, 0) and deeper_than([], 0)
+
+
+@pytest.mark.parametrize("value", ["text", {"quant_method": "x"}, ["a"]])
+def test_quantized_however_described(tmp_path: Path, value: Any) -> None:
+    refused(write_single(tmp_path, quantization_config=value), "is quantized already")
+
+
+def test_a_folder_with_the_mark_of_the_own_format(tmp_path: Path) -> None:
+    (write_single(tmp_path) / "lowbit.json").write_text("{}")
+    refused(tmp_path, "is quantized already (it has lowbit.json)")
 
 
 # --------------------------------------------------------------------------------------------------------- fingerprint
@@ -414,12 +550,80 @@ def test_fingerprint_of_other_names(tmp_path: Path) -> None:
     assert before["model.safetensors"] != after["model.safetensors"]
 
 
-@pytest.mark.parametrize("sample", [0, 1, 8, 15])
-def test_fingerprint_of_a_large_shard(tmp_path: Path, sample: int) -> None:
-    """A shard larger than what is read: each sixteenth begins with a sample."""
-    size = 4 * 2**20
-    values = {"a": torch.zeros(size // 1024, 1024, dtype=torch.uint8)}
+@pytest.mark.parametrize("place", [0, 1000, 2**21 + 77_777, 4 * 2**20 - 1])
+def test_fingerprint_of_a_large_shard(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte counts, also where tensors are hashed in several chunks."""
+    monkeypatch.setattr(source_module, "_CHUNK", 2**20)
+    values = {name: torch.zeros(1024, 1024, dtype=torch.uint8) for name in "abcd"}
     before = open_source(str(write_single(tmp_path, values))).fingerprint()
-    values["a"].view(-1)[size // 16 * sample + 1000] = 1
+    values["abcd"[place // 2**20]].view(-1)[place % 2**20] = 1
     after = open_source(str(write_single(tmp_path, values))).fingerprint()
     assert before["model.safetensors"] != after["model.safetensors"]
+
+
+def test_fingerprint_of_a_tokenizer(sharded: Path) -> None:
+    """It is of the files that decide about tokens, as they were when it was first asked for."""
+    source = open_source(str(sharded))
+    before = source.fingerprint()
+    (sharded / "tokenizer.json").write_text("{}")
+    assert source.fingerprint() == before
+    assert open_source(str(sharded)).fingerprint().keys() - before.keys() == {"tokenizer.json"}
+
+
+# ------------------------------------------------------------------------------------------------------- a changed model
+def swapped(folder: Path, name: str) -> None:
+    """Another value for a tensor, in a shard of the same size."""
+    mine = next(names for names in (list(tensors())[:2], list(tensors())[2:]) if name in names)
+    values = {key: tensors()[key].clone() for key in mine}
+    values[name].view(-1)[-1] += 1
+    save_file(values, folder / (FIRST if name in list(tensors())[:2] else SECOND))
+
+
+def test_a_tensor_that_is_read_again_is_the_same(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is hashed once, and again only when its shard was touched; another one is refused."""
+    hashed: list[str] = []
+    plain = source_module._tensor_hashes
+    monkeypatch.setattr(source_module, "_tensor_hashes", lambda found: hashed.extend(found) or plain(found))
+    source = open_source(str(sharded))
+    name, other = list(tensors())[:2]
+    source.read([name])
+    assert hashed == []  # only where it is asked for
+    source.track()
+    for _ in range(3):
+        source.read([name])
+    assert hashed == [name]
+    (sharded / FIRST).touch()
+    source.read([name, other])
+    assert hashed == [name, name, other]
+    swapped(sharded, name)
+    assert torch.equal(source.read([other])[other], tensors()[other])
+    with pytest.raises(ValueError, match=f"{FIRST}: tensor {name} is not what it was when it was read before"):
+        source.read([name])
+
+
+def test_changes_of_a_model(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against what was known in another process: a copy and a touch are the same model, a weight, a name and the tokenizer are
+    not; an untouched shard is not read."""
+    known = json.loads(json.dumps(open_source(str(sharded)).contents()))
+    names = list(tensors())
+    assert set(known["tensors"]) == set(names)
+    read: list[str] = []
+    plain = source_module._tensor_hashes
+    monkeypatch.setattr(source_module, "_tensor_hashes", lambda found: read.extend(found) or plain(found))
+    assert open_source(str(sharded)).changes(known) == [] and read == []
+    (sharded / SECOND).touch()
+    touched = open_source(str(sharded))
+    assert touched.changes(known) == [] and set(read) == set(names[2:])
+    read.clear()
+    touched.read(names)
+    assert touched.contents()["tensors"] == known["tensors"] and read == []  # known, so not hashed again
+    copy = Path(shutil.copytree(sharded, tmp_path / "copy", copy_function=shutil.copyfile))
+    assert open_source(str(copy)).changes(known) == []
+    swapped(copy, names[2])
+    assert open_source(str(copy)).changes(known) == [names[2]]
+    assert open_source(str(copy)).changes(known | {"tensors": known["tensors"] | {"gone": ""}}) == ["gone", names[2]]
+    opened = open_source(str(sharded))
+    opened.track()
+    write_json(sharded / "config.json", {"model_type": "llama", "rope_theta": 5})
+    (sharded / "tokenizer.json").write_text("{}")
+    assert opened.changes(known) == ["config.json", "tokenizer.json"]

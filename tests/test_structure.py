@@ -21,15 +21,15 @@ PACKAGE = ROOT / "lowbit"
 # --------------------------------------------------------------------------------------------------------------- layers
 # A module imports from its own level and the levels before it. A folder stands for all of its modules.
 LEVELS = (
-    ("files", "formats", "packing", "codebooks", "orthogonal", "ssm"),
-    ("qtensor", "adapter", "arch", "data", "source", "dequantize", "experts", "report", "page", "kv"),
+    ("files", "processes", "formats", "packing", "codebooks", "orthogonal", "patterns", "ssm", "outputs"),
+    ("qtensor", "adapter", "arch", "data", "source", "dequantize", "experts", "report", "page", "kv", "checks"),
     ("links",),
     ("unit", "kernels"),
     ("reconstruct",),
     ("methods", "allocate", "export"),
     ("attention",),
     ("scans", "runtime", "decoding", "transformers"),
-    ("recipe", "views"),
+    ("recipe", "views", "journal"),
     ("parallel",),
     ("run",),
     ("sensitivity",),
@@ -247,7 +247,8 @@ def unsafe_nodes(tree: ast.Module) -> Iterator[str]:
                 what = ["bare except"]
             case ast.ExceptHandler(type=ast.expr() as caught):
                 names = [ast.unparse(n) for n in (caught.elts if isinstance(caught, ast.Tuple) else [caught])]
-                what = [f"except {n}" for n in names if n.split(".")[-1] in ("Exception", "BaseException")]
+                if not isinstance(node.body[-1], ast.Raise):
+                    what = [f"except {n}" for n in names if n.split(".")[-1] in ("Exception", "BaseException")]
         line = getattr(node, "lineno", None)
         yield from (f"{'' if line is None else f'line {line}: '}{text}" for text in what)
 
@@ -255,7 +256,8 @@ def unsafe_nodes(tree: ast.Module) -> Iterator[str]:
 @each_source
 def test_nothing_unsafe(path: Path) -> None:
     """No code from data (pickle, torch.load, remote code, eval), and no handler that swallows every error."""
-    assert not list(unsafe_nodes(TREES[path]))
+    ends = path == PACKAGE / "cli.py"  # where all errors end, and are told
+    assert not [each for each in unsafe_nodes(TREES[path]) if not (ends and each.endswith(": except Exception"))]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +279,7 @@ def test_nothing_unsafe(path: Path) -> None:
         ("np.load(p, allow_pickle=True)", True),
         ("try: pass\nexcept: pass", True),
         ("try: pass\nexcept Exception: pass", True),
+        ("try: pass\nexcept Exception as error: raise ValueError('x') from error", False),
         ("try: pass\nexcept (ValueError, builtins.BaseException): pass", True),
         ("try: pass\nexcept (ValueError, OSError): pass", False),
     ],

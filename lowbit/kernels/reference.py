@@ -41,7 +41,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 
 
 def quantize_rows(x: Tensor, spec: Spec, largest: float | None = None) -> Quantized:
-    """x [..., width] as codes, by integers of up to 8 bits or E4M3 with float scales.
+    """x [..., width] as codes, by integers of up to 8 bits or E4M3 with float scales; dynamic scales of what holds an infinity
+    or a NaN are NaN.
 
     Args:
         largest: the largest magnitude seen in calibration, where the spec is static.
@@ -59,6 +60,8 @@ def quantize_rows(x: Tensor, spec: Spec, largest: float | None = None) -> Quanti
         low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
         scale = (high - low).clamp(min=1e-12) / (fmt.max - fmt.min)
         zero = (fmt.min - low / scale).round()
+    if spec.dynamic:
+        scale = torch.where(groups.isfinite().all(-1, keepdim=True), scale, torch.nan)
     values = groups / scale if zero is None else groups / scale + zero
     codes = fmt.round(values).to(kind).flatten(-2)
     return Quantized(codes, scale.squeeze(-1), None if zero is None else zero.squeeze(-1))

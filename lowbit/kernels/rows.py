@@ -80,11 +80,16 @@ def _kernel(
         groups = v.reshape(BLOCK // GROUP, GROUP)
         if STATIC:
             s = tl.full((BLOCK // GROUP,), 0.0, tl.float32) + given
-        elif SYMMETRIC:
-            s = tl.div_rn(tl.maximum(tl.max(tl.abs(groups), 1), 1e-12), tl.full((BLOCK // GROUP,), HIGH, tl.float32))
         else:
-            low, high = tl.minimum(tl.min(groups, 1), 0.0), tl.maximum(tl.max(groups, 1), 0.0)
-            s = tl.div_rn(tl.maximum(high - low, 1e-12), tl.full((BLOCK // GROUP,), HIGH - LOW, tl.float32))
+            # As integers magnitudes keep their order, and a NaN, which a maximum of floats may pass over, is above infinity.
+            bits = tl.max(groups.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+            if SYMMETRIC:
+                reach = bits.to(tl.float32, bitcast=True)
+                s = tl.div_rn(tl.maximum(reach, 1e-12), tl.full((BLOCK // GROUP,), HIGH, tl.float32))
+            else:
+                low, high = tl.minimum(tl.min(groups, 1), 0.0), tl.maximum(tl.max(groups, 1), 0.0)
+                s = tl.div_rn(tl.maximum(high - low, 1e-12), tl.full((BLOCK // GROUP,), HIGH - LOW, tl.float32))
+            s = tl.where(bits < 0x7F800000, s, float("nan"))
         g = tl.arange(0, BLOCK // GROUP)
         tl.store(scale + row * GROUPS + g, s, mask=g < GROUPS)
         groups = groups * tl.div_rn(1.0, s)[:, None]

@@ -7,9 +7,8 @@ of the scan, which out_proj reads, has the outliers of a state space model; QuaR
 such checkpoints. Sizes: 2^k, 12 * 2^k, 20 * 2^k and a few more (orthogonal.py). Cost: nothing but the weights is touched.
 """
 
-import re
-
 from lowbit.orthogonal import paley_order
+from lowbit.patterns import Matcher
 from lowbit.unit import Unit
 
 
@@ -23,7 +22,8 @@ def hadamard(unit: Unit, *, match: str = "") -> None:
         ValueError: no Hadamard matrix is known for the width of one.
     """
     outputs = {f"{mixer.path}.out_proj.weight" for mixer in unit.mixers}
-    chosen = [linear for linear in unit.linears if (re.search(match, linear.name) if match else linear.param in outputs)]
+    found = Matcher("hadamard.match").search
+    chosen = [linear for linear in unit.linears if (found(match, linear.name) if match else linear.param in outputs)]
     for linear in chosen:
         if paley_order(linear.in_features) is None:
             raise ValueError(

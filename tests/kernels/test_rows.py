@@ -84,3 +84,18 @@ def test_floats(width: int) -> None:
     found, stream = entry.add_rms_norm(x, up, weight, 1e-6, None, one_plus=True)
     assert torch.equal(stream, x + up)
     assert equal(found, reference.rms_norm(x + up, weight.float() + 1, 1e-6))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if "static" not in name])
+def test_an_overflow_spoils_what_shares_its_scale(scheme: str, bad: float) -> None:
+    """In the kernel as in the specification: a scale of NaN, so that nothing plausible comes out of the product."""
+    spec = parse_scheme(scheme).input
+    assert spec is not None
+    x = torch.randn(3, 256, dtype=torch.float16)
+    x[1, 70] = bad
+    found, wanted = entry.plain(x, Input(spec)), reference.quantize_rows(x, spec)
+    assert torch.equal(found.scale.isnan(), wanted.scale.isnan())
+    assert int(found.scale.isnan().sum()) == 1
+    assert torch.equal(reference.dequantize_rows(found).isnan(), reference.dequantize_rows(wanted).isnan())
+    same(reference.Quantized(*(None if part is None else part[::2] for part in found)), x[::2], Input(spec))
