@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lowbit.experts import converters as converters_of_experts
+from lowbit.experts import open_experts
 from lowbit.outputs import distance, gives_choices, input_ids, output_of
 from lowbit.source import FLOAT_DTYPES, Source, in_short, read_json, refused_code
 from lowbit.ssm import Mixer, is_mixer, point
@@ -231,6 +233,7 @@ class Arch:
         if model is not None:
             _check_sizes(model, source)
         self.model = _empty_model(source) if model is None else model
+        open_experts(self.model, source.tensors)
         self.device = torch.device(device)
         self.matrix_dtype = _matrix_dtype(source, dtype, self.device)
         self._matrices: frozenset[str] = frozenset()
@@ -1112,14 +1115,15 @@ def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[leaf] = value
 
 
-def _conversions(model: "PreTrainedModel") -> tuple[list[Any], list[Any]]:
-    """transformers' renamings and converters from checkpoint tensors to the model's parameters."""
+def _conversions(model: "PreTrainedModel", source: Source) -> tuple[list[Any], list[Any]]:
+    """Renamings and converters from checkpoint tensors to the model's parameters: transformers', and those of `experts`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    return renamings, converters + converters_of_experts(source.tensors, model.state_dict(), converters)
 
 
 def _renamed(model: "PreTrainedModel", source: Source) -> dict[str, tuple[str, str | None]]:
@@ -1127,7 +1131,7 @@ def _renamed(model: "PreTrainedModel", source: Source) -> dict[str, tuple[str, s
     through, None where it is the parameter as it is."""
     from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-    renamings, converters = _conversions(model)
+    renamings, converters = _conversions(model, source)
     state = model.state_dict()
     found = {}
     for name in sorted(source.tensors, key=dot_natural_key):
@@ -1140,7 +1144,7 @@ class _Places:
     """Relates checkpoint tensors to model parameters through transformers' conversion mapping."""
 
     def __init__(self, model: "PreTrainedModel", source: Source) -> None:
-        by_pattern = {pattern: entry for entry in _conversions(model)[1] for pattern in entry.source_patterns}
+        by_pattern = {pattern: entry for entry in _conversions(model, source)[1] for pattern in entry.source_patterns}
         state = model.state_dict()
         buffers = {name for name, _ in model.named_buffers()}
         self.model = model

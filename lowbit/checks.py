@@ -276,7 +276,9 @@ def library_modules(
             f"{folder}: quantization method {given.get('quant_method')!r:.80} is not read by lowbit, only "
             "compressed-tensors and lowbit's own format"
         )
-    if given.get("transform_config") or given.get("sparsity_config"):
+    sparsity = given.get("sparsity_config")
+    dense = isinstance(sparsity, dict) and sparsity.get("format") == "dense"
+    if given.get("transform_config") or (sparsity and not dense):
         raise ValueError(f"{path}: quantization_config has transforms or sparsity, which lowbit does not compute")
     config = _library_config(path, given)
     groups = _Groups(path, config)

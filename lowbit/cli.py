@@ -132,6 +132,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--format", choices=("compressed-tensors", "lowbit"), help="default: compressed-tensors")
     what.add_argument("--kv-cache", choices=("fp8",), help="calibrate scales of an FP8 key-value cache for vLLM")
+    what.add_argument(
+        "--all-experts",
+        action="store_true",
+        default=None,
+        help="statistics of every expert from all tokens, not only from those that the router sends it",
+    )
     what.add_argument("--engine", choices=("vllm", "transformers"), help="who must load it (default: vllm)")
     data = sub.add_argument_group("calibration data (also replaces that of a recipe)")
     data.add_argument(
@@ -262,9 +268,9 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
     given = _given(arguments, "rows", "length", "seed")
     if arguments.recipe:
-        for name in ("scheme", "method", "option", "ignore", "format", "engine", "kv_cache"):
+        for name in ("scheme", "method", "option", "ignore", "format", "engine", "kv_cache", "all_experts"):
             if getattr(arguments, name) is not None:
-                raise ValueError(f"--{name} and --recipe exclude each other; change the recipe")
+                raise ValueError(f"--{name.replace('_', '-')} and --recipe exclude each other; change the recipe")
         recipe = _with_data(read_recipe(arguments.recipe), arguments.data, given)
     else:
         if not arguments.scheme:
@@ -280,6 +286,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
             format=arguments.format or "compressed-tensors",
             engine=arguments.engine or "vllm",
             kv_cache=arguments.kv_cache,
+            all_experts=bool(arguments.all_experts),
         )
     _quiet_libraries()
     with _progress() as progress:

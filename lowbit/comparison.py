@@ -146,7 +146,7 @@ def _written(
         "texts": judge.describe(),
         "device": judge.device,
         "threads": torch.get_num_threads(),
-        "float": json.loads(reference.read_text(encoding="utf-8")) | {"bytes": source.nbytes()},
+        "float": json.loads(reference.read_text(encoding="utf-8")) | {"bytes": source.stored_bytes()},
         "rows": rows,
         "front": front({row["name"]: (row["bytes"], row["loss"]) for row in good}),
         "left_out": left,

@@ -42,6 +42,7 @@ from lowbit.checks import (
     problems_of_values,
     read_description,
 )
+from lowbit.dequantize import decompress, quantization_of, without_quantization
 from lowbit.files import write_json, write_text
 from lowbit.formats import FP4_E2M1, FP6_E2M3, FP8_E4M3
 from lowbit.kv import CacheSpec, simulate_cache
@@ -191,7 +192,7 @@ def too_small(arch: Arch, engine: str) -> dict[str, str]:
     return found
 
 
-def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: dict[str, Scheme]) -> None:
+def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: dict[str, Scheme], model_type: str = "") -> None:
     """Refuse, before any work, what the chosen engine would not load.
 
     Raises:
@@ -209,7 +210,11 @@ def check_export(format: str, engine: str, linears: Iterable[Linear], schemes: d
         if linear.name not in schemes:
             continue
         if linear.stacked:
-            raise ValueError(f"{linear.name} is a slice of a 3-D tensor, for which no engine has a layout; {remedy}")
+            raise ValueError(
+                f"{linear.tensor} holds all experts of a layer, and neither vLLM nor transformers loads quantized experts of "
+                f"{model_type or 'this model'} from compressed-tensors; leave them float with --ignore '.*experts.*', or "
+                f"{remedy}"
+            )
         if linear.transposed:
             raise ValueError(f"{linear.name} is stored as [in, out] (Conv1D), which compressed-tensors does not know; {remedy}")
         if linear.router and engine == "vllm":
@@ -392,9 +397,8 @@ def write_config(
     kv_cache: the checkpoint holds scales of an FP8 key-value cache.
     points: schemes of points, by name. turned: names of linears whose inputs are multiplied by a Hadamard matrix.
     """
-    original = (arch.source.folder / "config.json").read_bytes()
-    if arch.source.overrides:
-        original = (json.dumps(json.loads(original) | arch.source.overrides, indent=2) + "\n").encode()
+    described = read_json(arch.source.folder / "config.json", "the model's configuration")
+    original = without_quantization(described) | arch.source.overrides
     if format == NATIVE:
         dtype = str(arch.source.dtype()).removeprefix("torch.")
         table = {
@@ -411,8 +415,8 @@ def write_config(
             for linear in linears
             if linear.name in schemes
         }
-        described = json.loads(original) | {"quantization_config": {"quant_method": NATIVE}}
-        write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
+        config = original | {"quantization_config": {"quant_method": NATIVE}}
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         of_points = {
             point.name: {
                 "tensor": point.tensor,
@@ -429,8 +433,7 @@ def write_config(
             {"format": NATIVE, "version": NATIVE_VERSION, "dtype": dtype, "linears": table, "points": of_points},
         )
         return ["config.json", NATIVE_FILE]
-    config = json.loads(original)
-    config["quantization_config"] = library_config(arch, schemes, kv_cache=kv_cache)
+    config = original | {"quantization_config": library_config(arch, schemes, kv_cache=kv_cache)}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return ["config.json"]
 
@@ -532,14 +535,13 @@ class QuantizedSource(Source):
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         self.native = (folder / NATIVE_FILE).exists()
         super().__init__(folder, NATIVE if self.native else STEM, trust_remote_code=trust_remote_code)
-        self.stored = self.tensors
         self._points: dict[str, StoredPoint] = {}
         if self.native:
             described = read_description(folder)
             self.modules, self._points, rest = described.modules, described.points, described.dtype
         else:
-            given = self.config.get("quantization_config")
-            self.modules = library_modules(folder, given, self.stored, lambda name: Source.read(self, [name])[name])
+            given = quantization_of(self.config)
+            self.modules = library_modules(folder, given, self.stored, lambda name: self.read_stored([name])[name])
             rest = ""
         check_headers(folder, self.stored, self.modules, self._points, rest)
         self.corrections = read_adapter(folder)
@@ -566,7 +568,7 @@ class QuantizedSource(Source):
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named original tensors, dequantized where they are quantized."""
-        out = super().read([name for name in names if name not in self.by_tensor and name not in self.parameters])
+        out = self.read_stored([name for name in names if name not in self.by_tensor and name not in self.parameters])
         for name in names:
             if name in self.parameters:
                 out[name] = self._parameter(self.parameters[name])
@@ -618,7 +620,7 @@ class QuantizedSource(Source):
 
     def _checked_point(self, name: str) -> dict[str, Tensor]:
         """What is stored of a point, by the last words of the names."""
-        read = self._read_stored([f"{name}.{part}" for part in POINT_PARTS if f"{name}.{part}" in self.stored])
+        read = self.read_stored([f"{name}.{part}" for part in POINT_PARTS if f"{name}.{part}" in self.stored])
         tensors = {key.removeprefix(f"{name}."): tensor for key, tensor in read.items()}
         for problem in problems_of_point(name, tensors):
             raise ValueError(f"{self.folder}: {problem}; {REMEDY}")
@@ -649,7 +651,7 @@ class QuantizedSource(Source):
     def cache_scales(self) -> dict[str, tuple[float, float]]:
         """Scales of keys and values of an FP8 key-value cache, by attention module."""
         modules = [name.removesuffix(".k_scale") for name in self.stored if name.endswith(".k_scale")]
-        read = self._read_stored([f"{module}.{part}" for module in modules for part in ("k_scale", "v_scale")])
+        read = self.read_stored([f"{module}.{part}" for module in modules for part in ("k_scale", "v_scale")])
         for name, tensor in read.items():
             if not positive(tensor):
                 where = self.folder / self.stored[name].shard
@@ -673,7 +675,7 @@ class QuantizedSource(Source):
     def _checked(self, module: Module, parts: tuple[str, ...] | None = None) -> dict[str, Tensor]:
         """The stored tensors of a linear (of them only `parts`), by name, their numbers looked at."""
         names = [name for name in self._parts(module) if parts is None or name.rpartition(".")[2] in parts]
-        read = self._read_stored(names)
+        read = self.read_stored(names)
         local = {name.removeprefix(f"{module.name}."): tensor for name, tensor in read.items()}
         for problem in problems_of_values(module, local):
             raise ValueError(f"{self._shard_of(module)}: {problem}; {REMEDY}")
@@ -687,38 +689,35 @@ class QuantizedSource(Source):
         dtype = FLOAT_DTYPES[self.tensors[module.tensor].dtype]
         if self.native:
             return dequantize(self.quantized(module.name), dtype)
-        from compressed_tensors.compressors import BaseCompressor
-
         tensors = self._checked(module)
         local = {name.removeprefix(module.name + "."): tensor for name, tensor in tensors.items()}
-        compressor = BaseCompressor.get_value_from_registry(str(module.library.format))
-        return compressor.decompress(local, module.library)["weight"].to(dtype)
-
-    def _read_stored(self, names: list[str]) -> dict[str, Tensor]:
-        shown, self.tensors = self.tensors, self.stored
-        try:
-            return super().read(names)
-        finally:
-            self.tensors = shown
+        return decompress(local, module.library).to(dtype)
 
 
 def open_checkpoint(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
-    """Open a float checkpoint (folder or hub id), see `source.open_source`, or a quantized one (folder, either format), see
-    `checks`.
+    """Open a float checkpoint (folder or hub id) or a quantized one: as a `QuantizedSource` in both formats that lowbit
+    writes, see `checks`; dequantized as it is read in those of others, see `source.open_source`.
 
     Raises:
         ValueError: incomplete or damaged, another file than report.json says, or in a format that lowbit does not read.
     """
     folder = Path(model).expanduser()
-    quantized = (folder / NATIVE_FILE).exists() or (
-        (folder / "config.json").exists()
-        and read_json(folder / "config.json", "the model's configuration").get("quantization_config") is not None
-    )
-    if not quantized:
-        return open_source(model, revision, trust_remote_code=trust_remote_code)
+    if not ((folder / NATIVE_FILE).exists() or _of_library(folder)):
+        found = open_source(model, revision, trust_remote_code=trust_remote_code)
+        if not _of_library(found.folder):
+            return found
+        folder = found.folder
     source = QuantizedSource(folder, trust_remote_code=trust_remote_code)
     check_small_files(folder, index_name(NATIVE if source.native else STEM))
     return source
+
+
+def _of_library(folder: Path) -> bool:
+    """Whether a folder is a compressed-tensors checkpoint."""
+    if not (folder / "config.json").exists():
+        return False
+    found = quantization_of(read_json(folder / "config.json", "the model's configuration"))
+    return isinstance(found, dict) and found.get("quant_method") == "compressed-tensors"
 
 
 def quantized_sites(arch: Arch, source: QuantizedSource) -> dict[Site, Quantizer]:

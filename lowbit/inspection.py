@@ -16,7 +16,7 @@ import torch
 
 from lowbit.arch import Arch
 from lowbit.checks import REMEDY, Damaged, changed_files, hashes_of
-from lowbit.export import NATIVE, QuantizedSource, check_model, open_checkpoint
+from lowbit.export import QuantizedSource, check_model, open_checkpoint
 from lowbit.qtensor import CHANNEL, TENSOR, Scheme, parse_scheme
 from lowbit.report import read_report
 from lowbit.source import Source, read_json
@@ -45,13 +45,9 @@ def summary_of(model: str) -> dict[str, Any]:
         method = config.get("quant_method") if isinstance(config, dict) else None
         if config is not None and method in ("gptq", "awq"):
             return _packed(path, method, config)
-        if method not in (None, "compressed-tensors", NATIVE):
-            raise ValueError(
-                f"{model} is quantized by {method}, which lowbit cannot inspect; known are compressed-tensors, gptq, awq"
-            )
     source = open_checkpoint(model)
     if not isinstance(source, QuantizedSource):
-        return _about(source, "float", {})
+        return _about(source, source.quantization or "float", {})
     linears = {
         name: {
             "scheme": scheme.name if source.native else scheme_name(scheme),
@@ -60,7 +56,7 @@ def summary_of(model: str) -> dict[str, Any]:
         }
         for name, scheme in source.schemes().items()
     }
-    summary = _about(source, "lowbit" if source.native else "compressed-tensors", linears, source.stored)
+    summary = _about(source, "lowbit" if source.native else "compressed-tensors", linears)
     report = read_report(source.folder)
     if report is not None:
         summary["gate"], summary["evaluations"] = report["gate"], report["evaluations"]
@@ -93,7 +89,8 @@ def problems_of(model: str, progress: Callable[[str, int, int], None] | None = N
     except ValueError as error:
         return [*dict.fromkeys([*found, str(error)])], hashes
     if not isinstance(source, QuantizedSource):
-        raise ValueError(f"{model} is not quantized; only quantized folders can be checked")
+        what = f"quantized otherwise ({source.quantization})" if source.quantization else "not quantized"
+        raise ValueError(f"{model} is {what}; only folders in lowbit's own format or compressed-tensors can be checked")
     try:
         check_model(Arch(source), source)
     except ValueError as error:
@@ -138,14 +135,14 @@ def scheme_name(scheme: Scheme) -> str:
     return scheme.name
 
 
-def _about(source: Source, form: str, linears: dict[str, Any], stored: dict[str, Any] | None = None) -> dict[str, Any]:
+def _about(source: Source, form: str, linears: dict[str, Any]) -> dict[str, Any]:
     return {
         "folder": str(source.folder),
         "model_type": source.config.get("model_type"),
         "architectures": source.config.get("architectures"),
         "format": form,
         "shards": len(source.shards),
-        "bytes": sum(info.nbytes for info in (stored or source.tensors).values()),
+        "bytes": source.stored_bytes(),
         "linears": linears,
     }
 

@@ -46,10 +46,11 @@ from lowbit.source import Source
 WORK = ".work"
 _INSIDE = ".partial"  # in OUT, where there can be no OUT.partial
 _REPORTS = frozenset({JSON_NAME, MARKDOWN_NAME, PAGE_NAME})
-_STATES = r"(hidden|teacher)-\d{5}"
+_STATES = r"(hidden|teacher|arguments)-\d{5}|carried-((teacher-)?\d{5}|short)-.+"
 _LAYOUT = re.compile(
     r"lock|(job|model|notes|whole|parallel|parallel-done|replaced|moving|block-\d{5}|trial-[0-9a-f]+)\.json|parallel-done"
-    r"|(hidden|teacher)-\d{5}|written-[0-9a-f]+|(head|logits|(correction|solved)-\d{5})\.safetensors|training-\d{5}-.+"
+    rf"|{_STATES}"
+    r"|written-[0-9a-f]+|(head|logits|(correction|solved)-\d{5})\.safetensors|training-\d{5}-.+"
     r"|whole|trained|trial|trial-float-\d+|tokens|meeting-.+|rank-\d+(\.log)?"
 )
 _PATIENCE = 2.0  # seconds that a killed process and those it started may take to let go of a lock
@@ -522,13 +523,14 @@ class Journal:
             self._anew(job, *(() if self.overwrite else ("trial-*.json",)))
         elif self._damage:
             kept |= self._present("lock", "job.json", "model.json", "notes.json", "replaced.json", "written-*", "trial-*.json")
+            kept |= self._present("arguments-*", "carried-*")
             self._remove_all_but(kept)
             self.note(
                 f"{self.folder} was damaged ({some(self._damage)}), so block {self.done} and what follows is solved again"
             )
             self._damage = []
         elif self.done == 0:  # what enters the first block is quickly made, and nothing vouches for it
-            for name in self._present("hidden-*", "teacher-*"):
+            for name in self._present("hidden-*", "teacher-*", "arguments-*", "carried-*"):
                 (self.folder / name).unlink()
         for name in self._present("training-*", "*/training-*"):
             if load_sealed(self.folder / name) is None:

@@ -50,7 +50,7 @@ def report_page(report: dict[str, Any]) -> str:
         "report.html.jinja",
         r=report,
         judged=judged,
-        warnings=_warnings(report["linears"], notes, report),
+        warnings=[*report.get("notes", []), *_warnings(report["linears"], notes, report)],
         plots=_plots_of_run(report, notes),
     )
 

@@ -35,7 +35,7 @@ from lowbit.outputs import positions, predicts_next_token
 from lowbit.patterns import Matcher
 from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
-from lowbit.run import Progress, available_memory, drawn, rewritten, set_aside
+from lowbit.run import Progress, available_memory, drawn, opened, rewritten, set_aside
 from lowbit.sensitivity import (
     PER,
     SIGNALS,
@@ -169,7 +169,9 @@ def plan(
     effort = effort or Effort()
     source = open_source(model, revision, trust_remote_code=trust_remote_code)
     source.track()
-    arch = rewritten(Arch(source, device=device), base, say)
+    ignore = list(ignore)
+    left = (Rule(match=pattern, scheme=FLOAT, optional=True) for pattern in ignore)
+    arch = rewritten(opened(source, replace(base, rules=(*left, *base.rules)), device), base, say)
     set_aside(arch, base)
     if isinstance(arch.source, Rounded) and max_ppl_ratio is not None:
         raise ValueError("embed is what a plan for max_ppl_ratio decides about itself; leave it out of the method")

@@ -6,6 +6,7 @@ calibration data and the output format. It is written as TOML or built in Python
     format = "compressed-tensors"         # or "lowbit"
     engine = "vllm"                       # or "transformers": who must load a compressed-tensors checkpoint
     kv_cache = "fp8"                      # calibrate scales for it; none by default
+    all_experts = true                    # statistics of experts from all tokens; by default from those the router sends
 
     [data]
     source = "calibration.jsonl"          # text file, jsonl, "hf:dataset", "self" (the model writes it), or "random"
@@ -179,6 +180,7 @@ class Recipe:
     format: str = "compressed-tensors"
     engine: str = "vllm"
     kv_cache: str | None = None
+    all_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.kv_cache not in (None, "fp8"):
@@ -190,6 +192,8 @@ class Recipe:
         for value, allowed, what in ((self.format, FORMATS, "format"), (self.engine, ENGINES, "engine")):
             if value not in allowed:
                 raise ValueError(f"unknown {what} {shown(value)}; allowed are {', '.join(allowed)}")
+        if not isinstance(self.all_experts, bool):
+            raise ValueError(f"all_experts = {shown(self.all_experts)}; allowed are true and false")
         if not self.rules or not self.steps:
             raise ValueError("a recipe needs at least one rule ([[rules]]) and one step ([[steps]])")
         kinds = [METHODS[step.method].kind for step in self.steps]
@@ -220,6 +224,8 @@ class Recipe:
         needs = self.needs_data()
         if needs and self.data is None:
             raise ValueError(f"{needs[0]} needs calibration data: --data FILE, or [data] in the recipe")
+        if self.all_experts and not needs:
+            raise ValueError("all_experts: no step looks at calibration data; leave it out, or use gptq")
 
     @property
     def calibrated(self) -> bool:
@@ -267,6 +273,17 @@ class Recipe:
         """sha256 of the recipe."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
+    def quantized(self, names: Iterable[str]) -> set[str]:
+        """Those of the named linears that get a scheme; what `schemes` requires of the names is not asked.
+
+        Raises:
+            ValueError: an expression takes too long.
+        """
+        rules = [rule for rule in self.rules if rule.point is None]
+        found = Matcher("the recipe").search
+        first = {name: next((rule for rule in rules if found(rule.match, name)), None) for name in names}
+        return {name for name, rule in first.items() if rule is not None and rule.scheme != FLOAT}
+
     def point_schemes(self, points: Iterable[str]) -> dict[str, PointScheme]:
         """Which of the named points get which scheme; points left float are absent."""
         rules = [rule for rule in self.rules if rule.point is not None or rule.scheme == FLOAT]
@@ -277,12 +294,13 @@ class Recipe:
     def named(self, aside: Iterable[str], names: Iterable[str]) -> list[str]:
         """Those linears of `aside`, which stay float by default, that a rule gives a scheme which is for none of `names`."""
         names = list(names)
-        found = []
+        found = Matcher("the recipe").search
+        taken = []
         for name in aside:
-            rule = next((rule for rule in self.rules if rule.point is None and re.search(rule.match, name)), None)
-            if rule is not None and rule.scheme != FLOAT and not any(re.search(rule.match, other) for other in names):
-                found.append(name)
-        return found
+            rule = next((rule for rule in self.rules if rule.point is None and found(rule.match, name)), None)
+            if rule is not None and rule.scheme != FLOAT and not any(found(rule.match, other) for other in names):
+                taken.append(name)
+        return taken
 
     def schemes(
         self, names: Iterable[str], points: Iterable[str] = (), *, tied_head: str | None = None, left: Iterable[str] = ()
@@ -349,6 +367,7 @@ def short_recipe(
     format: str = "compressed-tensors",
     engine: str = "vllm",
     kv_cache: str | None = None,
+    all_experts: bool = False,
     options: dict[str, Any] | None = None,
 ) -> Recipe:
     """One scheme for every linear but the ignored ones, one method or several in their order.
@@ -359,6 +378,7 @@ def short_recipe(
         ignore: regular expressions of linears to leave float; None stands for the head, "lm_head" or "embed_out", if there is
             one.
         kv_cache: "fp8" for scales of an FP8 key-value cache, which vLLM uses with kv_cache_dtype="fp8".
+        all_experts: gather the statistics of every expert from all tokens, not only from those that the router sends it.
     """
     if isinstance(ignore, str) or not isinstance(ignore, (Iterable, types.NoneType)):
         raise ValueError(f"ignore = {shown(ignore)}; allowed is a list of regular expressions")
@@ -377,6 +397,7 @@ def short_recipe(
         format=format,
         engine=engine,
         kv_cache=kv_cache,
+        all_experts=all_experts,
     )
 
 
@@ -438,7 +459,7 @@ def recipe_from_dict(given: dict[str, Any], *, where: str = "recipe") -> Recipe:
     if given.get("data") is not None:
         _check_keys(given["data"], [f.name for f in fields(DataSpec)], f"{where}, [data]", required=("source",))
         data = DataSpec(**given["data"])
-    rest = {key: given[key] for key in ("format", "engine", "kv_cache") if key in given}
+    rest = {key: given[key] for key in ("format", "engine", "kv_cache", "all_experts") if key in given}
     return Recipe(rules=tuple(rules), steps=tuple(steps), data=data, **rest)
 
 

@@ -31,6 +31,7 @@ from lowbit.adapter import FOLDER as ADAPTER
 from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, Site, return_freed_memory
 from lowbit.data import Calibration, DataSpec, calibration_tokens, tokenizer_of, without_documents, written_tokens
+from lowbit.experts import PerExpert, reason_of_transformers, split_experts
 from lowbit.export import (
     NATIVE,
     NATIVE_FILE,
@@ -54,7 +55,7 @@ from lowbit.recipe import METHODS, Recipe, Step, default_of, recipe_from_dict, s
 from lowbit.reconstruct import TRAINED, check_optimizer
 from lowbit.report import JSON_NAME, MARKDOWN_NAME, PAGE_NAME, write_report
 from lowbit.source import STEM, Source, index_name, open_source, shard_name
-from lowbit.unit import LinearRecord, Quantizer, Stream, Unit, fast_products, quantized_inputs
+from lowbit.unit import LinearRecord, Quantizer, Stream, Unit, check_all_experts, fast_products, quantized_inputs
 from lowbit.views import histograms, outliers, watching
 
 _WRITTEN = "written-"  # name of the files with tokens that the model wrote
@@ -79,6 +80,7 @@ def quantize(
     format: str = "compressed-tensors",
     engine: str = "vllm",
     kv_cache: str | None = None,
+    all_experts: bool = False,
     revision: str | None = None,
     device: str = "cpu",
     parallel: int = 1,
@@ -93,7 +95,7 @@ def quantize(
         model: a folder or hub id.
         out: the folder to create.
         recipe: what to do; or, in its place, the short form: `scheme`, `method` with `options`, `ignore`, `data`, `format`,
-            `engine`, `kv_cache` (see `recipe.short_recipe`).
+            `engine`, `kv_cache`, `all_experts` (see `recipe.short_recipe`).
         revision: branch, tag or commit of a hub model.
         device: where blocks run and are solved, such as "cpu" or "cuda"; memory there is that of one block.
         parallel: processes that train modules of blocks side by side, for recipes with mrem; on GPUs, one each.
@@ -123,6 +125,7 @@ def quantize(
             format=format,
             engine=engine,
             kv_cache=kv_cache,
+            all_experts=all_experts,
         )
     elif scheme is not None:
         raise ValueError("give a recipe or a scheme, not both")
@@ -148,10 +151,10 @@ def quantize(
             return {}
     if parallel < 1 or (deterministic and parallel == 1):
         raise ValueError(f"parallel = {parallel}: give the number of processes; deterministic is for two or more")
-    source = opened = open_source(model, revision, trust_remote_code=trust_remote_code)
+    source = stored = open_source(model, revision, trust_remote_code=trust_remote_code)
     source.track()
     check_apart(place, source.folder)
-    arch = original = Arch(source, device=device)
+    arch = original = opened(source, recipe, device)
     recipe.schemes(_candidates(arch, recipe), _points(arch), tied_head=arch.tied_head)
     side_files, left_out = _side_files(source)
     with open_journal(place, overwrite) as journal:
@@ -175,17 +178,21 @@ def quantize(
             source = arch.source
             linears, schemes = _chosen(arch, recipe)
             _check_linears(linears, schemes)
-            check_export(recipe.format, recipe.engine, linears, schemes)
+            check_export(recipe.format, recipe.engine, linears, schemes, str(source.config.get("model_type", "")))
             check_loading(arch, recipe.format, recipe.engine, linears, schemes)
+            _check_experts(arch, recipe, linears, schemes)
+            if recipe.all_experts:
+                check_all_experts(arch)
             _check_head(arch, recipe, schemes)
             _check_memory(arch, schemes)
             _check_training_memory(arch, recipe, schemes)
-            journal.know_model(opened)
+            _note_source(journal, arch, recipe, linears, schemes)
+            journal.know_model(stored)
             if parallel > 1:
-                _in_parallel(arch, recipe, schemes, solver_tokens, journal, opened, parallel, team, deterministic, say)
+                _in_parallel(arch, recipe, schemes, solver_tokens, journal, stored, parallel, team, deterministic, say)
                 clock.lap("parallel training")
 
-            stream = Stream(arch, solver_tokens, journal.work, teacher=recipe.teacher)
+            stream = Stream(arch, solver_tokens, journal.work, teacher=recipe.teacher, all_experts=recipe.all_experts)
             if parallel > 1 and recipe.needs_data() == ["mrem"]:
                 stream.taken = judging(stream, parallel_step(recipe, schemes), GATE_ROWS)
             stream.start()
@@ -202,17 +209,26 @@ def quantize(
             after: dict[str, float] = {}
             gate = _gate(arch, stream, records, journal.folder, say, after)
             clock.lap("gate")
-            report = _report(opened, model, revision, recipe, data_used, arch, records, searches, gate, clock, journal)
+            report = _report(stored, model, revision, recipe, data_used, arch, records, searches, gate, clock, journal)
             if any(METHODS[step.method].kind in ("model", "search", "transform") for step in recipe.steps):
                 report["outliers"] = {"before": outliers(original, solver_tokens[:GATE_ROWS]), "after": after}
             report["histograms"] = histograms(
                 source, QuantizedSource(journal.folder), linears, {row["name"]: row["error"] for row in report["linears"]}
             )
-            _check_unchanged(opened)
+            _check_unchanged(stored)
             journal.check_own()
             write_report(journal.folder, report)
             journal.publish(report)
     return report
+
+
+def opened(source: Source, recipe: Recipe, device: str) -> Arch:
+    """The model of a checkpoint, with experts one by one where the recipe's format needs them so; see `experts`."""
+    shown = source if recipe.format == NATIVE else split_experts(source, recipe.quantized)
+    arch = Arch(shown, device=device)
+    if isinstance(shown, PerExpert) and arch.unused:  # layers for speculation, which are kept as they are
+        arch = Arch(shown.without(arch.unused), device=device)
+    return arch
 
 
 def rewritten(arch: Arch, recipe: Recipe, say: Progress, clock: "_Clock | None" = None) -> Arch:
@@ -332,7 +348,7 @@ def train_rank(work: Path, team: Team | None = None, progress: Callable[[int], N
     recipe = recipe_from_dict(job["recipe"])
     source = open_source(job["model"], trust_remote_code=job["trust_remote_code"])
     source.track(job["contents"])
-    arch = Arch(source, device=device)
+    arch = opened(source, recipe, device)
     with _quick_collections():
         arch = rewritten(arch, recipe, lambda stage, done, total: None)
     _, schemes = _chosen(arch, recipe)
@@ -354,7 +370,7 @@ def _searched(
         if METHODS[step.method].kind != "search":
             steps.append(step)
             continue
-        trials = _Trials(arch, schemes, tokens, work, partial(say, step.method))
+        trials = _Trials(arch, schemes, tokens, work, partial(say, step.method), all_experts=recipe.all_experts)
         found, row = METHODS[step.method].apply(trials.loss, **step.options)
         steps += [Step(method=method, options=options) for method, options in found]
         rows.append(row)
@@ -366,8 +382,16 @@ class _Trials:
     """The whole model quantized in one way or another, without writing it. The journal keeps each loss: trial-*.json."""
 
     def __init__(
-        self, arch: Arch, schemes: dict[str, Scheme], tokens: Tensor, work: Path, say: Callable[[int, int], None]
+        self,
+        arch: Arch,
+        schemes: dict[str, Scheme],
+        tokens: Tensor,
+        work: Path,
+        say: Callable[[int, int], None],
+        *,
+        all_experts: bool = False,
     ) -> None:
+        self.all_experts = all_experts
         self.arch, self.schemes, self.tokens, self.work, self.say = arch, schemes, tokens, work, say
         self.done = 0
         self.floats: dict[int, Stream] = {}
@@ -400,7 +424,7 @@ class _Trials:
 
     def _through(self, folder: Path, rows: int, steps: list[Step]) -> Stream:
         """The hidden states that leave the last block; without steps, those of the float model."""
-        stream = Stream(self.arch, self.tokens[:rows], folder)
+        stream = Stream(self.arch, self.tokens[:rows], folder, all_experts=self.all_experts)
         stream.start()
         for block in self.arch.blocks:
             values = self.arch.load(block.tensors)
@@ -1020,6 +1044,37 @@ def _check_linears(linears: list[Linear], schemes: dict[str, Scheme]) -> None:
             raise ValueError(f"{tensor} holds several experts in one tensor: quantize all of them or none")
 
 
+def _check_experts(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[str, Scheme]) -> None:
+    reason = _against_experts(arch, recipe, linears, schemes)
+    if reason is not None and recipe.engine == "transformers":
+        raise ValueError(
+            f"experts cannot be exported for transformers: {reason}; use --engine vllm, leave them float with --ignore "
+            "'.*experts.*', or write lowbit's own format with --format lowbit"
+        )
+
+
+def _against_experts(arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[str, Scheme]) -> str | None:
+    """Why transformers would not load the quantized experts of the output; None if it would."""
+    if recipe.format == NATIVE:
+        return None
+    fused = [linear for linear in linears if linear.name in schemes and linear.index is not None and not linear.stacked]
+    return reason_of_transformers(arch.model, [linear.tensor for linear in fused])
+
+
+def _note_source(journal: Journal, arch: Arch, recipe: Recipe, linears: list[Linear], schemes: dict[str, Scheme]) -> None:
+    """Tell whoever uses the output what the source and its experts mean for it."""
+    if arch.source.quantization is not None:
+        journal.note(
+            f"The source was quantized already ({arch.source.quantization}): what was lost before is lost, and errors are "
+            "measured against its dequantized weights."
+        )
+    reason = _against_experts(arch, recipe, linears, schemes)
+    if reason is not None:
+        journal.note(
+            f"This checkpoint is for vLLM, which reads these experts one by one; transformers does not load it: {reason}."
+        )
+
+
 def _check_unchanged(source: Source) -> None:
     """Refuse to finish if the model is no longer what was read."""
     changed = source.changes(source.contents())
@@ -1264,6 +1319,7 @@ def _report(
             "revision": revision,
             "class": type(arch.model).__name__,
             "dtype": str(source.dtype()).removeprefix("torch."),
+            "source_quantization": source.quantization,
             "fingerprint": source.fingerprint(),
         },
         "recipe": recipe.to_dict(),
@@ -1278,7 +1334,7 @@ def _report(
         "blocks": [{key: record[key] for key in ("block", "seconds", "peak_rss", "transforms")} for record in records],
         "stages": clock.stages,
         "sizes": {
-            "source_bytes": source.nbytes(),
+            "source_bytes": source.stored_bytes(),
             "output_bytes": shards,
             "quantized_weights": weights,
             "parameters": parameters,

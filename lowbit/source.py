@@ -1,7 +1,8 @@
 """Lazy reading of a Hugging Face checkpoint: safetensors shards, config, and the files beside them.
 
 A `Source` knows every tensor's place, shape and dtype from the shard headers and reads tensors only when asked. Nothing is kept
-open between reads, so no memory-mapped page outlives the call that needed it. Pickled checkpoints are refused.
+open between reads, so no memory-mapped page outlives the call that needed it. Pickled checkpoints are refused. Weights that
+others quantized are dequantized as they are read (`dequantize`).
 """
 
 import hashlib
@@ -61,7 +62,9 @@ class Source:
     Attributes:
         folder: the local folder.
         config: config.json as a dict.
-        tensors: every tensor of every shard, by name.
+        stored: every tensor of every shard, by name.
+        tensors: every tensor that `read` gives, by name; the stored ones, where a subclass shows no others.
+        quantization: how others quantized the checkpoint, in words; None if no one did.
         overrides: what the model's configuration must say instead of config.json.
         trust_remote_code: whether Python code of the folder may run, for a model or a tokenizer that transformers lacks.
         identities: size, times and inode of every shard when it was opened; see `track`.
@@ -80,20 +83,26 @@ class Source:
         self._files: dict[str, str] = {}
         self.overrides: dict[str, Any] = {}
         self.unrounded: frozenset[str] = frozenset()
-        self.tensors: dict[str, TensorInfo] = {}
+        self.quantization: str | None = None
+        self.stored: dict[str, TensorInfo] = {}
         for shard in self.shards:
             for name, info in _headers(folder, shard).items():
-                if name in self.tensors:
-                    raise ValueError(f"{folder}: tensor {name} is in both {self.tensors[name].shard} and {shard}")
-                self.tensors[name] = info
+                if name in self.stored:
+                    raise ValueError(f"{folder}: tensor {name} is in both {self.stored[name].shard} and {shard}")
+                self.stored[name] = info
+        self.tensors = self.stored
         self._check_index()
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """Read the named tensors in their stored dtype.
+        """Read the named tensors in the dtype that `tensors` says.
 
         Raises:
             ValueError: a tensor cannot be read (a truncated or damaged shard), or is tracked and has changed.
         """
+        return self.read_stored(names)
+
+    def read_stored(self, names: list[str]) -> dict[str, Tensor]:
+        """Read tensors as they are stored; see `read`."""
         out: dict[str, Tensor] = {}
         for shard, wanted in self._by_shard(names).items():
             found = self._stored(shard, wanted)
@@ -105,7 +114,7 @@ class Source:
     def _by_shard(self, names: Iterable[str]) -> dict[str, list[str]]:
         by_shard: dict[str, list[str]] = {}
         for name in names:
-            by_shard.setdefault(self.tensors[name].shard, []).append(name)
+            by_shard.setdefault(self.stored[name].shard, []).append(name)
         return by_shard
 
     def _stored(self, shard: str, names: list[str]) -> dict[str, Tensor]:
@@ -116,7 +125,7 @@ class Source:
             raise ValueError(f"{self.folder / shard} cannot be read ({error}); fetch this file again") from error
 
     def track(self, known: dict[str, Any] | None = None) -> None:
-        """From now on, keep the hash of every tensor that is read, and refuse one that is read again and is another one.
+        """From now on, keep the hash of every stored tensor that is read, and refuse one that is read again and is another one.
 
         A tensor whose hash is known is hashed again only if the size, the times or the inode of its shard are others by then.
 
@@ -135,7 +144,7 @@ class Source:
         if self._hashes is None:
             self.track()
         assert self._hashes is not None
-        self._hashes |= self._hashed(name for name in self.tensors if name not in self._hashes)
+        self._hashes |= self._hashed(name for name in self.stored if name not in self._hashes)
         return {"shards": dict(self.identities), "tensors": dict(self._hashes)}
 
     def files(self) -> dict[str, str]:
@@ -151,9 +160,9 @@ class Source:
         """
         hashes: dict[str, str] = known["tensors"]
         now = {shard: _identity(self.folder / shard) for shard in self.shards}
-        changed = sorted(hashes.keys() ^ self.tensors.keys())
-        suspect = [name for name in hashes if name in self.tensors]
-        suspect = [name for name in suspect if known["shards"].get(shard := self.tensors[name].shard) != now[shard]]
+        changed = sorted(hashes.keys() ^ self.stored.keys())
+        suspect = [name for name in hashes if name in self.stored]
+        suspect = [name for name in suspect if known["shards"].get(shard := self.stored[name].shard) != now[shard]]
         changed += [name for name, found in self._hashed(suspect).items() if found != hashes[name]]
         files = self._hashed_files()
         changed += sorted(name for name in files.keys() | self.files().keys() if files.get(name) != self._files.get(name))
@@ -185,10 +194,10 @@ class Source:
         chunk: list[str] = []
         size = 0
         for name in names:
-            size += self.tensors[name].nbytes
+            size += self.stored[name].nbytes
             if chunk and size > _CHUNK:
                 yield chunk
-                chunk, size = [], self.tensors[name].nbytes
+                chunk, size = [], self.stored[name].nbytes
             chunk.append(name)
         yield chunk
 
@@ -197,8 +206,12 @@ class Source:
         return {name: sha256_of(self.folder / name) for name in ("config.json", *names) if (self.folder / name).is_file()}
 
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors as `read` gives them."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors in the shards."""
+        return sum(info.nbytes for info in self.stored.values())
 
     def side_files(self) -> list[Path]:
         """Every file beside the weights: tokenizer, chat template, generation config, README ... (not config.json).
@@ -242,7 +255,7 @@ class Source:
         hashes = self.contents()["tensors"]
         prints = self.files()
         for shard in self.shards:
-            names = sorted(name for name, info in self.tensors.items() if info.shard == shard)
+            names = sorted(name for name, info in self.stored.items() if info.shard == shard)
             prints[shard] = hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in names).encode()).hexdigest()
         return prints
 
@@ -250,12 +263,14 @@ class Source:
         if not self._index.exists():
             return
         for name, shard in _weight_map(self._index).items():
-            if name not in self.tensors:
+            if name not in self.stored:
                 raise ValueError(f"{self._index} says {name} is in {shard}, but it is not there; fetch {shard} again")
 
 
 def open_source(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
     """Open a local folder, or fetch a hub id ("org/name", optionally at `revision`) into the hub's cache and open that.
+
+    Weights that others quantized are dequantized as they are read; `dequantize` has what is known.
 
     Args:
         trust_remote_code: let the Python code in the folder or repository run, with the rights of this process, where
@@ -263,8 +278,10 @@ def open_source(model: str, revision: str | None = None, *, trust_remote_code: b
 
     Raises:
         ValueError: no such folder or hub model, no safetensors weights, missing, truncated or damaged files, or a model
-            that is quantized already.
+            that is quantized in another way.
     """
+    from lowbit.dequantize import dequantized  # which imports this module
+
     folder = Path(model).expanduser()
     if not folder.is_dir():
         folder = _fetch(model, revision, [*_HUB_PATTERNS, "*.py"] if trust_remote_code else _HUB_PATTERNS)
@@ -272,11 +289,7 @@ def open_source(model: str, revision: str | None = None, *, trust_remote_code: b
         raise ValueError(f"{model} is a local folder, which has no revisions; leave out --revision {revision}")
     if (folder / "lowbit.json").exists():
         raise ValueError(f"{model} is quantized already (it has lowbit.json); quantize the original checkpoint instead")
-    source = Source(folder, trust_remote_code=trust_remote_code)
-    if described := source.config.get("quantization_config"):
-        method = described.get("quant_method", "unknown") if isinstance(described, dict) else described
-        raise ValueError(f"{model} is quantized already ({method}); quantize the original checkpoint instead")
-    return source
+    return dequantized(Source(folder, trust_remote_code=trust_remote_code), model)
 
 
 def _fetch(model: str, revision: str | None, patterns: list[str]) -> Path:

@@ -16,12 +16,13 @@ at a time. That file is also what a killed run resumes from.
 """
 
 import functools
+import inspect
 import math
 import os
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -129,12 +130,14 @@ class Stream:
         taken: the batches that go through the blocks: all, unless fewer were set before `start`. No one may read the others.
     """
 
-    def __init__(self, arch: Arch, tokens: Tensor, folder: Path, *, teacher: bool = False) -> None:
-        """tokens: [rows, length] int64; folder: where the files `hidden-K` are kept, and `teacher-K` if there is one."""
+    def __init__(self, arch: Arch, tokens: Tensor, folder: Path, *, teacher: bool = False, all_experts: bool = False) -> None:
+        """tokens: [rows, length] int64; folder: where the files `hidden-K` are kept, and `teacher-K` if there is one;
+        all_experts: units gather the statistics of every expert from all tokens."""
         self.arch = arch
         self.tokens = tokens
         self.folder = folder
         self.teacher = teacher
+        self.all_experts = all_experts
         self.dtype = arch.source.dtype()
         if arch.device.type == "cpu":
             self._rows = min(len(tokens), max(1, TOKENS_PER_BATCH // tokens.shape[1]))
@@ -453,7 +456,10 @@ class Unit:
                 if spec is not None or turned:
                     given = Input(spec, turned=turned)
                     if spec is not None and given.calibrated:
-                        largest = float(self.absmax(linear).max()) or 1.0
+                        largest = float(self.absmax(linear).max())
+                        if largest == 0:
+                            self.warn(linear, "no calibration token reached this layer: its input has the scale of magnitude 1")
+                            largest = 1.0
                         given = replace(self._storable(spec, largest), turned=turned)
                     self._inputs[linear.name] = given
         return self._inputs
@@ -972,6 +978,7 @@ class Unit:
         turns = {linear.site: Input(None, turned=True) for linear in self.linears if linear.name in self._turned}
         inputs = {**turns, **inputs}
         pending: set[Site] = set()
+        routed = _Routed()
 
         def observe(weight: Tensor | str, x: Tensor, transposed: bool) -> Tensor:
             site = site_of(weight, sites)
@@ -979,7 +986,7 @@ class Unit:
                 return x
             if site in inputs:
                 x = inputs[site].quantize(x)
-            if site in wanted:
+            if site in wanted and not routed.running:
                 visit(wanted[site], x.reshape(-1, x.shape[-1]))
                 pending.discard(site)
                 if not pending and not whole:
@@ -989,10 +996,62 @@ class Unit:
         for hidden, call in self.stream.batches(self.block.index) if batches is None else batches:
             pending = set(wanted)
             try:
-                with fast_products():
+                with fast_products(), self._all_experts(routed):
                     self.arch.call(self.block, hidden, call, observe)
             except _Captured as stop:
                 traceback.clear_frames(stop.__traceback__)  # they hold every activation of the batch
+
+    @contextmanager
+    def _all_experts(self, routed: "_Routed") -> Iterator[None]:
+        """While active, and if the stream says so, experts run once more on all tokens after they ran as the router says; the
+        block's output is that of the first run, during which `routed` is running."""
+        experts = {linear.param.rpartition(".")[0]: linear.param for linear in self.linears if linear.index is not None}
+        with ExitStack() as stack:
+            for path, param in experts.items() if self.stream.all_experts else ():
+                module = self.arch.model.get_submodule(path)
+                module.forward = _EveryToken(module.forward, len(self.arch.model.get_parameter(param)), routed)
+                stack.callback(module.__dict__.pop, "forward")
+            yield
+
+
+@dataclass
+class _Routed:
+    """Whether experts run for the block's output at the moment, rather than for statistics."""
+
+    running: bool = False
+
+
+@dataclass(frozen=True)
+class _EveryToken:
+    """Stands in for the forward of a module of `count` experts; see `Unit._all_experts`."""
+
+    original: Callable[..., Tensor]
+    count: int
+    routed: _Routed
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self.routed.running = True
+        try:
+            out = self.original(hidden_states, top_k_index, top_k_weights)
+        finally:
+            self.routed.running = False
+        for expert in range(self.count):  # one at a time, since the masks of all at once would be large
+            index, weights = torch.full_like(top_k_index[..., :1], expert), torch.ones_like(top_k_weights[..., :1])
+            self.original(hidden_states, index, weights)
+        return out
+
+
+def check_all_experts(arch: Arch) -> None:
+    """Raises:
+    ValueError: statistics of all experts cannot be gathered from all tokens.
+    """
+    params = {linear.param for block in arch.blocks for linear in block.linears if linear.index is not None}
+    modules = [arch.model.get_submodule(param.rpartition(".")[0]) for param in params]
+    if not modules:
+        raise ValueError("all_experts: no linear of this model is one of several experts that get a part of the tokens")
+    for module in modules:
+        if list(inspect.signature(module.forward).parameters)[:3] != ["hidden_states", "top_k_index", "top_k_weights"]:
+            raise ValueError(f"all_experts: {type(module).__name__} is not called with the experts of each token; leave it out")
 
 
 class _Sample:

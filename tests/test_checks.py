@@ -477,7 +477,10 @@ QUANTIZATION: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "null": (lambda x: x.update(quantization_config=None), r"k_proj\.weight|lacks|stored as"),
     "a list": (lambda x: x.update(quantization_config=[]), r"'quantization_config' is \[\], not an object"),
     "a text": (lambda x: x.update(quantization_config="gptq"), "'quantization_config' is 'gptq', not an object"),
-    "method": (setting("quant_method", "gptq", "quantization_config"), "quantization method 'gptq' is not read by lowbit"),
+    "method": (
+        setting("quant_method", "gptq", "quantization_config"),
+        "quantized already .gptq., which lowbit",
+    ),
     "no groups": (without("config_groups", "quantization_config"), "compressed-tensors does not read quantization_config"),
     "groups a list": (
         setting("config_groups", [1], "quantization_config"),

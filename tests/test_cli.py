@@ -195,6 +195,7 @@ def test_quantize_with_everything(command: Command, model: Path, tmp_path: Path)
         "format": "lowbit",
         "engine": "transformers",
         "kv_cache": None,
+        "all_experts": False,
     }
     source = QuantizedSource(out)
     assert source.native and len(source.modules) == 2 * 6

@@ -121,7 +121,7 @@ def test_a_scheme_without_a_name() -> None:
 
 def test_what_is_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another method, a description without bits, one without its tensors: an error that says so."""
-    with pytest.raises(ValueError, match="quantized by exotic, which lowbit cannot inspect"):
+    with pytest.raises(ValueError, match="quantized already .exotic., which lowbit cannot dequantize"):
         summary_of(foreign(tmp_path / "a", {"quant_method": "exotic"}, {}))
     with pytest.raises(ValueError, match="names no bits"):
         summary_of(foreign(tmp_path / "b", {"quant_method": "gptq"}, {}))

@@ -243,6 +243,12 @@ def test_what_to_mind_is_on_top(comparison: dict[str, Any]) -> None:
     assert 'class="alarm"' not in comparison_page(clean)
 
 
+def test_notes_of_a_run_are_on_top(report: dict[str, Any]) -> None:
+    top = report_page(report | {"notes": ["The source was quantized already <fp8>."]}).partition("<h2>Result")[0]
+    assert "The source was quantized already &lt;fp8&gt;." in top
+    assert "quantized already" not in report_page(report)
+
+
 def test_names_are_no_formulas(comparison: dict[str, Any]) -> None:
     """matplotlib would read what is between two dollars as one, and this as a bad one."""
     named = json.loads(json.dumps(comparison).replace("recipe <1>", "a$^$b").replace("q_proj", "q$^$proj"))

@@ -241,7 +241,7 @@ def test_config_that_is_no_object(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(("quantization", "method"), [({"quant_method": "gptq"}, "gptq"), ({"bits": 4}, "unknown")])
 def test_quantized_already(tmp_path: Path, quantization: dict[str, Any], method: str) -> None:
     write_single(tmp_path, quantization_config=quantization)
-    refused(tmp_path, f"is quantized already ({method}); quantize the original checkpoint instead")
+    refused(tmp_path, f"is quantized already ({method}), which lowbit cannot dequantize; quantize the original")
     assert Source(tmp_path).config["quantization_config"] == quantization
 
 
@@ -303,7 +303,6 @@ def test_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     [
         ({"a": torch.zeros(8, 8, dtype=torch.int8)}, "I8"),
         ({"a": torch.zeros(8, 8, dtype=torch.float64)}, "F64"),
-        ({"a": torch.zeros(8, 8, dtype=torch.float8_e4m3fn), "b": torch.zeros(3, 3)}, "F8_E4M3"),
         ({"a": torch.zeros(8)}, "none"),
     ],
 )
@@ -318,13 +317,13 @@ def test_dtype_refused(tmp_path: Path, values: dict[str, Tensor], stored: str) -
 )
 def test_bytes_of_a_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
     value = torch.zeros(3, 5, dtype=dtype)
-    source = open_source(str(write_single(tmp_path, {"a": value, "scalar": torch.zeros((), dtype=dtype)})))
+    source = Source(write_single(tmp_path, {"a": value, "scalar": torch.zeros((), dtype=dtype)}))
     assert source.tensors["a"].nbytes == value.nbytes
     assert source.tensors["scalar"].nbytes == value.element_size()
 
 
 def test_dtype_of_another_kind(tmp_path: Path) -> None:
-    source = open_source(str(write_single(tmp_path, {"a": torch.ones(8, 8).to(torch.float8_e8m0fnu)})))
+    source = Source(write_single(tmp_path, {"a": torch.ones(8, 8).to(torch.float8_e8m0fnu)}))
     with pytest.raises(ValueError, match="weights are stored as F8_E8M0"):
         source.dtype()
 

@@ -29,6 +29,7 @@ REFUSED = {
     "evolla": "only 0 of 6 blocks run",
     "git": "only 0 of 2 blocks run",
     "hrm_text": "lacks 8 tensors",
+    "mistral_large4": "takes more from the block before it than hidden states",
     "phi4_multimodal": "only 0 of 24 blocks run",
     "qianfan_ocr": "lacks 2 tensors",
     "shieldgemma2": "lacks 29 tensors",
