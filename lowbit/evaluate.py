@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lowbit.arguments import check_types, parse_device
 from lowbit.outputs import distance, gives_choices, input_ids, output_of, positions
 from lowbit.source import read_json
 
@@ -185,6 +186,7 @@ def evaluate_model(
             model's positions, a model in training mode, a masked LM, output without logits over the vocabulary,
             a reference of another vocabulary, or a loss that is not finite (with its window).
     """
+    check_types(evaluate_model, locals())
     stride = window if stride is None else stride
     if tokens.ndim != 1 or tokens.is_floating_point():
         raise ValueError(f"tokens are {list(tokens.shape)} {tokens.dtype}: give one row [n] of integers")
@@ -289,6 +291,7 @@ def evaluate_outputs(
         ValueError: an argument out of range, too little text, ids outside the vocabulary, outputs of two shapes, or one that
             is not finite (with its window).
     """
+    check_types(evaluate_outputs, locals())
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows = {max_windows}: give at least 1")
     tokens = tokens.to("cpu", torch.int64)
@@ -460,7 +463,7 @@ def _check_model(name: str, model: Any, *, length: int, largest: int) -> None:
 
 def _input_device(name: str, model: Any, device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        return parse_device(device)
     parameter = next(model.parameters(), None) if hasattr(model, "parameters") else None
     found = torch.device("cpu") if parameter is None else parameter.device
     if found.type == "meta":

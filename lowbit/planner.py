@@ -26,6 +26,7 @@ from torch import Tensor
 from lowbit import __version__
 from lowbit.allocate import Mix, allocate
 from lowbit.arch import Arch
+from lowbit.arguments import check_types, parse_device, shown
 from lowbit.data import DataSpec
 from lowbit.export import NATIVE, encode, reason_against
 from lowbit.files import write_json
@@ -47,11 +48,12 @@ from lowbit.sensitivity import (
     Solved,
     Whole,
     check_candidates,
+    check_rows,
     decisions,
     measure,
     per_block,
 )
-from lowbit.source import Source, open_source, read_json, shown
+from lowbit.source import Source, open_source, read_json
 from lowbit.unit import Stream, Unit
 
 # Offered where none are named, as far as the engine loads them.
@@ -94,7 +96,7 @@ class Plan:
 
 
 def plan(
-    model: str,
+    model: str | Path,
     *,
     bits: float | None = None,
     size: float | None = None,
@@ -142,6 +144,8 @@ def plan(
     Raises:
         ValueError: something is wrong with the input, or no mix is that small or that good.
     """
+    check_types(plan, locals())
+    model, device = str(model), str(parse_device(device))
     if [bits, size, max_ppl_ratio].count(None) != 2:
         raise ValueError("give one of bits, size and max_ppl_ratio")
     for name, value in (("bits", bits), ("size", size), ("max_ppl_ratio", max_ppl_ratio)):
@@ -299,6 +303,8 @@ def _decisions(arch: Arch, format: str, ignore: Iterable[str], per: Per) -> list
         if len(kept) == len(every):
             raise ValueError(f"nothing to decide about has a name like {pattern!r}; leave it out")
         every = kept
+    if not every:
+        raise ValueError("--ignore leaves nothing to decide about; ignore fewer linears")
     return per_block(arch, every) if per == "block" else every
 
 
@@ -327,17 +333,9 @@ def _known(path: Path | None, job: dict[str, Any], overwrite: bool) -> dict[str,
         )
     if unlike:
         return {}
-    if not isinstance(rows, dict):
-        raise ValueError(f"{path}: decisions = {shown(rows)}; allowed is an object of what was measured, by decision")
-    for name, row in rows.items():
-        costs = row.get("cost") if isinstance(row, dict) else None
-        good = isinstance(costs, dict) and all(type(cost) in (int, float) and isfinite(cost) for cost in costs.values())
-        if not good or not costs:
-            raise ValueError(
-                f"{path}: decision {name!r} has cost = {shown(costs)}; allowed is an object with a number for each scheme. "
-                "Take the decision out to have it measured again"
-            )
-    return rows
+    check_rows(rows, job["schemes"], str(path))
+    known: dict[str, Any] = rows
+    return known
 
 
 class Choices:
