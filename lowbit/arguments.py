@@ -1,15 +1,18 @@
 """Arguments as a caller gives them, checked before any work: their types, and devices."""
 
+import functools
 import inspect
 import reprlib
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 200
 _DEVICES = "allowed are cpu, and on a machine with such GPUs cuda or cuda:N"
@@ -24,19 +27,20 @@ def shown(value: Any) -> str:
     return _SHOWN.repr(value)
 
 
-def check_types(function: Callable[..., Any], given: dict[str, Any]) -> None:
-    """Compare the arguments of a call with the annotations of the function; those that are written as text are passed over.
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose arguments are compared with its annotations when it is called; those that are written as text are
+    passed over. A ValueError says of which argument the type is another, its value, and what is allowed."""
+    signature = inspect.signature(function)
 
-    Args:
-        given: the arguments by name, as `locals()` has them in the first line of the function.
+    @functools.wraps(function)
+    def call(*given: P.args, **named: P.kwargs) -> R:
+        for name, value in signature.bind(*given, **named).arguments.items():
+            hint = signature.parameters[name].annotation
+            if not fits(value, hint):
+                raise ValueError(f"{name} = {shown(value)}; allowed is {words_of(hint)}")
+        return function(*given, **named)
 
-    Raises:
-        ValueError: an argument is of another type: its name and value, and what is allowed.
-    """
-    for name, parameter in inspect.signature(function).parameters.items():
-        hint = parameter.annotation
-        if not fits(given[name], hint):
-            raise ValueError(f"{name} = {shown(given[name])}; allowed is {words_of(hint)}")
+    return call
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowbit import export, runtime
-from lowbit.arguments import check_types, parse_device
+from lowbit.arguments import checked, parse_device
 from lowbit.decoding import Decoder, reason_against, reason_against_graph
 from lowbit.kernels.entry import Prepared
 from lowbit.page import save_figure
@@ -132,6 +132,7 @@ def bench_model(model: Any, *, rows: int, prompt: int, tokens: int, compiled: bo
     return found
 
 
+@checked
 def bench(
     models: Sequence[str], *, batches: Sequence[int] = (1, 16), prompt: int = 512, tokens: int = 64, device: str = "cpu",
     dtype: torch.dtype | None = None, compiled: bool = False, peers: Sequence[str] = (),
@@ -148,7 +149,6 @@ def bench(
         "bandwidth", bytes a second, and "rows": for each model and batch what `bench_model` gives, "model" (or the peer), the
         ratios "prefill_speedup" and "step_speedup" to the first, and "of_roofline", the floor of a step over what it took.
     """
-    check_types(bench, locals())
     where = parse_device(device)
     if not models:
         raise ValueError("models = []; give at least one")

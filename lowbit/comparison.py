@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lowbit import __version__
 from lowbit.allocate import useful
-from lowbit.arguments import check_types, parse_device
+from lowbit.arguments import checked, parse_device
 from lowbit.data import DataSpec, evaluation_tokens, tokenizer_of
 from lowbit.evaluate import Evaluation, OutputDivergence, evaluate_model, evaluate_outputs, sentence_pooling
 from lowbit.export import load
@@ -49,6 +49,7 @@ PROMPT, CONTINUED = 24, 40  # tokens of a sample of text, and generated after it
 DECODED = 32  # tokens of the measurement of speed
 
 
+@checked
 def compare(
     model: str | Path,
     recipes: dict[str, Recipe],
@@ -85,7 +86,6 @@ def compare(
     Raises:
         ValueError: nothing to compare, or bad input.
     """
-    check_types(compare, locals())
     model, device = str(model), str(parse_device(device))
     if sensitivities is not None:
         check_measured(sensitivities, "sensitivities")

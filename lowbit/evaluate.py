@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lowbit.arguments import check_types, parse_device
+from lowbit.arguments import checked, parse_device
 from lowbit.outputs import distance, gives_choices, input_ids, output_of, positions
 from lowbit.source import read_json
 
@@ -150,6 +150,7 @@ def plan_windows(tokens: int, *, window: int, stride: int, bos: Bos) -> list[Win
     ]
 
 
+@checked
 @torch.no_grad()
 def evaluate_model(
     model: Callable[..., Any],
@@ -186,7 +187,6 @@ def evaluate_model(
             model's positions, a model in training mode, a masked LM, output without logits over the vocabulary,
             a reference of another vocabulary, or a loss that is not finite (with its window).
     """
-    check_types(evaluate_model, locals())
     stride = window if stride is None else stride
     if tokens.ndim != 1 or tokens.is_floating_point():
         raise ValueError(f"tokens are {list(tokens.shape)} {tokens.dtype}: give one row [n] of integers")
@@ -265,6 +265,7 @@ def evaluate_model(
     )
 
 
+@checked
 @torch.no_grad()
 def evaluate_outputs(
     model: "PreTrainedModel",
@@ -291,7 +292,6 @@ def evaluate_outputs(
         ValueError: an argument out of range, too little text, ids outside the vocabulary, outputs of two shapes, or one that
             is not finite (with its window).
     """
-    check_types(evaluate_outputs, locals())
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows = {max_windows}: give at least 1")
     tokens = tokens.to("cpu", torch.int64)

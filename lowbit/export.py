@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lowbit.adapter import merged, read_adapter
 from lowbit.arch import Arch, Linear, Site, Tap, addresses, generation_of
-from lowbit.arguments import check_types, parse_device
+from lowbit.arguments import checked, parse_device
 from lowbit.checks import (
     LIBRARY_PARTS,
     NATIVE,
@@ -733,6 +733,7 @@ def quantized_sites(arch: Arch, source: QuantizedSource) -> dict[Site, Quantizer
     return found | {sites[name]: static for name, static in points.items()}
 
 
+@checked
 def load(
     model: str | Path,
     *,
@@ -757,7 +758,6 @@ def load(
     Raises:
         ValueError: the folder is incomplete or in a format lowbit does not read.
     """
-    check_types(load, locals())
     where = parse_device(device)
     source = open_checkpoint(str(model), revision, trust_remote_code=trust_remote_code)
     arch = Arch(source, dtype or source.dtype())

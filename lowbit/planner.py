@@ -26,7 +26,7 @@ from torch import Tensor
 from lowbit import __version__
 from lowbit.allocate import Mix, allocate
 from lowbit.arch import Arch
-from lowbit.arguments import check_types, parse_device, shown
+from lowbit.arguments import checked, parse_device, shown
 from lowbit.data import DataSpec
 from lowbit.export import NATIVE, encode, reason_against
 from lowbit.files import write_json
@@ -95,6 +95,7 @@ class Plan:
     seconds: float
 
 
+@checked
 def plan(
     model: str | Path,
     *,
@@ -144,7 +145,6 @@ def plan(
     Raises:
         ValueError: something is wrong with the input, or no mix is that small or that good.
     """
-    check_types(plan, locals())
     model, device = str(model), str(parse_device(device))
     if [bits, size, max_ppl_ratio].count(None) != 2:
         raise ValueError("give one of bits, size and max_ppl_ratio")

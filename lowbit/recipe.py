@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from lowbit.arguments import check_types, shown
+from lowbit.arguments import checked, shown
 from lowbit.data import DataSpec
 from lowbit.methods.awq import awq
 from lowbit.methods.block_ap import block_ap
@@ -341,6 +341,7 @@ def _without_none(value: Any) -> Any:
     return [_without_none(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
+@checked
 def short_recipe(
     *,
     scheme: str,
@@ -361,7 +362,6 @@ def short_recipe(
             one.
         kv_cache: "fp8" for scales of an FP8 key-value cache, which vLLM uses with kv_cache_dtype="fp8".
     """
-    check_types(short_recipe, locals())
     if ignore is None:
         left = [Rule(match=_HEADS, scheme=FLOAT, optional=True)]
     else:

@@ -30,7 +30,7 @@ from lowbit import __version__
 from lowbit.adapter import FOLDER as ADAPTER
 from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, Site, return_freed_memory
-from lowbit.arguments import check_types, parse_device
+from lowbit.arguments import checked, parse_device
 from lowbit.data import Calibration, DataSpec, calibration_tokens, tokenizer_of, without_documents, written_tokens
 from lowbit.export import (
     NATIVE,
@@ -68,6 +68,7 @@ GATE_TOLERANCE = 1e-4  # of the largest logit: float32 sums of other batch shape
 Progress = Callable[[str, int, int], None]
 
 
+@checked
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -112,7 +113,6 @@ def quantize(
         ValueError: something is wrong with the input, the data or the disk; the message says what to do. Finished blocks are
             kept.
     """
-    check_types(quantize, locals())
     model, device = str(model), str(parse_device(device))
     if recipe is None:
         if scheme is None:

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_map
 from lowbit import attention, export, scans
 from lowbit.adapter import LowRank
 from lowbit.arch import MATMUL, Arch, Linear
-from lowbit.arguments import check_types, parse_device
+from lowbit.arguments import checked, parse_device
 from lowbit.export import QuantizedSource, open_checkpoint, restore_generation
 from lowbit.formats import FP8_E4M3
 from lowbit.kernels import entry
@@ -383,6 +383,7 @@ class Row:
     reason: str = ""
 
 
+@checked
 def load(
     model: str | Path,
     *,
@@ -411,7 +412,6 @@ def load(
         ValueError: the folder is incomplete or in a format lowbit does not read; kernels for a float checkpoint, or for one of
             which no linear can stay packed.
     """
-    check_types(load, locals())
     model, where = str(model), parse_device(device)
     source = open_checkpoint(model, revision, trust_remote_code=trust_remote_code)
     if kernels is None:
