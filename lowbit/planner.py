@@ -38,8 +38,6 @@ from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
 from lowbit.run import Progress, available_memory, drawn, rewritten, set_aside
 from lowbit.sensitivity import (
-    PER,
-    SIGNALS,
     Decision,
     Effort,
     Inputs,
@@ -157,10 +155,6 @@ def plan(
             raise ValueError(f"{name} = {shown(value)}: give a whole number of at least 1")
     if max_ppl_ratio is not None and max_ppl_ratio <= 1:
         raise ValueError(f"max_ppl_ratio = {max_ppl_ratio}: give more than 1, such as 1.02")
-    if signal not in SIGNALS:
-        raise ValueError(f"unknown signal {signal!r}; allowed are {', '.join(SIGNALS)}")
-    if per not in PER:
-        raise ValueError(f"per {per!r}; allowed are {', '.join(PER)}")
     say = progress or (lambda stage, done, total: None)
     offered = candidates(schemes, format, engine)
     check_candidates(offered, signal)
