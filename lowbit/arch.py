@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lowbit.arguments import parse_device
 from lowbit.experts import converters as converters_of_experts
 from lowbit.experts import open_experts
 from lowbit.outputs import distance, gives_choices, input_ids, output_of
@@ -225,16 +226,20 @@ class Arch:
     """
 
     def __init__(
-        self, source: Source, dtype: torch.dtype = torch.float32, device: str = "cpu", model: "PreTrainedModel | None" = None
+        self,
+        source: Source,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        model: "PreTrainedModel | None" = None,
     ) -> None:
         """model: the transformers model on the meta device; built from the checkpoint's config by default."""
         self.source = source
         self.dtype = dtype
+        self.device = parse_device(device)
         if model is not None:
             _check_sizes(model, source)
         self.model = _empty_model(source) if model is None else model
         open_experts(self.model, source.tensors)
-        self.device = torch.device(device)
         self.matrix_dtype = _matrix_dtype(source, dtype, self.device)
         self._matrices: frozenset[str] = frozenset()
         for name, buffer in list(self.model.named_buffers()):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowbit import export, runtime
+from lowbit.arguments import checked, parse_device
 from lowbit.decoding import Decoder, reason_against, reason_against_graph
 from lowbit.kernels.entry import Prepared
 from lowbit.page import save_figure
@@ -131,6 +132,7 @@ def bench_model(model: Any, *, rows: int, prompt: int, tokens: int, compiled: bo
     return found
 
 
+@checked
 def bench(
     models: Sequence[str], *, batches: Sequence[int] = (1, 16), prompt: int = 512, tokens: int = 64, device: str = "cpu",
     dtype: torch.dtype | None = None, compiled: bool = False, peers: Sequence[str] = (),
@@ -147,15 +149,20 @@ def bench(
         "bandwidth", bytes a second, and "rows": for each model and batch what `bench_model` gives, "model" (or the peer), the
         ratios "prefill_speedup" and "step_speedup" to the first, and "of_roofline", the floor of a step over what it took.
     """
+    where = parse_device(device)
+    if not models:
+        raise ValueError("models = []; give at least one")
+    for name, value in (("prompt", prompt), ("tokens", tokens), ("batches", min(batches, default=0))):
+        if value < 1:
+            raise ValueError(f"{name} = {value}; allowed are whole numbers from 1 on")
     unknown = [peer for peer in peers if peer not in PEERS]
     if unknown:
         raise ValueError(f"no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
-    if "torchao-int4" in peers and torch.device(device).type != "cuda":
+    if "torchao-int4" in peers and where.type != "cuda":
         raise ValueError("the kernel of torchao-int4 is one for GPUs; leave it out, or give --device cuda")
     opened = {name: export.open_checkpoint(name, trust_remote_code=trust_remote_code) for name in models}
     if peers and isinstance(opened[models[0]], export.QuantizedSource):
         raise ValueError(f"{models[0]} is quantized already, so that {peers[0]} cannot do it; name the original first")
-    where = torch.device(device)
     speed = bandwidth(where)
     rows: list[dict[str, Any]] = []
     jobs = [(name, None) for name in models] + [(models[0], peer) for peer in peers]

@@ -37,7 +37,7 @@ from lowbit.qtensor import (
     problems_of_zeros,
     spec_from_dict,
 )
-from lowbit.report import JSON_NAME, read_report
+from lowbit.report import JSON_NAME, hashes_of, read_report
 from lowbit.source import FLOAT_DTYPES, TensorInfo, read_json
 
 NATIVE = "lowbit"
@@ -634,8 +634,7 @@ def check_small_files(folder: Path, index: str) -> None:
     Raises:
         ValueError: lowbit.json or the index is another file than was written, or the adapter is missing.
     """
-    report = read_report(folder) or {}
-    files = hashes_of(report)
+    report, files = read_report(folder) or {}, hashes_of(folder)
     promised = report.get("adapter") is not None or f"{ADAPTER}/{WEIGHTS}" in files
     if promised and not (folder / ADAPTER / WEIGHTS).is_file():
         path = folder / ADAPTER / WEIGHTS
@@ -649,17 +648,9 @@ def check_small_files(folder: Path, index: str) -> None:
         warnings.warn(problem, stacklevel=3)
 
 
-def hashes_of(report: dict[str, Any]) -> dict[str, str]:
-    """The SHA-256 of every file by its path in the folder; empty where the report has none."""
-    files = report.get("files")
-    if not isinstance(files, dict):
-        return {}
-    return {name: digest for name, digest in files.items() if isinstance(digest, str)}
-
-
 def changed_files(folder: Path) -> Iterator[str]:
     """Every file of report.json that is missing or another by now, and weights that it does not know."""
-    files = hashes_of(read_report(folder) or {})
+    files = hashes_of(folder)
     for name in files:
         problem = _changed(folder, name, files)
         if problem is not None:

@@ -410,6 +410,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     import torch
 
+    from lowbit.arguments import parse_device
     from lowbit.data import evaluation_tokens, tokenizer_of
     from lowbit.evaluate import (
         Evaluation,
@@ -426,6 +427,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     cache = parse_cache(arguments.kv_cache) if arguments.kv_cache else None
     if not arguments.data and not arguments.tasks:
         raise ValueError("say what to evaluate on: --data FILE, or --tasks")
+    parse_device(arguments.device)
     _quiet_libraries()
     dtype = getattr(torch, arguments.dtype)
     trusted = arguments.trust_remote_code
@@ -517,11 +519,15 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
+    from lowbit.arguments import parse_device
     from lowbit.data import tokenizer_of
     from lowbit.decoding import generate
     from lowbit.export import open_checkpoint
     from lowbit.runtime import load
 
+    if not -(2**63) <= arguments.seed < 2**64:
+        raise ValueError(f"--seed {arguments.seed}: allowed are whole numbers from -2^63 to 2^64 - 1")
+    parse_device(arguments.device)
     _quiet_libraries()
     trusted = arguments.trust_remote_code
     source = open_checkpoint(arguments.model, trust_remote_code=trusted)

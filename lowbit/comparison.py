@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lowbit import __version__
 from lowbit.allocate import useful
+from lowbit.arguments import checked, parse_device
 from lowbit.data import DataSpec, evaluation_tokens, tokenizer_of
 from lowbit.evaluate import Evaluation, OutputDivergence, evaluate_model, evaluate_outputs, sentence_pooling
 from lowbit.export import load
@@ -39,6 +40,7 @@ from lowbit.processes import tied
 from lowbit.recipe import Recipe, short_recipe
 from lowbit.report import read_report
 from lowbit.run import Progress
+from lowbit.sensitivity import check_measured
 from lowbit.source import Source, open_source
 
 # What `search` walks: every chain with every candidate that the engine loads, from the quickest chain on.
@@ -47,8 +49,9 @@ PROMPT, CONTINUED = 24, 40  # tokens of a sample of text, and generated after it
 DECODED = 32  # tokens of the measurement of speed
 
 
+@checked
 def compare(
-    model: str,
+    model: str | Path,
     recipes: dict[str, Recipe],
     out: str | Path,
     *,
@@ -83,6 +86,9 @@ def compare(
     Raises:
         ValueError: nothing to compare, or bad input.
     """
+    model, device = str(model), str(parse_device(device))
+    if sensitivities is not None:
+        check_measured(sensitivities, "sensitivities")
     searched = searched or {}
     if not recipes and not searched:
         raise ValueError("nothing to compare: give recipes")

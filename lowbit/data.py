@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lowbit.source import Source, in_short, read_json, refused_code, shown
+from lowbit.arguments import shown
+from lowbit.source import Source, in_short, read_json, refused_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lowbit.arguments import checked, parse_device
 from lowbit.outputs import distance, gives_choices, input_ids, output_of, positions
 from lowbit.source import read_json
 
@@ -149,6 +150,7 @@ def plan_windows(tokens: int, *, window: int, stride: int, bos: Bos) -> list[Win
     ]
 
 
+@checked
 @torch.no_grad()
 def evaluate_model(
     model: Callable[..., Any],
@@ -263,6 +265,7 @@ def evaluate_model(
     )
 
 
+@checked
 @torch.no_grad()
 def evaluate_outputs(
     model: "PreTrainedModel",
@@ -460,7 +463,7 @@ def _check_model(name: str, model: Any, *, length: int, largest: int) -> None:
 
 def _input_device(name: str, model: Any, device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        return parse_device(device)
     parameter = next(model.parameters(), None) if hasattr(model, "parameters") else None
     found = torch.device("cpu") if parameter is None else parameter.device
     if found.type == "meta":

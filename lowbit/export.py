@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lowbit.adapter import merged, read_adapter
 from lowbit.arch import Arch, Linear, Site, Tap, addresses, generation_of
+from lowbit.arguments import checked, parse_device
 from lowbit.checks import (
     LIBRARY_PARTS,
     NATIVE,
@@ -731,12 +732,13 @@ def quantized_sites(arch: Arch, source: QuantizedSource) -> dict[Site, Quantizer
     return found | {sites[name]: static for name, static in points.items()}
 
 
+@checked
 def load(
-    model: str,
+    model: str | Path,
     *,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """Load a checkpoint, quantized or not, as a transformers model with float weights.
@@ -755,12 +757,13 @@ def load(
     Raises:
         ValueError: the folder is incomplete or in a format lowbit does not read.
     """
-    source = open_checkpoint(model, revision, trust_remote_code=trust_remote_code)
+    where = parse_device(device)
+    source = open_checkpoint(str(model), revision, trust_remote_code=trust_remote_code)
     arch = Arch(source, dtype or source.dtype())
     if isinstance(source, QuantizedSource):
         check_model(arch, source)
     loaded: Any = arch.fill()
-    loaded.to(device)
+    loaded.to(where)
     restore_generation(loaded, source.folder)
     if isinstance(source, QuantizedSource):
         inputs = quantized_sites(arch, source)

@@ -1,5 +1,6 @@
 """Files that appear under their name whole or not at all, whenever the process is killed: JSON and safetensors."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 
 TEMPORARY = ".tmp"
 _LONGEST = 240  # bytes of an output's name, which leaves room for ".partial" and the like in the 255 of file systems
+_MOST = 2**28  # bytes of a JSON file: enough for that of any model
 _STEM = 100  # characters of the file's name that its temporary name has, so that that is not too long
 _TEMPORARY_NAME = re.compile(r"(.+)\.[0-9a-f]{16}" + re.escape(TEMPORARY), re.DOTALL)
 
@@ -71,6 +73,24 @@ def is_temporary(path: Path, names: Collection[str]) -> bool:
     return found is not None and found[1] in {name[:_STEM] for name in names}
 
 
+def read_small(path: Path) -> str:
+    """The text of a file, in UTF-8.
+
+    Raises:
+        OSError: there is none, or it is a pipe, a device or a folder, or larger than any JSON file of a checkpoint.
+        ValueError: it is not UTF-8.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # which does not wait for the writer of a pipe
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST:
+            raise OSError(errno.EINVAL, f"not a regular file of at most {_MOST >> 20} MiB", str(path))
+        with os.fdopen(handle, encoding="utf-8", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` in UTF-8."""
     with replacing(path) as temporary:
@@ -97,6 +117,8 @@ def save_sealed(tensors: dict[str, Tensor], path: Path) -> None:
 
 def load_sealed(path: Path) -> dict[str, Tensor] | None:
     """What `save_sealed` wrote; None where the file is missing or damaged."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, "pt") as file:
             expected = (file.metadata() or {}).get("sha256")

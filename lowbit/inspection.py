@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from lowbit.arch import Arch
-from lowbit.checks import REMEDY, Damaged, changed_files, hashes_of
+from lowbit.checks import REMEDY, Damaged, changed_files
 from lowbit.export import QuantizedSource, check_model, open_checkpoint
 from lowbit.qtensor import CHANNEL, TENSOR, Scheme, parse_scheme
-from lowbit.report import read_report
+from lowbit.report import hashes_of, problem_of_report, read_report
 from lowbit.source import Source, read_json
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")  # of GPTQ and AWQ
@@ -77,9 +77,10 @@ def problems_of(model: str, progress: Callable[[str, int, int], None] | None = N
     say = progress or (lambda stage, done, total: None)
     if not folder.is_dir():
         raise ValueError(f"{model} is no folder; only those can be checked")
-    hashes = bool(hashes_of(read_report(folder) or {}))
+    hashes = bool(hashes_of(folder))
     say("comparing hashes", 0, 1)
-    found = [*changed_files(folder)]
+    damaged_report = problem_of_report(folder)
+    found = [*([] if damaged_report is None else [damaged_report]), *changed_files(folder)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they say is among the hashes

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lowbit.export import NATIVE_FILE
-from lowbit.files import TEMPORARY, is_temporary, load_sealed, permanent_name, sha256_of, sync_folder, write_json
+from lowbit.files import TEMPORARY, is_temporary, load_sealed, permanent_name, read_small, sha256_of, sync_folder, write_json
 from lowbit.report import JSON_NAME, MARKDOWN_NAME, PAGE_NAME
 from lowbit.source import Source
 
@@ -159,12 +159,16 @@ def _check_free(place: Place, overwrite: bool, seen: dict[str, list[int]]) -> No
 
 
 def _report_in(folder: Path) -> dict[str, Any] | None:
-    """The report that lowbit wrote into a folder."""
+    """The report that lowbit wrote into a folder; None too where it is damaged, or names files that are not in the folder."""
     try:
-        report = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = json.loads(read_small(folder / JSON_NAME))
+    except (OSError, ValueError, RecursionError):
         return None
-    return report if isinstance(report, dict) and isinstance(report.get("lowbit"), str) else None
+    if not isinstance(report, dict) or not isinstance(report.get("lowbit"), str):
+        return None
+    files = report.get("files")
+    inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in files or ())
+    return report if files is None or (isinstance(files, dict) and inside) else None
 
 
 def _unlisted(out: Path, own: set[str], seen: dict[str, list[int]]) -> list[str]:
@@ -283,9 +287,9 @@ def open_journal(place: Place, overwrite: bool) -> Iterator["Journal"]:
                 _remove_idle(folder)
 
 
-def _remove_idle(folder: Path) -> None:
-    """Remove a folder with a journal of no work, and nothing else."""
-    idle = {WORK, *(f"{WORK}/{name}" for name in ("lock", "job.json", "model.json", "notes.json"))}
+def _remove_idle(folder: Path, *more: str) -> None:
+    """Remove a folder with a journal of no work, and nothing else. `more`: names in it that are no work either."""
+    idle = {WORK, *(f"{WORK}/{name}" for name in ("lock", "job.json", "model.json", "notes.json")), *more}
     if folder.is_dir() and {path.relative_to(folder).as_posix() for path in folder.rglob("*")} <= idle:
         shutil.rmtree(folder / WORK)
         folder.rmdir()
@@ -302,7 +306,7 @@ def _locked(folder: Path, busy: str) -> Iterator[IO[str]]:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / "lock").open("a")
+            lock = open(folder / "lock", "a", opener=_without_waiting)  # noqa: PTH123, SIM115 (Path.open has no opener)
         except OSError as error:
             raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another --out") from error
         with lock:
@@ -321,6 +325,11 @@ def _locked(folder: Path, busy: str) -> Iterator[IO[str]]:
                 yield lock
                 return
         time.sleep(0.05)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe without a reader is an error then."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 @contextmanager
@@ -363,6 +372,11 @@ class Journal:
         self._damage: list[str] = []
         self._seen: dict[str, list[int]] = {}
         self._interrupted, self._published = interrupted, False
+
+    @property
+    def left(self) -> Path:
+        """Where the journal of a published checkpoint is, until it is removed."""
+        return self.work if self.place.inside else self.place.out / WORK
 
     # ------------------------------------------------------------------------------------------------------------- records
 
@@ -489,7 +503,7 @@ class Journal:
             )
             return None
         report = _report_in(self.folder)
-        if report is not None and report.get("job") == self.job and not self._unlike(report["files"]):
+        if report is not None and report.get("job") == self.job and not self._unlike(report.get("files") or {JSON_NAME: ""}):
             return report
         self._take_up(blocks, span, job)
         return None
@@ -669,9 +683,10 @@ class Journal:
                     f"{error}. The checkpoint is finished and kept in {self.folder}; when the way is free, the same command "
                     f"gives it the name {out} at once"
                 ) from error
-        self._remove_left()
+        # First what this process made to find that out: as long as the other journal is there, the next run comes here again.
         if self._published and not self.place.inside:
-            _remove_idle(self.folder)
+            _remove_idle(self.folder, *([] if self.recorded("job") else self._present("written-*")))
+        self._remove_left()
 
     def _rename(self) -> None:
         """Put `folder` into the place of OUT, which is moved away first if it is not empty."""
@@ -730,7 +745,7 @@ class Journal:
 
     def _remove_left(self) -> None:
         """Remove the journal of the checkpoint at OUT, and what it replaced."""
-        left = self.place.folder / WORK if self.place.inside else self.place.out / WORK
+        left = self.left
         if not left.is_dir():
             return
         if (left / "lock").exists() and _identity(left / "lock")[3] == os.fstat(self.lock).st_ino:
@@ -743,7 +758,9 @@ class Journal:
         for name in self._replaced(left):
             _remove_written(self.place.out.with_name(name))
         moving = left / "moving.json"  # says until the end that the checkpoint is where it should be
-        for path in sorted(left.rglob("*"), reverse=True):
+        present = sorted(left.rglob("*"), reverse=True)
+        # Last the text that the model wrote: without it, the next run writes it again to find out that all is done.
+        for path in sorted(present, key=lambda path: path.match("written-*")):
             if path.is_dir():
                 path.rmdir()
             elif path != moving:
@@ -765,7 +782,7 @@ def _digest(value: Any) -> str:
 def _unsealed(path: Path) -> dict[str, Any] | None:
     """The content of a JSON file of the journal; None where it is missing, or not what was written."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_small(path))
         content: dict[str, Any] = found["content"]
         return content if _digest(content) == found["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

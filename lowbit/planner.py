@@ -26,6 +26,7 @@ from torch import Tensor
 from lowbit import __version__
 from lowbit.allocate import Mix, allocate
 from lowbit.arch import Arch
+from lowbit.arguments import checked, parse_device, shown
 from lowbit.data import DataSpec
 from lowbit.export import NATIVE, encode, reason_against
 from lowbit.files import write_json
@@ -37,8 +38,6 @@ from lowbit.qtensor import Scheme, find_params, parse_scheme, quantize
 from lowbit.recipe import FLOAT, METHODS, Recipe, Rule, Step, short_recipe
 from lowbit.run import Progress, available_memory, drawn, opened, rewritten, set_aside
 from lowbit.sensitivity import (
-    PER,
-    SIGNALS,
     Decision,
     Effort,
     Inputs,
@@ -47,11 +46,12 @@ from lowbit.sensitivity import (
     Solved,
     Whole,
     check_candidates,
+    check_rows,
     decisions,
     measure,
     per_block,
 )
-from lowbit.source import Source, open_source, read_json, shown
+from lowbit.source import Source, open_source, read_json
 from lowbit.unit import Stream, Unit
 
 # Offered where none are named, as far as the engine loads them.
@@ -93,8 +93,9 @@ class Plan:
     seconds: float
 
 
+@checked
 def plan(
-    model: str,
+    model: str | Path,
     *,
     bits: float | None = None,
     size: float | None = None,
@@ -142,6 +143,7 @@ def plan(
     Raises:
         ValueError: something is wrong with the input, or no mix is that small or that good.
     """
+    model, device = str(model), str(parse_device(device))
     if [bits, size, max_ppl_ratio].count(None) != 2:
         raise ValueError("give one of bits, size and max_ppl_ratio")
     for name, value in (("bits", bits), ("size", size), ("max_ppl_ratio", max_ppl_ratio)):
@@ -153,10 +155,6 @@ def plan(
             raise ValueError(f"{name} = {shown(value)}: give a whole number of at least 1")
     if max_ppl_ratio is not None and max_ppl_ratio <= 1:
         raise ValueError(f"max_ppl_ratio = {max_ppl_ratio}: give more than 1, such as 1.02")
-    if signal not in SIGNALS:
-        raise ValueError(f"unknown signal {signal!r}; allowed are {', '.join(SIGNALS)}")
-    if per not in PER:
-        raise ValueError(f"per {per!r}; allowed are {', '.join(PER)}")
     say = progress or (lambda stage, done, total: None)
     offered = candidates(schemes, format, engine)
     check_candidates(offered, signal)
@@ -301,6 +299,8 @@ def _decisions(arch: Arch, format: str, ignore: Iterable[str], per: Per) -> list
         if len(kept) == len(every):
             raise ValueError(f"nothing to decide about has a name like {pattern!r}; leave it out")
         every = kept
+    if not every:
+        raise ValueError("--ignore leaves nothing to decide about; ignore fewer linears")
     return per_block(arch, every) if per == "block" else every
 
 
@@ -329,17 +329,9 @@ def _known(path: Path | None, job: dict[str, Any], overwrite: bool) -> dict[str,
         )
     if unlike:
         return {}
-    if not isinstance(rows, dict):
-        raise ValueError(f"{path}: decisions = {shown(rows)}; allowed is an object of what was measured, by decision")
-    for name, row in rows.items():
-        costs = row.get("cost") if isinstance(row, dict) else None
-        good = isinstance(costs, dict) and all(type(cost) in (int, float) and isfinite(cost) for cost in costs.values())
-        if not good or not costs:
-            raise ValueError(
-                f"{path}: decision {name!r} has cost = {shown(costs)}; allowed is an object with a number for each scheme. "
-                "Take the decision out to have it measured again"
-            )
-    return rows
+    check_rows(rows, job["schemes"], str(path))
+    known: dict[str, Any] = rows
+    return known
 
 
 class Choices:

@@ -39,6 +39,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from lowbit.arguments import checked, shown
 from lowbit.data import DataSpec
 from lowbit.methods.awq import awq
 from lowbit.methods.block_ap import block_ap
@@ -60,7 +61,7 @@ from lowbit.methods.smooth_search import smooth_search
 from lowbit.methods.tesseraq import tesseraq
 from lowbit.patterns import Matcher
 from lowbit.qtensor import PointScheme, Scheme, parse_point, parse_scheme
-from lowbit.source import deeper_than, shown
+from lowbit.source import deeper_than
 from lowbit.unit import Between, Input
 
 
@@ -358,6 +359,7 @@ def _without_none(value: Any) -> Any:
     return [_without_none(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
+@checked
 def short_recipe(
     *,
     scheme: str,
@@ -380,12 +382,6 @@ def short_recipe(
         kv_cache: "fp8" for scales of an FP8 key-value cache, which vLLM uses with kv_cache_dtype="fp8".
         all_experts: gather the statistics of every expert from all tokens, not only from those that the router sends it.
     """
-    if isinstance(ignore, str) or not isinstance(ignore, (Iterable, types.NoneType)):
-        raise ValueError(f"ignore = {shown(ignore)}; allowed is a list of regular expressions")
-    if not isinstance(method, str):
-        raise ValueError(f"method = {shown(method)}; allowed are names of steps with + between them")
-    if not isinstance(options, (dict, types.NoneType)) or not all(isinstance(key, str) for key in options or {}):
-        raise ValueError(f"options = {shown(options)}; allowed is a dict of names and values")
     if ignore is None:
         left = [Rule(match=_HEADS, scheme=FLOAT, optional=True)]
     else:

@@ -6,12 +6,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lowbit.files import write_json, write_text
+from lowbit.files import read_small, write_json, write_text
 from lowbit.page import judged, report_page
 
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
 PAGE_NAME = "report.html"
+_DAMAGE = (OSError, ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError)
 _OWN = {"lowbit": str, "gate": dict, "evaluations": list, "linears": list}  # what every report of lowbit's has
 
 
@@ -28,13 +29,42 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        report = json.loads(read_small(path))
     except (ValueError, RecursionError, OSError):
         report = None
     if isinstance(report, dict) and all(isinstance(report.get(key), kind) for key, kind in _OWN.items()):
         return report
     warnings.warn(f"{path} is no report of lowbit's, or a damaged one; it is ignored", stacklevel=2)
     return None
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint by its path in the folder, as its report has them; also where the report is
+    damaged elsewhere. Empty where there are none."""
+    try:
+        report = json.loads(read_small(folder / JSON_NAME))
+    except (ValueError, RecursionError, OSError):
+        return {}
+    files = report.get("files") if isinstance(report, dict) and "lowbit" in report else None
+    return {name: digest for name, digest in files.items() if isinstance(digest, str)} if isinstance(files, dict) else {}
+
+
+def problem_of_report(folder: Path) -> str | None:
+    """What is wrong with the report of a checkpoint; None where there is none, it is good, or another program's."""
+    path = folder / JSON_NAME
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(read_small(path))
+        if not isinstance(report, dict) or not _OWN.keys() & report.keys():
+            return None
+        if all(isinstance(report.get(key), kind) for key, kind in _OWN.items()):
+            markdown(report)
+            if len(hashes_of(folder)) == len(report.get("files", {})):
+                return None
+    except _DAMAGE:
+        pass
+    return f"{path} is damaged; fetch it again"
 
 
 def add_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
@@ -46,6 +76,9 @@ def add_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
     """
     report = read_report(folder)
     if report is not None:
+        problem = problem_of_report(folder)
+        if problem is not None:
+            raise ValueError(problem)
         report["evaluations"].append(evaluation)
         write_report(folder, report)
     elif (folder / JSON_NAME).exists():

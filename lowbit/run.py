@@ -30,6 +30,7 @@ from lowbit import __version__
 from lowbit.adapter import FOLDER as ADAPTER
 from lowbit.adapter import LowRank, write_adapter
 from lowbit.arch import Arch, Block, Linear, Site, return_freed_memory
+from lowbit.arguments import checked, parse_device
 from lowbit.data import Calibration, DataSpec, calibration_tokens, tokenizer_of, without_documents, written_tokens
 from lowbit.experts import PerExpert, reason_of_transformers, split_experts
 from lowbit.export import (
@@ -45,7 +46,7 @@ from lowbit.export import (
     too_small,
     write_config,
 )
-from lowbit.files import check_name, load_sealed, replacing, save_sealed, save_shard, sha256_of, write_json
+from lowbit.files import check_name, load_sealed, read_small, replacing, save_sealed, save_shard, sha256_of, write_json
 from lowbit.journal import WORK, Journal, check_apart, check_out, open_journal, place_of, some
 from lowbit.methods.embed import Rounded
 from lowbit.outputs import positions
@@ -60,6 +61,7 @@ from lowbit.views import histograms, outliers, watching
 
 _WRITTEN = "written-"  # name of the files with tokens that the model wrote
 _ROUNDINGS = 8  # of the checkpoint's dtype that a transform may add to a block's output, relative
+_TOKEN = 24  # bytes of memory for a token while it is drawn: int64 three times
 GATE_ROWS = 2
 GATE_POSITIONS = 256  # of each row, whose logits are compared
 GATE_TOKENS = 128  # length of random rows, where a recipe has no calibration data
@@ -67,8 +69,9 @@ GATE_TOLERANCE = 1e-4  # of the largest logit: float32 sums of other batch shape
 Progress = Callable[[str, int, int], None]
 
 
+@checked
 def quantize(
-    model: str,
+    model: str | Path,
     out: str | Path,
     *,
     recipe: Recipe | None = None,
@@ -112,6 +115,7 @@ def quantize(
         ValueError: something is wrong with the input, the data or the disk; the message says what to do. Finished blocks are
             kept.
     """
+    model, device = str(model), str(parse_device(device))
     if recipe is None:
         if scheme is None:
             raise ValueError("say what to do: a recipe, or a scheme such as w4a16")
@@ -136,7 +140,6 @@ def quantize(
     check_out(place, overwrite)
     clock = _Clock()
     say = progress or (lambda stage, done, total: None)
-    _check_device(device)
     for step in recipe.steps:
         check_optimizer(step.options, device)
     team = Team.here()
@@ -158,7 +161,7 @@ def quantize(
     recipe.schemes(_candidates(arch, recipe), _points(arch), tied_head=arch.tied_head)
     side_files, left_out = _side_files(source)
     with open_journal(place, overwrite) as journal:
-        data_used, solver_tokens = _calibration(recipe, source, journal.work, device, say, positions(arch.model))
+        data_used, solver_tokens = _calibration(recipe, source, journal, device, say, positions(arch.model))
         job = _job(source, recipe, data_used, device, parallel, deterministic)
         names = {*_checkpoint_names(arch, recipe), *side_files}
         with _saying_what_is_kept(journal), _quick_collections():
@@ -408,7 +411,7 @@ class _Trials:
             _empty_folder(self.work / "trial")
             loss = self._compared(self._through(self.work / "trial", rows, taken), self._float(rows))
             write_json(record, {"steps": steps, "rows": rows, "loss": loss})
-        return float(json.loads(record.read_text(encoding="utf-8"))["loss"])
+        return float(json.loads(read_small(record))["loss"])
 
     def clean(self) -> None:
         """Delete the hidden states."""
@@ -451,8 +454,8 @@ class _Trials:
 def _holds_loss(record: Path) -> bool:
     """Whether a trial was finished and its record can be read."""
     try:
-        return isinstance(json.loads(record.read_text(encoding="utf-8"))["loss"], float)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return isinstance(json.loads(read_small(record))["loss"], float)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -946,13 +949,6 @@ def _sha256(weight: Tensor) -> str:
 # ----------------------------------------------------------------------------------------------------------- before the work
 
 
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
 def _candidates(arch: Arch, recipe: Recipe) -> list[str]:
     """Names of which the linears are a subset, known before the model is read."""
     names = [name for block in arch.blocks for name in block.tensors if len(arch.source.tensors[name].shape) >= 2]
@@ -965,7 +961,7 @@ def _candidates(arch: Arch, recipe: Recipe) -> list[str]:
 
 
 def _calibration(
-    recipe: Recipe, source: Source, work: Path, device: str, say: Progress, limit: int | None
+    recipe: Recipe, source: Source, journal: Journal, device: str, say: Progress, limit: int | None
 ) -> tuple[Calibration, Tensor]:
     """The calibration data, and the rows of it that stream through the model [rows, length] int64."""
     spec = recipe.data
@@ -977,7 +973,7 @@ def _calibration(
         spec = replace(spec, rows=min(rows, GATE_ROWS))
     if spec.kind == "self":
         say("writing calibration text", 0, 1)
-        calibration = _written(spec, source, work, device)
+        calibration = _written(spec, source, journal, device)
     else:
         calibration = drawn(spec, source)
     if calibration.tokens.shape != (spec.rows or rows, length):
@@ -990,10 +986,23 @@ def drawn(spec: DataSpec, source: Source) -> Calibration:
     """Calibration data from a file, a hub or at random, in the tokens of a model.
 
     Raises:
-        ValueError: the model has no tokenizer, or there is too little text.
+        ValueError: the model has no tokenizer, there is too little text, or random tokens do not fit into memory.
     """
     tokenizer = tokenizer_of(source) if spec.source != "random" else None
+    if spec.kind == "random":  # no text ends before there are so many
+        _check_rows(spec)
     return calibration_tokens(spec, tokenizer, vocab_size=_vocabulary(source))
+
+
+def _check_rows(spec: DataSpec) -> None:
+    """Raise a ValueError where the tokens of a source without end do not fit into memory."""
+    rows, length = spec.size
+    needed, available = rows * length * _TOKEN, available_memory()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"{rows} rows of {length} tokens take {needed / 1e9:.3g} GB, but {available / 1e9:.3g} GB of memory are available; "
+            "use fewer or shorter rows"
+        )
 
 
 def _vocabulary(source: Source) -> int:
@@ -1003,16 +1012,18 @@ def _vocabulary(source: Source) -> int:
     return vocabulary
 
 
-def _written(spec: DataSpec, source: Source, work: Path, device: str) -> Calibration:
+def _written(spec: DataSpec, source: Source, journal: Journal, device: str) -> Calibration:
     """Calibration text by the model itself, kept in the journal: it is costly, and a resumed run must have the same.
 
     The float model is whole in memory meanwhile, in its own dtype.
     """
     asked = json.dumps([asdict(spec), source.fingerprint(), device, torch.get_num_threads()], sort_keys=True)
-    path = work / f"{_WRITTEN}{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
-    kept = load_sealed(path)
+    name = f"{_WRITTEN}{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+    path = journal.work / name
+    kept = load_sealed(path) or load_sealed(journal.left / name)
     if kept is not None:
         return without_documents(kept["tokens"], spec)
+    _check_rows(spec)
     model = load(str(source.folder), device=device, trust_remote_code=source.trust_remote_code)
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} writes no text; calibrate it on a text file, or on random tokens")

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial, wraps
+from pathlib import Path
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from torch.utils._pytree import tree_map
 from lowbit import attention, export, scans
 from lowbit.adapter import LowRank
 from lowbit.arch import MATMUL, Arch, Linear
+from lowbit.arguments import checked, parse_device
 from lowbit.export import QuantizedSource, open_checkpoint, restore_generation
 from lowbit.formats import FP8_E4M3
 from lowbit.kernels import entry
@@ -381,12 +383,13 @@ class Row:
     reason: str = ""
 
 
+@checked
 def load(
-    model: str,
+    model: str | Path,
     *,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     kernels: bool | None = None,
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
@@ -409,9 +412,10 @@ def load(
         ValueError: the folder is incomplete or in a format lowbit does not read; kernels for a float checkpoint, or for one of
             which no linear can stay packed.
     """
+    model, where = str(model), parse_device(device)
     source = open_checkpoint(model, revision, trust_remote_code=trust_remote_code)
     if kernels is None:
-        kernels = isinstance(source, QuantizedSource) and torch.device(device).type == "cuda"
+        kernels = isinstance(source, QuantizedSource) and where.type == "cuda"
     if not kernels:
         return export.load(model, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if not isinstance(source, QuantizedSource):

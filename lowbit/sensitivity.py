@@ -29,9 +29,10 @@ text: it cannot be smaller, since the loss is the model's. Attention runs unfuse
 derivative.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,6 +41,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowbit.arch import Arch, Block, Linear, Site
+from lowbit.arguments import shown
 from lowbit.outputs import predicts_next_token
 from lowbit.qtensor import Scheme, check_shape, dequantize, find_params, quantize
 from lowbit.recipe import FLOAT, METHODS, Step
@@ -475,6 +477,52 @@ def measure(
         if solved is not None and block in arch.blocks:
             solved.advance(block)
     return {decision.name: rows[decision.name] for decision in every}
+
+
+def check_rows(rows: Any, schemes: Collection[str], where: str) -> None:
+    """Check what `measure` gave, read from a file that a person may have edited.
+
+    Args:
+        schemes: names of the candidates; "float" is one anyhow.
+        where: the file, for the message.
+
+    Raises:
+        ValueError: a row lacks something or has a value of another type.
+    """
+    if not isinstance(rows, dict):
+        raise ValueError(f"{where}: decisions = {shown(rows)}; allowed is an object of what was measured, by decision")
+    remedy = "Take the decision out to have it measured again"
+    for name, row in rows.items():
+        row = row if isinstance(row, dict) else {}
+        costs: Any
+        costs, linears, block = row.get("cost"), row.get("linears"), row.get("block")
+        numbers = isinstance(costs, dict) and all(type(cost) in (int, float) and isfinite(cost) for cost in costs.values())
+        if not numbers or not any(each in costs for each in (*schemes, FLOAT)):
+            raise ValueError(
+                f"{where}: decision {shown(name)} has cost = {shown(costs)}; allowed is an object with a number for each "
+                f"scheme. {remedy}"
+            )
+        if not isinstance(linears, list) or not linears or not all(isinstance(each, str) for each in linears):
+            raise ValueError(
+                f"{where}: decision {shown(name)} has linears = {shown(linears)}; allowed is a list of names. {remedy}"
+            )
+        if type(block) is not int:
+            raise ValueError(f"{where}: decision {shown(name)} has block = {shown(block)}; allowed is a whole number. {remedy}")
+
+
+def check_measured(measured: dict[str, Any], where: str) -> None:
+    """Check a file of sensitivities, of whatever model.
+
+    Raises:
+        ValueError: it is not one that `planner.plan` wrote.
+    """
+    schemes = measured.get("schemes")
+    if not isinstance(schemes, list) or not all(isinstance(each, str) for each in schemes):
+        raise ValueError(f"{where}: schemes = {shown(schemes)}; allowed is a list of names, as lowbit plan writes it")
+    for name, allowed in (("signal", SIGNALS), ("per", PER)):
+        if measured.get(name) not in [*allowed]:
+            raise ValueError(f"{where}: {name} = {shown(measured.get(name))}; allowed are {', '.join(allowed)}")
+    check_rows(measured.get("decisions"), schemes, where)
 
 
 def _row(

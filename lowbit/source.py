@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import reprlib
 import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowbit.files import sha256_of
+from lowbit.files import read_small, sha256_of
 
 STEM = "model"  # shards are STEM.safetensors, or STEM-00001-of-00003.safetensors listed in STEM.safetensors.index.json
 _DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F64": 64, "C64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32}
@@ -30,8 +29,6 @@ _DTYPE_BITS |= dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _DEEPEST = 100  # levels of a JSON file: enough for any configuration, too few to exhaust Python's stack
 _LONGEST = 255  # bytes of a file's name that file systems take
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 200
 _SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 # What a tokenizer is made of; which of them there are depends on its kind.
 TOKENIZER_FILES = (
@@ -74,8 +71,8 @@ class Source:
     def __init__(self, folder: Path, stem: str = STEM, *, trust_remote_code: bool = False) -> None:
         self.folder = folder
         self.trust_remote_code = trust_remote_code
-        _check_special(folder)
         self.config: dict[str, Any] = read_json(folder / "config.json", "the model's configuration")
+        _check_special(folder)  # walks through all folders: not before this is known to be a model
         self._index = folder / index_name(stem)
         self.shards = _shards(folder, stem)
         self.identities = {shard: _identity(folder / shard) for shard in self.shards}
@@ -341,7 +338,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is {_kind_of(path)}, not a file: {what}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_small(path))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): {what}") from error
     except (ValueError, RecursionError) as error:
@@ -366,11 +363,6 @@ def deeper_than(value: Any, levels: int) -> bool:
     return any(isinstance(each, (dict, list)) for each in inner)
 
 
-def shown(value: Any) -> str:
-    """A value for a message, cut where it is long or deep."""
-    return _SHOWN.repr(value)
-
-
 def in_short(error: BaseException) -> str:
     """What an error of a library says, on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -381,13 +373,21 @@ def _kind_of(path: Path) -> str:
     return _SPECIAL.get(stat.S_IFMT(path.stat().st_mode), "a folder")
 
 
+def _is_special(path: Path) -> bool:
+    """Whether something that can be looked at is neither a file nor a folder."""
+    try:
+        return stat.S_IFMT(path.stat().st_mode) in _SPECIAL
+    except OSError:
+        return False
+
+
 def _check_special(folder: Path) -> None:
     """Refuse pipes, sockets and devices, which lowbit or a library would open and wait for, or read without an end."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(parent, name)
-            if not name.startswith(".") and path.exists() and not path.is_file():
+            if not name.startswith(".") and _is_special(path):
                 raise ValueError(f"{path} is {_kind_of(path)}, not a file; remove it from the folder")
 
 

@@ -1460,7 +1460,7 @@ def judged(case: Case, materials: Materials, folder: Path, *, seconds: float = 2
                 break  # devices and FIFOs are for the child to read
             try:
                 damage.apply(folder)
-            except (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError):
+            except (OSError, KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError):
                 continue  # of several, one that no longer has what it damages
         before = _inputs(case, folder)
         ending = forked.run(partial(_call, case, folder, materials), cwd=folder, seconds=seconds)

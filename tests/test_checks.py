@@ -652,8 +652,26 @@ def test_a_report_of_something_else(content: str, copied: Callable[[str], Path],
         assert "gate" not in summary_of(str(folder))
     with pytest.warns(UserWarning, match="it is ignored"):
         assert main(["inspect", str(folder)]) == 0
-    with pytest.warns(UserWarning, match="it is ignored"):
-        assert problems_of(str(folder)) == ([], False)
+    damaged = [] if content in ("{}", "[]", "null") else [f"{folder / 'report.json'} is damaged; fetch it again"]
+    assert problems_of(str(folder)) == (damaged, False)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"), [("linears", 7), ("gate", None), ("linears", [7]), ("linears", [{"name": "x"}]), ("sizes", 0.5)]
+)
+def test_a_report_that_is_damaged_elsewhere(where: str, value: Any, copied: Callable[[str], Path]) -> None:
+    """Still has its hashes: small files are compared with them when the folder is loaded, and all files by the check."""
+    folder = copied("native")
+    describe(folder, lambda report: report.update({where: value}), "report.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the rest is ignored
+        assert problems_of(str(folder)) == ([f"{folder / 'report.json'} is damaged; fetch it again"], True)
+        assert main(["inspect", str(folder), "--check"]) == 2
+        edit(folder, f"{Q}.codes", lambda x: x ^ 1)
+        assert any("is not the file that was written" in problem for problem in problems_of(str(folder))[0])
+        (folder / "lowbit.json").write_text((folder / "lowbit.json").read_text() + " ")
+        with pytest.raises(ValueError, match=r"lowbit\.json is not the file that was written"):
+            load(str(folder))
 
 
 # ------------------------------------------------------------------------------------------------------------ corrections

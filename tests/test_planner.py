@@ -118,7 +118,7 @@ def test_whole_blocks(signal: Any, llama: Path, tmp_path: Path) -> None:
     assert len(stored) == 18 and not any("down_proj" in name for name in stored)
     for block, scheme in made.schemes.items():
         assert {found for name, found in stored.items() if name.startswith(block + ".")} == {scheme}
-    with pytest.raises(ValueError, match="per 'layer'; allowed are linear, block"):
+    with pytest.raises(ValueError, match="per = 'layer'; allowed is one of 'linear', 'block'"):
         plan(str(llama), bits=3.3, **given | {"per": "layer"})
 
 
@@ -240,7 +240,7 @@ def test_goals_that_cannot_be(llama: Path) -> None:
     for goals in ({}, {"bits": 3.0, "size": 1e6}):
         with pytest.raises(ValueError, match="give one of bits, size and max_ppl_ratio"):
             plan(str(llama), **goals, **NATIVE)
-    with pytest.raises(ValueError, match="unknown signal"):
+    with pytest.raises(ValueError, match="signal = 'guess'; allowed is one of 'kl'"):
         plan(str(llama), bits=3.0, signal="guess", **NATIVE)  # type: ignore[arg-type]
 
 

@@ -16,7 +16,12 @@ import torch
 import transformers
 
 import lowbit
+from lowbit import export
+from lowbit.bench import bench
 from lowbit.cli import main
+from lowbit.data import DataSpec
+from lowbit.run import drawn
+from lowbit.source import open_source
 
 ROOT = Path(__file__).resolve().parents[1]
 QUANTIZE = ("--scheme", "w4a16-g32", "--data", "random", "--rows", "2", "--length", "16")
@@ -184,7 +189,7 @@ def test_trusted_code_in_other_processes(model: Path, monkeypatch: pytest.Monkey
     own(model)
     monkeypatch.setenv("HF_HOME", str(model.parent / "home"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    spec = lowbit.recipe.DataSpec(source="random", rows=8, length=16)
+    spec = DataSpec(source="random", rows=8, length=16)
     options = {"mrem.steps": 4}
     given: dict[str, Any] = {"scheme": "w4a16-g32", "method": "rtn+mrem", "options": options, "data": spec}
     lowbit.quantize(str(model), "out", parallel=2, trust_remote_code=True, **given)
@@ -309,16 +314,102 @@ def test_bad_recipes(pristine: Path, tmp_path: Path, name: str, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"ignore": 0.5}, r"ignore = 0\.5; allowed is a list of regular expressions"),
+        ({"ignore": 0.5}, r"ignore = 0\.5; allowed is a list, each a text or None"),
         ({"ignore": "lm_head"}, r"ignore = 'lm_head'; allowed is a list"),
-        ({"method": 3}, r"method = 3; allowed are names of steps"),
-        ({"options": [1]}, r"options = \[1\]; allowed is a dict"),
-        ({"scheme": 4}, r"match and scheme are texts"),
+        ({"ignore": [3]}, r"ignore = \[3\]; allowed is a list, each a text"),
+        ({"method": 3}, r"method = 3; allowed is a text"),
+        ({"options": [1]}, r"options = \[1\]; allowed is a dict or None"),
+        ({"options": "x"}, r"options = 'x'; allowed is a dict or None"),
+        ({"options": {1: 2}}, r"options = \{1: 2\}; allowed is a dict"),
+        ({"overwrite": 1}, r"overwrite = 1; allowed is True or False"),
+        ({"parallel": True}, r"parallel = True; allowed is a whole number"),
+        ({"model": [1]}, r"model = \[1\]; allowed is a text or a path"),
+        ({"data": 3}, r"data = 3; allowed is a DataSpec or a text or None"),
+        ({"progress": "x"}, r"progress = 'x'; allowed is what can be called or None"),
+        ({"scheme": 4}, r"scheme = 4; allowed is a text"),
+        ({"device": "meta"}, r"device 'meta' cannot be used: it has no memory; allowed are cpu"),
+        ({"device": -0.5}, r"device = -0\.5; allowed is a text"),
     ],
 )
 def test_bad_arguments(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lowbit.quantize("model", "out", **{"scheme": "w4a16", **given})
+        lowbit.quantize(**{"model": "model", "out": "out", "scheme": "w4a16", **given})
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (-0.5, "-0.5"),
+        (True, "True"),
+        ({}, r"\{\}"),
+        (None, "None"),
+        (" ", "' ' cannot be used: Invalid device string"),
+        (1e308, r"1e\+308"),
+        ("meta", "'meta' cannot be used: it has no memory"),
+        ("x", "'x' cannot be used: Expected one of"),
+    ],
+)
+def test_bad_devices(pristine: Path, device: Any, message: str) -> None:
+    """The same everywhere, and before any work."""
+    name = str(pristine)
+    doors: dict[str, Any] = {
+        "quantize": lambda: lowbit.quantize(name, "out", scheme="w4a16-g32", device=device),
+        "load": lambda: lowbit.load(name, device=device),
+        "plain load": lambda: export.load(name, device=device),
+        "plan": lambda: lowbit.plan(name, bits=5, data="random", device=device),
+        "bench": lambda: bench([name], device=device),
+        "model": lambda: lowbit.Arch(open_source(name), device=device),
+    }
+    if device is not None:  # which is that of the model there
+        doors["evaluate"] = lambda: lowbit.evaluate(lowbit.load(name), tiny.tokens(1, 16)[0], window=8, device=device)
+    for call in doors.values():
+        with pytest.raises(ValueError, match=f"device(?: =)? {message}.*allowed"):
+            call()
+    assert not Path("out.partial").exists()
+
+
+BAD_CALLS: dict[str, tuple[Any, str]] = {
+    "load a list": (lambda m: lowbit.load([1]), r"model = \[1\]; allowed is a text or a path"),
+    "dtype": (lambda m: lowbit.load(m, dtype=" "), r"dtype = ' '; allowed is a dtype or None"),
+    "schemes": (lambda m: lowbit.plan(m, bits=5, data="random", schemes=False), r"schemes = False; allowed is a list"),
+    "effort": (lambda m: lowbit.plan(m, bits=5, data="random", effort="float32"), r"effort = 'float32'; allowed is a Effort"),
+    "a dict": (lambda m: lowbit.plan(m, bits=5, data="random", ignore={"a": 1}), r"ignore = \{'a': 1\}; allowed is a list"),
+    "model": (lambda m: lowbit.evaluate(1, torch.ones(9)), r"model = 1; allowed is what can be called"),
+    "tokens": (lambda m: lowbit.evaluate(print, -1), r"tokens = -1; allowed is a Tensor"),
+    "stride": (lambda m: lowbit.evaluate(print, torch.ones(9), stride={"a": 1}), r"stride = \{'a': 1\}; allowed is a whole"),
+    "progress": (lambda m: lowbit.evaluate(print, torch.ones(9), progress=3.5), r"progress = 3\.5; allowed is what can be"),
+    "recipes": (lambda m: lowbit.compare(m, 7, "out", texts=["a.txt"]), r"recipes = 7; allowed is a dict"),
+    "nothing to decide": (
+        lambda m: lowbit.plan(m, bits=5, data="random", rows=1, length=8, ignore=["."]),
+        r"--ignore leaves nothing to decide about; ignore fewer linears",
+    ),
+    "no prompt": (lambda m: bench([m], prompt=0), r"prompt = 0; allowed are whole numbers from 1 on"),
+    "no batches": (lambda m: bench([m], batches=()), r"batches = 0; allowed are whole numbers"),
+    "no models": (lambda m: bench([]), r"models = \[\]; give at least one"),
+    "tokens without end": (
+        lambda m: drawn(DataSpec(source="random", rows=16, length=10**12), open_source(m)),
+        r"16 rows of 1000000000000 tokens take 3\.84e\+05 GB, but .* GB of memory are available; use fewer or shorter rows",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls(pristine: Path, name: str) -> None:
+    call, message = BAD_CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        call(str(pristine))
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_bad_seed_of_generation(pristine: Path, seed: int, capfd: Any) -> None:
+    assert main(["generate", str(pristine), "--prompt", "The", f"--seed={seed}"]) == 2
+    assert f"--seed {seed}: allowed are whole numbers from -2^63 to 2^64 - 1" in told(capfd)
+
+
+def test_root_is_no_model(capfd: Any) -> None:
+    """Told at once, not after a walk through all folders of the machine."""
+    assert main(["bench", "/"]) == 2
+    assert "/config.json is missing" in told(capfd)
 
 
 @pytest.mark.parametrize("deep", [DEEP, '{"text": ' + DEEP + "}"])
@@ -357,6 +448,13 @@ def test_long_names_of_outputs(pristine: Path, tmp_path: Path, command: str, mon
         ),
         ({"a": {"cost": {}}}, r"decision 'a' has cost = \{\}"),
         ({"a": {"cost": {"float": float("nan")}}}, r"decision 'a' has cost = \{'float': nan\}"),
+        ({"a": {"cost": {"fp8": 1.0}}}, r"decision 'a' has cost = \{'fp8': 1\.0\}"),
+        (
+            {"a": {"cost": {"float": 0.0}, "linears": [-0.5]}},
+            r"decision 'a' has linears = \[-0\.5\]; allowed is a list of names",
+        ),
+        ({"a": {"cost": {"float": 0.0}, "linears": []}}, r"decision 'a' has linears = \[\]"),
+        ({"a": {"cost": {"float": 0.0}, "linears": ["a"], "block": "0"}}, r"decision 'a' has block = '0'; allowed is a whole"),
     ],
 )
 def test_bad_sensitivities(model: Path, decisions: Any, message: str, capfd: Any) -> None:

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "lowbit"
 # --------------------------------------------------------------------------------------------------------------- layers
 # A module imports from its own level and the levels before it. A folder stands for all of its modules.
 LEVELS = (
-    ("files", "processes", "formats", "packing", "codebooks", "orthogonal", "patterns", "ssm", "outputs"),
+    ("arguments", "files", "processes", "formats", "packing", "codebooks", "orthogonal", "patterns", "ssm", "outputs"),
     ("qtensor", "adapter", "arch", "data", "source", "dequantize", "experts", "report", "page", "kv", "checks"),
     ("links",),
     ("unit", "kernels"),
