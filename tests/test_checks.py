@@ -637,7 +637,7 @@ def test_other_files(copied: Callable[[str], Path]) -> None:
 
 
 def test_what_cannot_be_checked(outs: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not quantized; only quantized folders can be checked"):
+    with pytest.raises(ValueError, match="is not quantized; only folders in lowbit.s own format or compressed-"):
         problems_of(str(outs("native").parent / "llama"))
     with pytest.raises(ValueError, match="is no folder"):
         problems_of(str(tmp_path / "nothing"))
