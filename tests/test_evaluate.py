@@ -384,7 +384,7 @@ def test_run_tasks(harness: list[dict[str, Any]], model: nn.Module) -> None:
     assert harness[0]["model"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 2}
     assert (harness[0]["tasks"], harness[0]["limit"]) == (["arc_easy"], 5)
     run_tasks(Path("folder"), ["arc_easy"], device="cpu")
-    assert harness[1]["model"] == {"pretrained": "folder", "device": "cpu", "batch_size": 1}
+    assert harness[1]["model"] == {"pretrained": "folder", "device": "cpu", "batch_size": 1, "trust_remote_code": False}
 
 
 def test_run_tasks_refuses(harness: list[dict[str, Any]], model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
