@@ -160,7 +160,7 @@ def reason_of_transformers(model: "PreTrainedModel", fused: Iterable[str]) -> st
 
 def _types(config: Mapping[str, Any]) -> set[str]:
     text = config.get("text_config")
-    return {part.get("model_type", "") for part in (config, text) if isinstance(part, Mapping)}
+    return {str(part.get("model_type", "")) for part in (config, text) if isinstance(part, Mapping)}
 
 
 def _mapped(source: Source) -> bool:

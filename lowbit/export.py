@@ -138,8 +138,8 @@ def check_loading(arch: Arch, format: str, engine: str, linears: Iterable[Linear
     reader = _reader_of_weights(arch, packed)
     if reader is not None:
         raise ValueError(
-            f"transformers cannot load packed weights of this model: its code for {reader} reads weights that packed "
-            f"checkpoints do not have; use w8a8 or fp8, --engine vllm, or {remedy}"
+            f"packed weights of this model cannot be exported for transformers: its code for {reader} reads weights that "
+            f"packed checkpoints do not have; use w8a8 or fp8, --engine vllm, or {remedy}"
         )
 
 

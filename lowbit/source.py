@@ -336,7 +336,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path} is missing: {what}")
     if not path.is_file():
-        raise ValueError(f"{path} is {_kind_of(path)}, not a file: {what}")
+        raise ValueError(f"{path} is {_kind_of(path)}, not a file; remove it: {what}")
     try:
         value = json.loads(read_small(path))
     except OSError as error:

@@ -542,7 +542,8 @@ QUANTIZATION: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
             ]
             and None
         ),
-        r"config\.json: quantization_config: the regular expression .* takes too long to match",
+        # refused for its time, or, where the search ends early, because it matches nothing
+        r"config\.json: quantization_config(: the regular expression .* takes too long to match| has no group for)",
     ),
     "an expression in ignore": (
         setting("ignore", [r"re:(([a-z_.0-9])+)+\W$"] * 50, "quantization_config"),

@@ -956,8 +956,12 @@ def test_values_that_are_not_finite(own_llama: Path, tmp_path: Path) -> None:
     assert not shards_of(tmp_path / "out.partial") and not records_of(tmp_path / "out.partial")
 
 
-def test_quantized_model_is_refused(tmp_path: Path, whole: Callable[[str], Path]) -> None:
-    refused(whole("rtn"), tmp_path / "out", "is quantized already (compressed-tensors)", "the original checkpoint", **SHORT)
+def test_model_quantized_in_an_unknown_way_is_refused(tmp_path: Path, llama: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    parts = ("is quantized already (gptq), which lowbit cannot dequantize", "the original checkpoint")
+    refused(tmp_path / "model", tmp_path / "out", *parts, **SHORT)
 
 
 def test_model_that_is_nowhere(tmp_path: Path) -> None:
@@ -1039,8 +1043,8 @@ def test_schemes_that_the_engine_does_not_load(llama: Path, tmp_path: Path) -> N
         ("mixtral", "w4a16-g32-asym", "it cannot unpack this format into fused experts"),
         ("qwen3_moe", "mxfp8a16", "it cannot unpack this format into fused experts"),
         ("qwen2_moe", "w8a8", "it leaves the inputs of fused experts float"),
-        ("falcon_new", "w4a16-g32", "its code for falcon reads weights"),
-        ("mamba2", "mxfp4", "its code for mamba2 reads weights"),
+        ("falcon_new", "w4a16-g32", "its code for FalconLinear reads weights"),
+        ("mamba2", "mxfp4", "its code for Mamba2Mixer reads weights"),
     ],
 )
 def test_what_transformers_cannot_load(name: str, scheme: str, reason: str, tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ BAD_MODELS = {
     "padding": (config(pad_token_id=10**6), r"model/config\.json: "),
     "layers": (config(num_hidden_layers=10**9), r"num_hidden_layers = 1000000000, but the weights are of 3 blocks"),
     "vocabulary": (config(vocab_size=10**9), r"vocab_size = 1000000000, but in model\.safetensors model\.embed"),
-    "quantized": (config(quantization_config="x"), r"model is quantized already \(x\)"),
+    "quantized": (config(quantization_config="x"), r"model is quantized already, but 'quantization_config' is 'x'"),
     "generation": (put("generation_config.json", "{"), r"model/generation_config\.json is not valid JSON"),
     "pipe": (pipe("generation_config.json"), r"model/generation_config\.json is a pipe, not a file"),
     "pipe as shard": (pipe("model.safetensors"), r"model/model\.safetensors is a pipe"),

@@ -41,9 +41,31 @@ REFUSED = {
 FAST = ("qwen3_5", "internvl", "llava", "granitemoe", "granitemoehybrid", "deepseek_v4", "gemma3n_text", "gpt2", "mamba")
 
 
+# Of the others, those that people use most run in every full suite, the rest in the long one.
+POPULAR = (
+    *(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen3_5_moe",
+        "qwen2_moe",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+    ),
+    *("gemma2", "gemma3", "gemma4", "gemma4_text", "mistral", "mistral3", "mixtral", "ministral3", "phi3", "phimoe"),
+    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "gpt_oss", "llama4", "llama4_text", "glm4", "glm4_moe", "minimax_m2"),
+    *("kimi_linear", "lfm2", "granite", "nemotron_h", "smollm3", "olmo2", "olmo3", "ernie4_5_moe", "exaone4", "seed_oss"),
+    *("falcon_mamba", "zaya", "bamba", "mamba2"),
+)
+
+
 def _every_type() -> list[Any]:
     built = [name for name in zoo.types() if name not in zoo.UNBUILT]
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in built]
+    marks = {name: pytest.mark.slow if name in POPULAR else pytest.mark.long for name in built if name not in FAST}
+    return [pytest.param(name, marks=marks[name]) if name in marks else name for name in built]
 
 
 @pytest.mark.parametrize("model_type", _every_type())
