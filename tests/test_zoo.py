@@ -58,7 +58,7 @@ POPULAR = (
     *("gemma2", "gemma3", "gemma4", "gemma4_text", "mistral", "mistral3", "mixtral", "ministral3", "phi3", "phimoe"),
     *("deepseek_v2", "deepseek_v3", "deepseek_v32", "gpt_oss", "llama4", "llama4_text", "glm4", "glm4_moe", "minimax_m2"),
     *("kimi_linear", "lfm2", "granite", "nemotron_h", "smollm3", "olmo2", "olmo3", "ernie4_5_moe", "exaone4", "seed_oss"),
-    *("falcon_mamba", "zaya", "bamba", "mamba2"),
+    *("falcon_mamba", "qwen3_vl_moe", "zaya", "bamba", "mamba2"),
 )
 
 
