@@ -54,6 +54,7 @@ def markdown(result: dict[str, Any]) -> str:
 def escaped(line: str) -> str:
     """A line of text as Markdown that shows it, in ASCII."""
     text = line.encode("ascii", "backslashreplace").decode()
+    text = "".join(letter if letter.isprintable() or letter == "\n" else f"\\x{ord(letter):02x}" for letter in text)
     return text.replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*").replace("\n", " ")[:420]
 
 

@@ -245,6 +245,7 @@ class Arch:
         for name, buffer in list(self.model.named_buffers()):
             _set_tensor(self.model, name, buffer if buffer.is_meta else buffer.to(self.device))
         self._places = _Places(self.model, source)
+        self._check_complete()
         self.unused = self._places.unused
         prefix = _block_list(self.model)
         count = len(list(self.model.get_submodule(prefix).children()))
@@ -258,7 +259,6 @@ class Arch:
         self.table = self._find_table()
         self._configs = _configs_with_cache(self.model)
         self._rows_axis = 0  # of hidden states in the model; everywhere else rows come first
-        self._check_complete()
 
     # ------------------------------------------------------------------------------------------------------ filling
 

@@ -593,3 +593,12 @@ def test_broken_settings_of_generation(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(ValueError, match="generation_config.json"):
         Arch(Source(tmp_path))
+
+
+def test_more_blocks_than_the_checkpoint_has(tmp_path: Path) -> None:
+    """Also of a model whose mixers are looked at."""
+    tiny.save("mamba", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    with pytest.raises(ValueError, match=r"lacks \d+ tensors|num_hidden_layers"):
+        Arch(open_source(str(tmp_path)))
