@@ -316,7 +316,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from lowbit.files import check_name, write_text
+    from lowbit.files import check_name, remove_unfinished, write_text
     from lowbit.planner import plan
 
     out = Path(arguments.out)
@@ -349,6 +349,7 @@ def _plan(arguments: argparse.Namespace) -> None:
             trust_remote_code=arguments.trust_remote_code,
             progress=progress,
         )
+    remove_unfinished(out.parent, re.escape(out.name))
     write_text(out, made.recipe.to_toml())
     wide = [max(map(len, column)) for column in (made.schemes, made.schemes.values())]
     for name, scheme in made.schemes.items():

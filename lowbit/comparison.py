@@ -31,7 +31,7 @@ from lowbit.arguments import checked, parse_device
 from lowbit.data import DataSpec, evaluation_tokens, tokenizer_of
 from lowbit.evaluate import Evaluation, OutputDivergence, evaluate_model, evaluate_outputs, sentence_pooling
 from lowbit.export import load
-from lowbit.files import check_name, write_json, write_text
+from lowbit.files import check_name, remove_unfinished, write_json, write_text
 from lowbit.journal import WORK
 from lowbit.outputs import input_ids, predicts_next_token
 from lowbit.page import comparison_page
@@ -45,6 +45,7 @@ from lowbit.source import Source, open_source
 
 # What `search` walks: every chain with every candidate that the engine loads, from the quickest chain on.
 SEARCHED = ("rtn", "gptq", "awq+gptq")
+_OWN_FILES = r"comparison\.(json|html)|(float-)?[0-9a-f]{16}(-[0-9a-f]{16})?\.(json|toml)"  # beside the checkpoints
 PROMPT, CONTINUED = 24, 40  # tokens of a sample of text, and generated after it
 DECODED = 32  # tokens of the measurement of speed
 
@@ -128,6 +129,7 @@ def _alone(out: Path, say: Progress) -> Iterator[int]:
         except OSError:
             say("waiting for another process in the folder", 0, 1)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_unfinished(out, _OWN_FILES)
         yield lock.fileno()
 
 

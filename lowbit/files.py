@@ -91,6 +91,17 @@ def read_small(path: Path) -> str:
         os.close(handle)
 
 
+def remove_unfinished(folder: Path, pattern: str) -> None:
+    """Remove what killed processes had written in part of the files in `folder` whose whole names match a regular expression.
+
+    Only for files that no other process is writing now.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        known = permanent_name(path.name)
+        if known != path.name and re.fullmatch(pattern, known) and path.is_file():
+            path.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` in UTF-8."""
     with replacing(path) as temporary:

@@ -29,7 +29,7 @@ from lowbit.arch import Arch
 from lowbit.arguments import checked, parse_device, shown
 from lowbit.data import DataSpec
 from lowbit.export import NATIVE, encode, reason_against
-from lowbit.files import write_json
+from lowbit.files import remove_unfinished, write_json
 from lowbit.journal import differences, working_folder
 from lowbit.methods.embed import Rounded
 from lowbit.outputs import positions, predicts_next_token
@@ -262,6 +262,7 @@ def _hidden_states(path: Path | None) -> Iterator[Path]:
             yield Path(folder)
     else:
         with working_folder(path.with_name(path.name + ".work")) as folder:
+            remove_unfinished(path.parent, re.escape(path.name))
             yield folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowbit.files import TEMPORARY, replacing, save_shard, write_json, write_text
+from lowbit.files import TEMPORARY, remove_unfinished, replacing, save_shard, write_json, write_text
 
 
 def test_replacing_writes(tmp_path: Path) -> None:
@@ -141,3 +141,13 @@ def test_json_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(path, {"a": Path("b")})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
+    """Of the named files alone; what is called alike is somebody else's."""
+    left = f"plan.toml.{'0a' * 8}{TEMPORARY}"
+    others = ("plan.toml", f"other.toml.{'0a' * 8}{TEMPORARY}", f"plan.toml{TEMPORARY}", f"plan.toml.x{TEMPORARY}")
+    for name in (left, *others):
+        (tmp_path / name).write_text("x")
+    remove_unfinished(tmp_path, r"plan\.toml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
